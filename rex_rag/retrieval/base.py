@@ -1,0 +1,51 @@
+"""What the rest of the package knows of a retriever, and how a failed search is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from rex_rag.types import Passage
+
+
+class RetrievalError(RuntimeError):
+    """A search could not be answered. Raised instead of ever returning nothing in its place."""
+
+
+@runtime_checkable
+class Retriever(Protocol):
+    """Answers batches of queries with ranked passages."""
+
+    @property
+    def description(self) -> str:
+        """One line for model cards and logs: kind, corpus, size or address."""
+        ...
+
+    def check(self) -> None:
+        """Raise `RetrievalError` unless a search would be answered now; called before a model is loaded."""
+        ...
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
+        """Return for each query, in the order asked, at least one and at most `top_k` passages, best first.
+
+        Raises:
+            RetrievalError: when a query could not be answered; the message names query or address, and cause.
+        """
+        ...
+
+
+def checked_search(retriever: Retriever, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
+    """Search and hold the retriever to its contract: one non-empty ranking per query."""
+    rankings = retriever.search(queries, top_k)
+    if len(rankings) != len(queries):
+        raise RetrievalError(
+            f"{retriever.description} returned {len(rankings)} rankings for {len(queries)} queries; "
+            "a retriever must answer every query, in the order asked"
+        )
+    for query, ranking in zip(queries, rankings, strict=True):
+        if not ranking:
+            raise RetrievalError(
+                f"{retriever.description} returned no passage for the query {query!r}; an empty result is "
+                "indistinguishable from a failed search, so it is refused: check the index"
+            )
+    return rankings

@@ -1,0 +1,144 @@
+"""Plain data that flows through a run: passages, segments, trajectories. No torch, no tokenizer.
+
+Invariant: a trajectory's completion ids are the concatenation of its segments' ids, and these are exactly the ids the
+model sampled or was given; nothing is ever decoded and encoded again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+
+
+class SegmentKind(IntEnum):
+    """Who wrote a run of tokens. Values are stable: they are stored in tensors and files."""
+
+    POLICY = 0  # sampled by the model
+    INFORMATION = 1  # retrieved text inserted by the environment
+    FEEDBACK = 2  # correction inserted after an invalid action
+    PROBE = 3  # inserted exploration prompt
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether loss, KL and importance weights run over these tokens."""
+        return self in (SegmentKind.POLICY, SegmentKind.PROBE)
+
+
+class Truncation(str, Enum):
+    """Why text was cut. Each cause is counted, none is silent."""
+
+    TURN = "turn"  # a generation hit the per-turn token limit
+    OBSERVATION = "observation"  # retrieved text was longer than the observation budget
+    SEQUENCE = "sequence"  # the whole trajectory ran out of tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One retrievable passage of the corpus."""
+
+    id: str
+    title: str
+    text: str
+    score: float | None = None
+
+
+@dataclass(slots=True)
+class Segment:
+    """A run of tokens of one kind.
+
+    `logprobs` holds the sampling engine's log-probability of each token, `None` where the engine sampled nothing or
+    does not report any. `text` is the decoded (or, for inserted text, rendered) form, for parsing and for people.
+    """
+
+    kind: SegmentKind
+    ids: list[int]
+    text: str
+    logprobs: list[float | None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.logprobs is not None and len(self.logprobs) != len(self.ids):
+            raise ValueError(
+                f"a segment of {len(self.ids)} tokens came with {len(self.logprobs)} log-probabilities; "
+                "the generator must report one per sampled token"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class SearchCall:
+    """One executed search: what was asked and what came back."""
+
+    query: str
+    passages: tuple[Passage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerSpan:
+    """Where the answer that ended a rollout begins: the segment and the character offset of its `<answer>` tag."""
+
+    segment: int
+    offset: int
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """A prompt and the completion made of segments.
+
+    A trajectory with a `PROBE` segment is a probe: the `POLICY` tokens before it are its prefix (copied from the
+    failed original at index `parent`), those after it its continuation.
+    """
+
+    prompt_ids: list[int]
+    segments: list[Segment] = field(default_factory=list)
+    searches: list[SearchCall] = field(default_factory=list)
+    answer: str | None = None
+    answer_span: AnswerSpan | None = None
+    turns: int = 0
+    search_turns: int = 0
+    invalid_actions: int = 0
+    truncations: Counter = field(default_factory=Counter)
+    done: bool = False
+    parent: int | None = None
+
+    @property
+    def completion_ids(self) -> list[int]:
+        return [token for segment in self.segments for token in segment.ids]
+
+    @property
+    def completion_length(self) -> int:
+        return sum(len(segment.ids) for segment in self.segments)
+
+    @property
+    def length(self) -> int:
+        """Prompt and completion together, in tokens."""
+        return len(self.prompt_ids) + self.completion_length
+
+    @property
+    def kinds(self) -> list[int]:
+        """The segment kind of every completion token."""
+        return [int(segment.kind) for segment in self.segments for _ in segment.ids]
+
+    @property
+    def trained_mask(self) -> list[int]:
+        """1 for tokens in loss, KL and weights (`POLICY`, `PROBE`), 0 for inserted text."""
+        return [int(segment.kind.is_trained) for segment in self.segments for _ in segment.ids]
+
+    @property
+    def sampling_logprobs(self) -> list[float | None]:
+        """The engine's log-probability of every completion token; `None` where it sampled nothing."""
+        return [
+            value for segment in self.segments for value in (segment.logprobs or [None] * len(segment.ids))
+        ]
+
+    @property
+    def is_probe(self) -> bool:
+        return any(segment.kind is SegmentKind.PROBE for segment in self.segments)
+
+    @property
+    def model_text(self) -> str:
+        """Model-written text alone: what rewards may read."""
+        return "".join(segment.text for segment in self.segments if segment.kind.is_trained)
+
+    def render(self) -> str:
+        """The whole completion with segment kinds made visible, for people and for completion tables."""
+        return "\n".join(f"[{segment.kind.name}] {segment.text.strip()}" for segment in self.segments)
