@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from enum import Enum, IntEnum
+from enum import IntEnum, StrEnum
 
 
 class SegmentKind(IntEnum):
@@ -25,7 +25,7 @@ class SegmentKind(IntEnum):
         return self in (SegmentKind.POLICY, SegmentKind.PROBE)
 
 
-class Truncation(str, Enum):
+class Truncation(StrEnum):
     """Why text was cut. Each cause is counted, none is silent."""
 
     TURN = "turn"  # a generation hit the per-turn token limit
@@ -126,9 +126,7 @@ class Trajectory:
     @property
     def sampling_logprobs(self) -> list[float | None]:
         """The engine's log-probability of every completion token; `None` where it sampled nothing."""
-        return [
-            value for segment in self.segments for value in (segment.logprobs or [None] * len(segment.ids))
-        ]
+        return [value for segment in self.segments for value in (segment.logprobs or [None] * len(segment.ids))]
 
     @property
     def is_probe(self) -> bool:
