@@ -85,7 +85,8 @@ class Trajectory:
     """A prompt and the completion made of segments.
 
     A trajectory with a `PROBE` segment is a probe: the `POLICY` tokens before it are its prefix (copied from the
-    failed original at index `parent`), those after it its continuation.
+    failed original at index `parent`), those after it its continuation. `pool_logprobs` holds, for every `PROBE`
+    token, its log-frequency in the pool given the prompt's tokens so far.
     """
 
     prompt_ids: list[int]
@@ -94,11 +95,11 @@ class Trajectory:
     answer: str | None = None
     answer_span: AnswerSpan | None = None
     turns: int = 0
-    search_turns: int = 0
     invalid_actions: int = 0
     truncations: Counter = field(default_factory=Counter)
     done: bool = False
     parent: int | None = None
+    pool_logprobs: list[float] | None = None
 
     @property
     def completion_ids(self) -> list[int]:
