@@ -7,6 +7,7 @@ over a prompt is the probability of having drawn it: 1/n for n distinct prompts 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -109,7 +110,7 @@ class ExplorationPool:
 
     def _refuse_shared_ids(self, encoded: EncodedPool) -> None:
         order = sorted(range(len(self)), key=lambda index: encoded.ids[index])
-        for first, second in zip(order, order[1:], strict=False):
+        for first, second in itertools.pairwise(order):
             ids = encoded.ids[first]
             if encoded.ids[second][: len(ids)] == ids:
                 raise ValueError(

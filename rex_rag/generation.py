@@ -86,11 +86,13 @@ class TransformersGenerator:
         self._model_context = model_context or (lambda: nullcontext(model))
         self._tokenizer = tokenizer
         self._stop = _StopAtTag(tokenizer, stop_strings)
-        self._eos_token_ids = list(eos_token_ids if eos_token_ids is not None else [tokenizer.eos_token_id])
+        if eos_token_ids is None:
+            eos_token_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self._eos_token_ids = list(eos_token_ids)
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
         self._config = GenerationConfig(
             **{"do_sample": False, **sampling},
-            eos_token_id=self._eos_token_ids,
+            eos_token_id=self._eos_token_ids or None,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             disable_compile=True,

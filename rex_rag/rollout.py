@@ -1,0 +1,252 @@
+"""The search rollout: batched over all live trajectories, token ids in and token ids out.
+
+Invariant: the ids the model is given in turn k+1 are exactly the ids of turn k plus the ids of the inserted text.
+Text is decoded only to be parsed. The engine knows neither rewards nor trainers; generator, retriever and the one
+collective it needs are injected.
+
+Every process makes the same number of generate calls: a process with nothing left to do joins with a dummy row, since
+entering generation is a collective under ZeRO-3, FSDP, served and tensor-parallel vLLM.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from rex_rag.exploration import EncodedPool, ExplorationPool
+from rex_rag.protocol import FEEDBACK_TEXT, OBSERVATION_HEAD, OBSERVATION_TAIL, parse_action, render_passages
+from rex_rag.retrieval.base import Retriever, checked_search
+from rex_rag.types import AnswerSpan, Passage, SearchCall, Segment, SegmentKind, Trajectory, Truncation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rex_rag.generation import Generator
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutBudget:
+    """Limits of a rollout, in tokens unless said otherwise. Defaults: METHOD/paper (2048 prompt, 500, 500, 4096)."""
+
+    max_turns: int = 4  # turns that may search; one last generation follows in which a search is not executed
+    max_turn_tokens: int = 500
+    max_observation_tokens: int = 500
+    max_sequence_length: int = 4096  # prompt and completion together
+    top_k: int = 3  # passages per search
+
+
+@dataclass(slots=True)
+class RolloutSeconds:
+    """Where the wall time of rollouts went, in seconds, since the last reset."""
+
+    generation: float = 0.0
+    retrieval: float = 0.0
+    total: float = 0.0
+
+    @property
+    def engine(self) -> float:
+        """The engine's own share: neither model nor retriever."""
+        return self.total - self.generation - self.retrieval
+
+
+@dataclass
+class RolloutEngine:
+    """Runs search rollouts.
+
+    Args:
+        generator: continues token ids.
+        retriever: answers the queries of a turn in one batch.
+        tokenizer: encodes inserted text, decodes sampled ids for parsing.
+        budget: the limits.
+        max_over_ranks: the maximum of an integer over all processes; the identity for one process.
+    """
+
+    generator: Generator
+    retriever: Retriever
+    tokenizer: PreTrainedTokenizerBase
+    budget: RolloutBudget = field(default_factory=RolloutBudget)
+    max_over_ranks: Callable[[int], int] = lambda count: count
+
+    def __post_init__(self) -> None:
+        self.seconds = RolloutSeconds()
+        self.generate_calls = 0
+        self._control_tokens = tuple(self.tokenizer.all_special_tokens)
+        self._feedback_ids = self._encode([FEEDBACK_TEXT])[0]
+        self._tail_ids = self._encode([OBSERVATION_TAIL])[0]
+        smallest = len(self._encode([OBSERVATION_HEAD])[0]) + len(self._tail_ids) + 1
+        if self.budget.max_observation_tokens < smallest:
+            raise ValueError(
+                f"max_observation_tokens is {self.budget.max_observation_tokens}, but the information tags alone take "
+                f"{smallest - 1} tokens with this tokenizer; use at least {smallest}, better several hundred"
+            )
+        self._smallest_observation = smallest
+
+    def rollout(self, prompts: Sequence[Sequence[int]]) -> list[Trajectory]:
+        """Run one trajectory per prompt (token ids) to its end.
+
+        Raises:
+            ValueError: for a prompt that leaves no token to generate.
+            RetrievalError: when a search could not be answered.
+        """
+        for prompt in prompts:
+            if len(prompt) >= self.budget.max_sequence_length:
+                raise ValueError(
+                    f"a prompt of {len(prompt)} tokens leaves nothing of max_sequence_length "
+                    f"{self.budget.max_sequence_length}; shorten the prompt template or raise the limit"
+                )
+        trajectories = [Trajectory(prompt_ids=list(prompt)) for prompt in prompts]
+        self.resume(trajectories)
+        return trajectories
+
+    def resume(self, trajectories: Sequence[Trajectory]) -> None:
+        """Run the given trajectories to their end, in place. A collective: every process must call it."""
+        started = time.perf_counter()
+        live = [trajectory for trajectory in trajectories if not trajectory.done]
+        while (rows := self.max_over_ranks(len(live))) > 0:
+            self._turn(live, rows)
+            live = [trajectory for trajectory in live if not trajectory.done]
+        self.seconds.total += time.perf_counter() - started
+
+    def start_probe(self, original: Trajectory, parent: int, pool: ExplorationPool, prompt: int) -> Trajectory | None:
+        """Re-open a failed original before its answer and insert an exploration prompt.
+
+        The kept ids are exactly the sampled ones, up to and not including the `<answer>` tag. A token that straddles
+        the tag's first character is dropped; the characters it held before the tag head the inserted text.
+
+        Returns:
+            A live trajectory for `resume`, or `None` where the prompt does not fit into max_sequence_length.
+        """
+        span = original.answer_span
+        if span is None:
+            raise ValueError("only an original that answered can be probed; this one has no answer")
+        answered = original.segments[span.segment]
+        kept, leftover = self._cut_before(answered, span.offset)
+        encoded: EncodedPool = pool.encode(leftover)
+        segments = [*original.segments[: span.segment]]
+        if kept:
+            logprobs = answered.logprobs[:kept] if answered.logprobs is not None else None
+            text = answered.text[: span.offset - len(leftover)]
+            segments.append(Segment(SegmentKind.POLICY, answered.ids[:kept], text, logprobs))
+        segments.append(Segment(SegmentKind.PROBE, list(encoded.ids[prompt]), encoded.texts[prompt]))
+        probe = Trajectory(
+            prompt_ids=original.prompt_ids,
+            segments=segments,
+            searches=list(original.searches),
+            turns=original.turns - 1,  # the answering turn is open again
+            invalid_actions=original.invalid_actions,
+            truncations=original.truncations.copy(),
+            parent=parent,
+            pool_logprobs=list(encoded.logprobs[prompt]),
+        )
+        return probe if probe.length < self.budget.max_sequence_length else None
+
+    def _cut_before(self, segment: Segment, offset: int) -> tuple[int, str]:
+        """How many tokens of a segment lie wholly before a character, and the characters between them and it."""
+        for kept in range(len(segment.ids), 0, -1):
+            head = self._decode([segment.ids[:kept]])[0]
+            # A cut inside a multi-byte character decodes to a replacement character and is no prefix of the text.
+            if len(head) <= offset and segment.text.startswith(head):
+                return kept, segment.text[len(head) : offset]
+        return 0, segment.text[:offset]
+
+    def _turn(self, live: list[Trajectory], rows: int) -> None:
+        generations = self._generate(live, rows)
+        texts = self._decode([ids for ids, _ in generations])
+        searching: list[tuple[Trajectory, str]] = []
+        for trajectory, (ids, logprobs), text in zip(live, generations, texts, strict=True):
+            query = self._apply(trajectory, ids, logprobs, text)
+            if query is not None:
+                searching.append((trajectory, query))
+        if searching:
+            self._observe(searching)
+
+    def _limit(self, trajectory: Trajectory) -> int:
+        return min(self.budget.max_turn_tokens, self.budget.max_sequence_length - trajectory.length)
+
+    def _generate(self, live: list[Trajectory], rows: int) -> list[tuple[list[int], list[float | None] | None]]:
+        """Sample one turn for every live row, cut to each row's own limit."""
+        prompts = [trajectory.prompt_ids + trajectory.completion_ids for trajectory in live]
+        limits = [self._limit(trajectory) for trajectory in live]
+        dummies = (rows if self.generator.equal_rows else max(1, len(live))) - len(live)
+        dummy = prompts[0] if prompts else self._feedback_ids
+        started = time.perf_counter()
+        output = self.generator.generate(prompts + [dummy] * dummies, max_new_tokens=max(limits, default=1))
+        self.seconds.generation += time.perf_counter() - started
+        self.generate_calls += 1
+        return [
+            (generation.ids[:limit], generation.logprobs[:limit] if generation.logprobs is not None else None)
+            for generation, limit in zip(output, limits, strict=False)
+        ]
+
+    def _apply(
+        self, trajectory: Trajectory, ids: list[int], logprobs: list[float | None] | None, text: str
+    ) -> str | None:
+        """Append what was sampled and act on it; return the query where a search is to be executed."""
+        limit = self._limit(trajectory)
+        trajectory.segments.append(Segment(SegmentKind.POLICY, ids, text, logprobs))
+        trajectory.turns += 1
+        last = trajectory.turns > self.budget.max_turns
+        action = parse_action(text)
+        if action is not None and action.kind == "answer":
+            trajectory.answer = action.content
+            trajectory.answer_span = AnswerSpan(len(trajectory.segments) - 1, action.start)
+            trajectory.done = True
+            return None
+        if action is not None and not last:
+            return action.content
+        if action is None:
+            trajectory.invalid_actions += 1
+            if len(ids) == limit:
+                cause = Truncation.TURN if limit == self.budget.max_turn_tokens else Truncation.SEQUENCE
+                trajectory.truncations[cause] += 1
+        if last:
+            trajectory.done = True
+        else:
+            self._insert(trajectory, SegmentKind.FEEDBACK, self._feedback_ids, FEEDBACK_TEXT)
+        return None
+
+    def _insert(self, trajectory: Trajectory, kind: SegmentKind, ids: list[int], text: str) -> None:
+        """Append inserted text, or end the trajectory where it would leave no token to generate."""
+        if trajectory.length + len(ids) < self.budget.max_sequence_length:
+            trajectory.segments.append(Segment(kind, list(ids), text))
+        else:
+            trajectory.truncations[Truncation.SEQUENCE] += 1
+            trajectory.done = True
+
+    def _observe(self, searching: list[tuple[Trajectory, str]]) -> None:
+        """Execute the searches of a turn in one batch and append what they found."""
+        queries = list(dict.fromkeys(query for _, query in searching))  # a group often asks the same thing
+        started = time.perf_counter()
+        rankings = checked_search(self.retriever, queries, self.budget.top_k)
+        self.seconds.retrieval += time.perf_counter() - started
+        bodies = [OBSERVATION_HEAD + render_passages(ranking, self._control_tokens) for ranking in rankings]
+        found = dict(zip(queries, zip(rankings, bodies, self._encode(bodies), strict=True), strict=True))
+        for trajectory, query in searching:
+            passages, body, body_ids = found[query]
+            self._append_observation(trajectory, query, passages, body, body_ids)
+
+    def _append_observation(
+        self, trajectory: Trajectory, query: str, passages: list[Passage], body: str, body_ids: list[int]
+    ) -> None:
+        trajectory.searches.append(SearchCall(query, tuple(passages)))
+        room = self.budget.max_sequence_length - trajectory.length - 1
+        allowance = min(self.budget.max_observation_tokens, room)
+        if allowance < self._smallest_observation:
+            trajectory.truncations[Truncation.SEQUENCE] += 1
+            trajectory.done = True
+            return
+        kept = allowance - len(self._tail_ids)
+        if len(body_ids) > kept:
+            cause = Truncation.OBSERVATION if allowance < room else Truncation.SEQUENCE
+            trajectory.truncations[cause] += 1
+            body_ids = body_ids[:kept]
+            body = self._decode([body_ids])[0]
+        self._insert(trajectory, SegmentKind.INFORMATION, body_ids + self._tail_ids, body + OBSERVATION_TAIL)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def _decode(self, ids: list[list[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
