@@ -1,0 +1,170 @@
+"""Scripted search trajectories over HopWorld, for a supervised warm start.
+
+They are imperfect by construction: most multi-hop questions are answered with the entity that the first search found.
+A policy trained on them has real dead ends, and still gives the way out of them a small probability.
+
+Invariant: the ids of a tokenised demonstration are those that the rollout engine would build around the same model
+text: the prompt through the chat template, every segment encoded by itself, the closing tag of an observation apart
+from its body. Labels are -100 wherever the text is not the model's.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
+
+from rex_rag.data.hopworld import HopQuestion
+from rex_rag.protocol import OBSERVATION_HEAD, OBSERVATION_TAIL, PROMPT_TEMPLATE, build_prompt, render_passages
+from rex_rag.retrieval.base import Retriever, checked_search
+from rex_rag.types import Passage, SegmentKind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A scripted trajectory: (kind, text) segments after the prompt of `question`, and the answer they end with."""
+
+    question: HopQuestion
+    segments: tuple[tuple[SegmentKind, str], ...]
+    answer: str
+
+    @property
+    def is_correct(self) -> bool:
+        return self.answer in self.question.golden_answers
+
+
+class TokenizedDemonstration(TypedDict):
+    input_ids: list[int]
+    labels: list[int]
+
+
+def write_demonstration(
+    question: HopQuestion, rankings: Sequence[Sequence[Passage]], searches: int | None = None
+) -> Demonstration:
+    """Script the walk of a question's chain, one search a hop, and answer with the entity reached.
+
+    Args:
+        question: the question and its chain.
+        rankings: what the retriever returned for each hop's query (`search_query`), best first.
+        searches: how many hops to search before answering; all of them by default. Fewer give a wrong answer.
+    """
+    searches = question.hops if searches is None else searches
+    if not 1 <= searches <= question.hops:
+        raise ValueError(f"searches={searches} is outside 1..{question.hops}, the hops of {question.question!r}")
+    segments: list[tuple[SegmentKind, str]] = []
+    thought = f"I need the {question.relations[0]} of {question.chain[0]}"
+    for hop in range(searches):
+        query = search_query(question, hop)
+        segments.append((SegmentKind.POLICY, f"<think> {thought} </think> <search> {query} </search>"))
+        observation = OBSERVATION_HEAD + render_passages(rankings[hop]) + OBSERVATION_TAIL
+        segments.append((SegmentKind.INFORMATION, observation))
+        # The thought after a search is the same whether a search or an answer follows: the choice between them, where
+        # dead ends arise, falls on one token.
+        thought = f"the {question.relations[hop]} of {question.chain[hop]} is {question.chain[hop + 1]}"
+    answer = question.chain[searches]
+    segments.append((SegmentKind.POLICY, f"<think> {thought} </think> <answer> {answer} </answer>"))
+    return Demonstration(question=question, segments=tuple(segments), answer=answer)
+
+
+def search_query(question: HopQuestion, hop: int) -> str:
+    """The query of a hop, counted from 0."""
+    return f"{question.relations[hop]} of {question.chain[hop]}"
+
+
+def build_demonstrations(
+    questions: Sequence[HopQuestion], retriever: Retriever, *, wrong_rate: float = 0.9, top_k: int = 1, seed: int = 0
+) -> list[Demonstration]:
+    """Script one demonstration a question, in order, with what the retriever really returns.
+
+    Args:
+        questions: questions of any hop count; one-hop questions are always answered correctly.
+        retriever: searched once, with the queries of all hops.
+        wrong_rate: probability that a multi-hop question is answered after its first search, with the first
+            intermediate entity.
+        top_k: passages an observation.
+        seed: of the draws between right and wrong.
+
+    Returns:
+        The demonstrations. A question one of whose passages the retriever did not return is left out: its
+        demonstration would state facts that nobody read. How many were left out is logged.
+
+    Raises:
+        ValueError: when `wrong_rate` is not a probability.
+        RetrievalError: when the retriever fails.
+    """
+    if not 0.0 <= wrong_rate <= 1.0:
+        raise ValueError(f"wrong_rate={wrong_rate} is not a probability; choose a number from 0 to 1")
+    queries = list(dict.fromkeys(search_query(question, hop) for question in questions for hop in range(question.hops)))
+    found = dict(zip(queries, checked_search(retriever, queries, top_k), strict=True)) if queries else {}
+    draw = random.Random(f"demonstrations/{seed}")
+    demonstrations = []
+    for question in questions:
+        searches = 1 if question.hops > 1 and draw.random() < wrong_rate else question.hops
+        rankings = [found[search_query(question, hop)] for hop in range(searches)]
+        if all(
+            any(passage.title == entity for passage in ranking)
+            for entity, ranking in zip(question.chain, rankings, strict=False)
+        ):
+            demonstrations.append(write_demonstration(question, rankings, searches))
+    if len(demonstrations) < len(questions):
+        logger.info(
+            "left out %d of %d demonstrations whose passage was not among the %d retrieved",
+            len(questions) - len(demonstrations),
+            len(questions),
+            top_k,
+        )
+    return demonstrations
+
+
+def tokenize_demonstrations(
+    demonstrations: Iterable[Demonstration],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_template: str = PROMPT_TEMPLATE,
+) -> list[TokenizedDemonstration]:
+    """Encode demonstrations to rows of `input_ids` and `labels`, -100 on all but `POLICY` tokens.
+
+    A row ends with the token of `</answer>`, where a rollout stops; no end-of-sequence token is taught.
+    """
+    demonstrations = list(demonstrations)
+    if not demonstrations:
+        return []
+    prompts = tokenizer.apply_chat_template(
+        [build_prompt(item.question.question, prompt_template) for item in demonstrations],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    pieces = [_pieces(item) for item in demonstrations]
+    # One batched call over the distinct texts: most passages recur.
+    texts = list(dict.fromkeys([*prompts, *(text for row in pieces for _, text in row)]))
+    ids_of = dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True))
+    rows: list[TokenizedDemonstration] = []
+    for prompt, row in zip(prompts, pieces, strict=True):
+        input_ids = list(ids_of[prompt])
+        labels = [IGNORED_LABEL] * len(input_ids)
+        for kind, text in row:
+            ids = ids_of[text]
+            input_ids += ids
+            labels += ids if kind is SegmentKind.POLICY else [IGNORED_LABEL] * len(ids)
+        rows.append({"input_ids": input_ids, "labels": labels})
+    return rows
+
+
+def _pieces(demonstration: Demonstration) -> list[tuple[SegmentKind, str]]:
+    """The texts that are encoded apart: every segment, and the closing tag of an observation."""
+    pieces = []
+    for kind, text in demonstration.segments:
+        if kind is SegmentKind.INFORMATION:
+            pieces.append((kind, text.removesuffix(OBSERVATION_TAIL)))
+            pieces.append((kind, OBSERVATION_TAIL))
+        else:
+            pieces.append((kind, text))
+    return pieces
