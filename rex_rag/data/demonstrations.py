@@ -103,7 +103,7 @@ def build_demonstrations(
     """
     if not 0.0 <= wrong_rate <= 1.0:
         raise ValueError(f"wrong_rate={wrong_rate} is not a probability; choose a number from 0 to 1")
-    queries = list(dict.fromkeys(search_query(question, hop) for question in questions for hop in range(question.hops)))
+    queries = list(dict.fromkeys(search_query(item, hop) for item in questions for hop in range(item.hops)))
     found = dict(zip(queries, checked_search(retriever, queries, top_k), strict=True)) if queries else {}
     draw = random.Random(f"demonstrations/{seed}")
     demonstrations = []

@@ -1,4 +1,4 @@
-"""HopWorld: a seeded synthetic world of people, places and organisations, with one passage each and multi-hop questions.
+"""HopWorld: a seeded synthetic world of people, places and organisations: a passage each, and multi-hop questions.
 
 It is small enough to train on with a CPU and written in the FlashRAG layout, so that it goes through the same data and
 retrieval code as a real corpus. Invariants:
@@ -26,29 +26,35 @@ from rex_rag.types import Passage
 
 MAX_HOPS = 3
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 # BM25 must tell all of these apart after English stemming and stop-word removal; a test holds the lists to that.
-FIRST_NAMES = tuple(
-    "Ada Boris Clara Diego Elsa Farid Greta Hugo Irma Jonas Kira Ludwig Mabel Nadia Oscar Paula Quentin Rosa Stefan "
-    "Tessa Umberto Vera Walter Xenia Yusuf Zelda Anton Bianca Cedric Dorothy Emil Flora Gustav Helga Ivan Judith".split()
+FIRST_NAMES = _words(
+    "Ada Boris Clara Diego Elsa Farid Greta Hugo Irma Jonas Kira Ludwig Mabel Nadia Oscar Paula Quentin Rosa "
+    "Stefan Tessa Umberto Vera Walter Xenia Yusuf Zelda Anton Bianca Cedric Dorothy Emil Flora Gustav Helga Ivan "
+    "Judith"
 )
-LAST_NAMES = tuple(
-    "Abbott Brandt Castro Dalton Eriksen Foster Gruber Hobbs Ingram Jacobi Keller Lambert Moreno Novak Osborn Pavlov "
-    "Quimby Rossi Schubert Tanaka Ulrich Vogel Watanabe Xavier Yamada Zimmer Archer Becker Conrad Draper Egan Fuchs "
-    "Gorman Huxley Ibsen Jensen".split()
+LAST_NAMES = _words(
+    "Abbott Brandt Castro Dalton Eriksen Foster Gruber Hobbs Ingram Jacobi Keller Lambert Moreno Novak Osborn "
+    "Pavlov Quimby Rossi Schubert Tanaka Ulrich Vogel Watanabe Xavier Yamada Zimmer Archer Becker Conrad Draper "
+    "Egan Fuchs Gorman Huxley Ibsen Jensen"
 )
-CITY_NAMES = tuple(
-    "Aldora Belmar Corvento Drunmoor Eastvale Falken Garonda Hathmar Ilverton Jorvik Kelstad Lormont Medina Northam "
-    "Ostrava Pellagor Quarrel Ravenna Selkirk Tormund Ulverston Valmere Westrun Yarrow Zandvoort Arkona Bramblet Cordoba "
-    "Dunkeld Elmsgate Fenwick Glimmar Hollin Istria Junovar Kirkwall Lindero Marzipol Nimbus Orvieto Pontarel Rimini "
-    "Skagen Trieste Umbra Vintar Wolmar Zermat".split()
+CITY_NAMES = _words(
+    "Aldora Belmar Corvento Drunmoor Eastvale Falken Garonda Hathmar Ilverton Jorvik Kelstad Lormont Medina "
+    "Northam Ostrava Pellagor Quarrel Ravenna Selkirk Tormund Ulverston Valmere Westrun Yarrow Zandvoort Arkona "
+    "Bramblet Cordoba Dunkeld Elmsgate Fenwick Glimmar Hollin Istria Junovar Kirkwall Lindero Marzipol Nimbus "
+    "Orvieto Pontarel Rimini Skagen Trieste Umbra Vintar Wolmar Zermat"
 )
-COUNTRY_NAMES = tuple(
-    "Avaria Borgund Cathay Drakonia Elvaria Florinda Gellonia Hestria Illyria Karelia Lusitan Moravia Numidia Ordosia "
-    "Parthia Rosmark Sarmatia Thule Utgard Wendland Yperion Zembria Bactria Cimmer".split()
+COUNTRY_NAMES = _words(
+    "Avaria Borgund Cathay Drakonia Elvaria Florinda Gellonia Hestria Illyria Karelia Lusitan Moravia Numidia "
+    "Ordosia Parthia Rosmark Sarmatia Thule Utgard Wendland Yperion Zembria Bactria Cimmer"
 )
-ORGANISATION_NAMES = tuple(
-    "Amber Bluebell Cobalt Dolphin Emerald Falcon Granite Heron Indigo Jasper Lantern Meteor Orchid Pelican Saffron "
-    "Thistle".split()
+ORGANISATION_NAMES = _words(
+    "Amber Bluebell Cobalt Dolphin Emerald Falcon Granite Heron Indigo Jasper Lantern Meteor Orchid Pelican "
+    "Saffron Thistle"
 )
 ORGANISATION_KINDS = ("Academy", "Bank", "Clinic", "Institute", "Museum", "Theatre")
 
@@ -207,7 +213,7 @@ def write_hopworld(world: HopWorld, directory: str | os.PathLike) -> Path:
 
 
 def hopworld_words() -> list[str]:
-    """Every word and punctuation mark that titles, passages and questions of any world are made of, in a fixed order."""
+    """Every word and mark that the titles, passages and questions of any world are made of, in a fixed order."""
     wording = [_question_text(("x",), "x"), _question_text(("mentor",), "x")]
     wording += [_passage_text("x", kind, _Placeholder()) for kind in EntityType]
     names = (
