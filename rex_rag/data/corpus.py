@@ -1,0 +1,180 @@
+"""Corpora of passages as JSON lines, in either of two layouts: `contents` (FlashRAG, Search-R1) or `title` + `text`.
+
+Invariant: every passage read has a non-blank text that encodes to UTF-8, and ids are unique over everything read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rex_rag.data.jsonl import iter_json_objects, shorten
+from rex_rag.types import Passage
+
+LAYOUTS = '{"id", "contents"} with contents = "\\"Title\\"\\ntext", or {"id", "title", "text"}'
+
+
+class CorpusError(ValueError):
+    """A corpus cannot be used; the message names file, line, reason and way out."""
+
+
+def passage_from_row(row: Mapping[str, Any], default_id: str) -> Passage:
+    """Build a passage from a row of either layout; `default_id` stands in for a missing id.
+
+    Raises:
+        CorpusError: naming the field and the way out; the caller adds where the row came from.
+    """
+    if "contents" in row:
+        title, text = split_contents(_string(row, "contents"))
+    elif "text" in row and "title" in row:
+        title, text = _string(row, "title"), _string(row, "text")
+    else:
+        raise CorpusError(f"missing fields, found {sorted(row)}; a row is {LAYOUTS}")
+    if not text.strip():
+        raise CorpusError(f"empty text (title {shorten(title)}); leave the row out or give it a text")
+    return Passage(id=_row_id(row, default_id), title=title, text=text)
+
+
+def split_contents(contents: str) -> tuple[str, str]:
+    """Split FlashRAG contents into (title, text): the first line is the title, one pair of quotes around it dropped.
+
+    Contents of a single line are text without a title, unless that line is in quotes: then the text is missing.
+    """
+    head, newline, text = contents.partition("\n")
+    head = head.strip()
+    quoted = len(head) >= 2 and head[0] == head[-1] == '"'
+    if not newline and not quoted:
+        return "", contents
+    return (head[1:-1] if quoted else head), text
+
+
+def join_contents(passage: Passage) -> str:
+    """The inverse of `split_contents`."""
+    return f'"{passage.title}"\n{passage.text}'
+
+
+def iter_corpus(path: str | Path) -> Iterator[Passage]:
+    """Yield the passages of one JSON lines file; a row without an id gets its line number as id.
+
+    Raises:
+        CorpusError: for a missing or empty file, text that is not UTF-8, broken JSON, a row that is not an object,
+            missing fields, an empty text, an id that occurs twice.
+    """
+    lines_of_ids: dict[str, int] = {}
+    for number, row in iter_json_objects(path, CorpusError):
+        try:
+            passage = passage_from_row(row, default_id=str(number))
+        except CorpusError as error:
+            raise CorpusError(f"{path}, line {number}: {error}") from None
+        first = lines_of_ids.setdefault(passage.id, number)
+        if first != number:
+            raise CorpusError(
+                f"{path}, line {number}: the id {passage.id!r} already occurs on line {first}; "
+                "make ids unique, or leave them all out to number rows by line"
+            )
+        yield passage
+
+
+def read_corpus(paths: str | Path | Sequence[str | Path]) -> list[Passage]:
+    """Read one or more corpus files, in the order given.
+
+    An id that occurs in several files is prefixed with `folder/stem:` of its file, in each of them; others stay.
+
+    Raises:
+        CorpusError: see `iter_corpus`; also for no file at all or a file named twice.
+    """
+    files = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    if not files:
+        raise CorpusError("no corpus file was given; name at least one JSON lines file of passages")
+    repeated = [str(path) for path, count in Counter(path.resolve() for path in files).items() if count > 1]
+    if repeated:
+        raise CorpusError(f"corpus files named twice: {', '.join(repeated)}; name each once")
+    corpora = [list(iter_corpus(path)) for path in files]
+    counts = Counter(passage.id for corpus in corpora for passage in corpus)
+    merged = [
+        replace(passage, id=f"{prefix}:{passage.id}") if counts[passage.id] > 1 else passage
+        for prefix, corpus in zip(_prefixes(files), corpora, strict=True)
+        for passage in corpus
+    ]
+    clash, count = Counter(passage.id for passage in merged).most_common(1)[0]
+    if count > 1:
+        raise CorpusError(f"the id {clash!r} still occurs {count} times after prefixing; rename it in its file")
+    return merged
+
+
+def write_corpus(passages: Iterable[Passage], path: str | Path) -> None:
+    """Write passages as `{"id", "contents"}` rows; the file appears whole or not at all. Folders are made.
+
+    Raises:
+        CorpusError: for no passage, a repeated id, an empty text, a title with a line break.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The temporary file lies beside the target because a rename is atomic only within one file system.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as out:
+            for passage in _checked_for_writing(passages, path):
+                row = {"id": passage.id, "contents": join_contents(passage)}
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _checked_for_writing(passages: Iterable[Passage], path: Path) -> Iterator[Passage]:
+    seen: set[str] = set()
+    for passage in passages:
+        where = f"{path}: passage {passage.id!r}"
+        if passage.id in seen:
+            raise CorpusError(f"{where} occurs twice; make ids unique before writing")
+        if not passage.text.strip():
+            raise CorpusError(f"{where} has an empty text; leave it out")
+        if "\n" in passage.title or passage.title != passage.title.strip():
+            raise CorpusError(
+                f"{where} has the title {shorten(passage.title)}; the layout keeps titles on one line, so remove line "
+                "breaks and outer spaces"
+            )
+        seen.add(passage.id)
+        yield passage
+    if not seen:
+        raise CorpusError(f"{path}: there is no passage to write; an empty corpus could not be searched")
+
+
+def _string(row: Mapping[str, Any], name: str) -> str:
+    value = row[name]
+    if not isinstance(value, str):
+        raise CorpusError(f"field {name!r} must be a string, found {type(value).__name__} {shorten(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CorpusError(
+            f"field {name!r} holds half a surrogate pair at character {error.start}, which no tokenizer can encode; "
+            "remove or repair it"
+        ) from None
+    return value
+
+
+def _row_id(row: Mapping[str, Any], default_id: str) -> str:
+    value = row.get("id")
+    if value is None:
+        return default_id
+    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+        raise CorpusError(
+            f"field 'id' must be a non-blank string or an integer, found {shorten(value)}; or leave it out"
+        )
+    return str(value)
+
+
+def _prefixes(files: Sequence[Path]) -> list[str]:
+    short = [f"{path.resolve().parent.name}/{path.stem}" for path in files]
+    if len(set(short)) == len(short):
+        return short
+    return [path.resolve().with_suffix("").as_posix() for path in files]

@@ -1,0 +1,55 @@
+"""JSON lines, read strictly: whatever is wrong is reported with file, line number, reason and way out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def iter_json_objects(path: str | Path, error_type: type[ValueError]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, object) of every non-blank line of a UTF-8 file; a byte order mark is allowed.
+
+    Raises:
+        error_type: for a missing or empty file, text that is not UTF-8, broken JSON, a line that is not an object.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise error_type(f"{path}: no such file; check the path (working directory: {Path.cwd()})")
+    if path.is_dir():
+        raise error_type(f"{path}: this is a folder; name the JSON lines file inside it")
+    found = False
+    # Binary mode splits at "\n" alone; text mode would also hide which line a decoding error comes from.
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            row = _parse_line(line, f"{path}, line {number}", error_type, first=number == 1)
+            if row is not None:
+                found = True
+                yield number, row
+    if not found:
+        raise error_type(f"{path}: the file is empty; it needs one JSON object a line")
+
+
+def _parse_line(line: bytes, where: str, error_type: type[ValueError], first: bool) -> dict[str, Any] | None:
+    try:
+        text = line.decode("utf-8-sig" if first else "utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise error_type(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); re-encode the file") from error
+    if not text:
+        return None
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise error_type(
+            f"{where}: broken JSON ({error}) in {shorten(text)}; each line must be one whole JSON object"
+        ) from error
+    if not isinstance(row, dict):
+        raise error_type(f"{where}: a JSON object is needed, found {type(row).__name__} {shorten(text)}")
+    return row
+
+
+def shorten(value: object, limit: int = 80) -> str:
+    """A value as it may appear in an error message: its repr, cut to `limit` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "…"
