@@ -1,10 +1,14 @@
-"""What every retriever refuses to search for, so that all of them refuse it alike."""
+"""Defaults of remote requests, and what every retriever refuses to search for, so that all refuse it alike."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from rex_rag.retrieval.base import RetrievalError
+
+# A batch of several hundred queries against an exact index over 21 million passages takes seconds, not a minute.
+DEFAULT_TIMEOUT_SECONDS = 60.0
+DEFAULT_MAX_ATTEMPTS = 5
 
 
 def check_request(queries: Sequence[str], top_k: int) -> None:
