@@ -34,7 +34,7 @@ class RetrieverArguments:
     )
     retriever_max_attempts: int = field(
         default=DEFAULT_MAX_ATTEMPTS,
-        metadata={"help": "Attempts at a remote search before the run stops with an error."},
+        metadata={"help": "Attempts at a remote search before it is an error."},
     )
 
     def __post_init__(self) -> None:
