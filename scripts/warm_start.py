@@ -1,0 +1,325 @@
+"""Build the quickstart's starting point: a tiny policy that searches, and the world it will be trained on.
+
+A tiny Qwen2 with a word-level tokenizer made on the spot learns the search protocol from imperfect demonstrations over
+several worlds (`rex_rag.data.demonstrations`): it answers one-hop questions of a world it has never seen, and runs
+into dead ends on two-hop ones. Training goes on until one-hop questions are answered, or to `--max-steps`.
+
+    python scripts/warm_start.py --output outputs/quickstart/warm_start
+
+writes the model and tokenizer to `--output` and the unseen world, in the FlashRAG layout, to `--world`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+from datasets import Dataset
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tqdm.auto import tqdm
+from transformers import (
+    PrinterCallback,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TrainerCallback,
+    set_seed,
+)
+from trl import SFTConfig, SFTTrainer
+
+from rex_rag.answers import exact_match
+from rex_rag.data.demonstrations import build_demonstrations, tokenize_demonstrations
+from rex_rag.data.hopworld import HopQuestion, HopWorldConfig, build_hopworld, hopworld_words, write_hopworld
+from rex_rag.exploration import DEFAULT_POOL
+from rex_rag.generation import TransformersGenerator
+from rex_rag.protocol import ALL_TAGS, FEEDBACK_TEXT, PROMPT_TEMPLATE, build_prompt
+from rex_rag.retrieval.bm25 import BM25Retriever
+from rex_rag.rollout import RolloutBudget, RolloutEngine
+
+PAD, UNKNOWN, END, USER, ASSISTANT = "<|pad|>", "<|unknown|>", "<|end|>", "<|user|>", "<|assistant|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }} {{ message['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}"
+)
+QUICKSTART_PROMPT = "Question: {question}"
+EVALUATION_BUDGET = RolloutBudget(max_turns=4, max_turn_tokens=48, max_observation_tokens=96, max_sequence_length=512)
+# Words of the demonstrations' thoughts, and of passages as they are shown.
+SCRIPT_WORDS = "I need the of is Doc Title ( ) : 1 2 3 4 5"
+# Transformers' StopStringCriteria encodes this word to learn how a tokenizer joins tokens, and needs it back.
+STOP_STRING_PROBE = "abcdef"
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text as the tokenizer's pre-tokenizer cuts them: runs of letters and digits, runs of marks."""
+    return [word for word, _ in pre_tokenizers.Whitespace().pre_tokenize_str(text)]
+
+
+def build_tokenizer(prompt_template: str) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over everything a HopWorld run can say; every tag is one ordinary token."""
+    texts = [SCRIPT_WORDS, STOP_STRING_PROBE, FEEDBACK_TEXT, PROMPT_TEMPLATE, prompt_template, *DEFAULT_POOL]
+    tags = re.compile("|".join(map(re.escape, ALL_TAGS)))
+    words = [*hopworld_words(), *(word for text in texts for word in split_words(tags.sub(" ", text)))]
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys([PAD, UNKNOWN, *words]))}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    # Ordinary tokens, not special ones: a decoded trajectory must show them.
+    backend.add_tokens([AddedToken(tag, normalized=False) for tag in ALL_TAGS])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        eos_token=END,
+        additional_special_tokens=[USER, ASSISTANT],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=2048,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int) -> Qwen2ForCausalLM:
+    """A Qwen2 with random weights; about 0.1 million parameters at hidden size 64 and 2 layers."""
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )
+
+
+def training_rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> list[dict]:
+    """Tokenised demonstrations over the training worlds, whose seeds follow that of the unseen world."""
+    rows = []
+    for seed in range(args.seed + 1, args.seed + 1 + args.worlds):
+        questions = (args.questions_per_world // 3, 2 * args.questions_per_world // 3, 0)
+        world = build_hopworld(HopWorldConfig(seed=seed, train_questions=questions, test_questions=(0, 0, 0)))
+        demonstrations = build_demonstrations(
+            world.train, BM25Retriever(world.passages), wrong_rate=args.wrong_rate, top_k=args.top_k, seed=seed
+        )
+        rows += tokenize_demonstrations(demonstrations, tokenizer, args.prompt_template)
+    return rows
+
+
+class Examination:
+    """Exact match of a model on questions of the unseen world, by rollouts with the real engine."""
+
+    def __init__(self, args: argparse.Namespace, world, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.retriever = BM25Retriever(world.passages)
+        self.tokenizer = tokenizer
+        self.template = args.prompt_template
+        self.budget = RolloutBudget(**{**_fields(EVALUATION_BUDGET), "top_k": args.top_k})
+        # Training questions: the test split stays unseen by every decision taken here.
+        self.questions = {
+            hops: [question for question in world.train if question.hops == hops][: args.check_questions]
+            for hops in (1, 2)
+        }
+
+    def exact_match(self, model: Qwen2ForCausalLM, hops: int, *, greedy: bool = False) -> float:
+        questions = self.questions[hops]
+        answers = self._answers(model, questions, greedy)
+        return sum(
+            exact_match(answer, question.golden_answers) for answer, question in zip(answers, questions, strict=True)
+        ) / len(questions)
+
+    def _answers(self, model: Qwen2ForCausalLM, questions: list[HopQuestion], greedy: bool) -> list[str | None]:
+        generator = TransformersGenerator(model, self.tokenizer, temperature=0.0 if greedy else 1.0)
+        engine = RolloutEngine(generator, self.retriever, self.tokenizer, self.budget)
+        prompts = [
+            self.tokenizer.apply_chat_template(
+                build_prompt(question.question, self.template), add_generation_prompt=True, return_dict=False
+            )
+            for question in questions
+        ]
+        was_training = model.training
+        model.eval()
+        try:
+            return [trajectory.answer for trajectory in engine.rollout(prompts)]
+        finally:
+            model.train(was_training)
+
+
+class StopWhenGood(TrainerCallback):
+    """Draws the progress bar and ends training at the first check in which one-hop questions are answered."""
+
+    def __init__(self, args: argparse.Namespace, examination: Examination) -> None:
+        self.args = args
+        self.examination = examination
+        self.score = float("nan")
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, desc="warm start", unit="step", mininterval=1.0, dynamic_ncols=True)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, one-hop EM {self.score:.2f}", refresh=False)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.bar.update(1)
+        past = state.global_step - self.args.check_from
+        if past >= 0 and past % self.args.check_every == 0:
+            self.score = self.examination.exact_match(model, hops=1)
+            control.should_training_stop |= self.score >= self.args.target
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def train(args: argparse.Namespace, model, tokenizer, rows: list[dict], examination: Examination) -> tuple[int, float]:
+    """Supervised training; returns the steps taken and the sampled one-hop exact match at the last check."""
+    callback = StopWhenGood(args, examination)
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(args.output.parent / ".warm_start"),
+            max_steps=args.max_steps,
+            per_device_train_batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=50,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            save_strategy="no",
+            logging_steps=25,
+            report_to=[],
+            disable_tqdm=True,
+            seed=args.seed,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    if trainer.state.global_step == args.max_steps:
+        callback.score = examination.exact_match(model, hops=1)
+    return trainer.state.global_step, callback.score
+
+
+def save(model, tokenizer, figures: dict, output: Path) -> None:
+    """Write everything aside, then rename, so that `output` is never half a model."""
+    aside = output.with_name(f".{output.name}.new")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    (aside / "warm_start.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if output.exists():
+        old = output.with_name(f".{output.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        output.rename(old)
+        aside.rename(output)
+        shutil.rmtree(old)
+    else:
+        aside.rename(output)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("outputs/quickstart/warm_start"), help="directory of model and tokenizer")
+    add("--world", type=Path, help="directory of the unseen world (default: `world` beside --output)")
+    add("--seed", type=int, default=0, help="seed of the unseen world; training worlds have the seeds after it")
+    add("--worlds", type=int, default=8, help="training worlds")
+    add("--questions-per-world", type=int, default=3900, help="a third with one hop, two thirds with two")
+    add("--train-questions", type=int, nargs=3, default=(400, 800, 0), metavar="N", help="unseen world, by hops")
+    add("--test-questions", type=int, nargs=3, default=(100, 100, 100), metavar="N", help="unseen world, by hops")
+    add("--wrong-rate", type=float, default=0.9, help="share of two-hop demonstrations that stop at the dead end")
+    add("--top-k", type=int, default=1, help="passages a search")
+    add("--prompt-template", default=QUICKSTART_PROMPT, help="with {question}; the rollouts must use the same one")
+    add("--hidden-size", type=int, default=64)
+    add("--layers", type=int, default=2)
+    add("--learning-rate", type=float, default=4e-3)
+    add("--batch-size", type=int, default=48)
+    add("--max-steps", type=int, default=2400, help="end here even if the target is not reached, with a warning")
+    add("--target", type=float, default=0.95, help="sampled one-hop exact match that ends training")
+    add("--check-from", type=int, default=600, help="first step at which the target is checked")
+    add("--check-every", type=int, default=150, help="steps between checks")
+    add("--check-questions", type=int, default=64, help="questions a check")
+    args = parser.parse_args(argv)
+    args.world = args.world or args.output.parent / "world"
+    return args
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Everything; returns the figures that are also saved beside the model."""
+    started = time.perf_counter()
+    set_seed(args.seed)
+    world = build_hopworld(
+        HopWorldConfig(
+            seed=args.seed, train_questions=tuple(args.train_questions), test_questions=tuple(args.test_questions)
+        )
+    )
+    write_hopworld(world, args.world)
+    tokenizer = build_tokenizer(args.prompt_template)
+    rows = training_rows(args, tokenizer)
+    model = build_model(tokenizer, args.hidden_size, args.layers)
+    examination = Examination(args, world, tokenizer)
+    prepared = time.perf_counter()
+    steps, one_hop = train(args, model, tokenizer, rows, examination)
+    trained = time.perf_counter()
+    figures = {
+        "parameters": model.num_parameters(),
+        "vocabulary": len(tokenizer),
+        "demonstrations": len(rows),
+        "unknown_tokens": sum(row["input_ids"].count(tokenizer.unk_token_id) for row in rows),
+        "steps": steps,
+        "one_hop_em": {"sampled": one_hop, "greedy": examination.exact_match(model, 1, greedy=True)},
+        "two_hop_em": {
+            "sampled": examination.exact_match(model, 2),
+            "greedy": examination.exact_match(model, 2, greedy=True),
+        },
+        "seconds": {"preparation": round(prepared - started, 1), "training": round(trained - prepared, 1)},
+    }
+    save(model, tokenizer, figures, args.output)
+    figures["seconds"]["total"] = round(time.perf_counter() - started, 1)
+    if one_hop < args.target:
+        logging.warning(
+            "sampled one-hop exact match is %.2f after %d steps, below the target of %.2f: the policy has not learned "
+            "to search well, and training it further will be slow. Raise --max-steps or choose another --seed",
+            one_hop,
+            steps,
+            args.target,
+        )
+    return figures
+
+
+def _fields(budget: RolloutBudget) -> dict:
+    return {name: getattr(budget, name) for name in budget.__dataclass_fields__}
+
+
+def main(argv: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    args = parse_args(argv)
+    print(json.dumps(run(args), indent=2))
+    print(f"model and tokenizer: {args.output}\nworld: {args.world}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
