@@ -1,0 +1,279 @@
+"""The `rex-rag` command. Every command imports what it needs when it runs, so that help is instant.
+
+Training is not a command: it is started by `accelerate launch`, which needs a script (scripts/train.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rex_rag import __version__
+
+if TYPE_CHECKING:
+    from rex_rag.config import REXRAGConfig
+    from rex_rag.types import Passage
+
+EXPECTED_ERROR = 2
+
+_CORRECTIONS = {
+    "token": "token by token, pi_theta / mu in the clip (paper, equation 7)",
+    "decoupled": "pi_theta / pi_old in the clip, times the detached weight pi_old / mu",
+    "sequence": "whole trajectories, balance heuristic, detached from the clip",
+    "none": "none (ablation): probes are treated as if the policy had written them",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code: 0, or 2 for errors a user can mend (one line on stderr)."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; without this Python complains once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if not _is_expected(error):
+            raise
+        print(f"rex-rag {options.command}: {_message(error)}", file=sys.stderr)
+        return EXPECTED_ERROR
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rex-rag",
+        description="Tools around training search agents with REX-RAG.",
+        epilog="Training itself: accelerate launch --config_file recipes/accelerate_configs/NAME.yaml "
+        "scripts/train.py --config RECIPE.yaml",
+    )
+    parser.add_argument("--version", action="version", version=f"rex-rag {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    check = commands.add_parser(
+        "check",
+        help="check a training recipe and say what it would do",
+        description="Parse a recipe exactly as scripts/train.py does, unknown keys refused, and print what it "
+        "resolves to. Nothing is downloaded and no model is loaded.",
+    )
+    check.add_argument("recipe", metavar="RECIPE.yaml", type=Path)
+    check.add_argument(
+        "--processes", type=_positive, default=1, metavar="N", help="work the batch out for N processes (default: 1)"
+    )
+    check.set_defaults(run=_check)
+
+    search = commands.add_parser(
+        "search",
+        help="ask a retriever one question",
+        description="Search as a rollout would: in-process BM25 over corpus files, or a retrieval server.",
+    )
+    source = search.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--corpus",
+        action="append",
+        metavar="FILE",
+        help="JSON lines file of passages, {id, contents} or {id, title, text}; may be given several times",
+    )
+    source.add_argument("--url", help="retrieval server, for example http://127.0.0.1:8000")
+    search.add_argument("--top-k", type=_positive, default=3, metavar="K", help="passages to show (default: 3)")
+    search.add_argument("query")
+    search.set_defaults(run=_search)
+
+    hopworld = commands.add_parser(
+        "hopworld",
+        help="write the built-in synthetic world",
+        description="Write corpus.jsonl, train.jsonl and test.jsonl of a seeded world with 1-, 2- and 3-hop "
+        "questions, in the FlashRAG layout. Whatever is left out takes HopWorldConfig's default.",
+    )
+    hopworld.add_argument("--output", required=True, metavar="DIR", type=Path, help="directory to write into")
+    hopworld.add_argument("--seed", type=int, help="names one world")
+    for size in ("people", "cities", "organisations", "countries"):
+        hopworld.add_argument(f"--{size}", type=int, metavar="N", help=f"how many {size} the world has")
+    for split in ("train", "test"):
+        hopworld.add_argument(
+            f"--{split}-questions",
+            type=int,
+            nargs=3,
+            metavar=("ONE", "TWO", "THREE"),
+            help=f"how many {split} questions with one, two and three hops",
+        )
+    hopworld.set_defaults(run=_hopworld)
+
+    prompts = commands.add_parser(
+        "prompts",
+        help="print the built-in exploration prompts",
+        description="Print the built-in exploration prompts, one a line: the format that `exploration_prompts` reads. "
+        "Redirect them into a file to start a pool of your own.",
+    )
+    prompts.set_defaults(run=_prompts)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def _search(options: argparse.Namespace) -> None:
+    from rex_rag.retrieval.base import checked_search
+    from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+
+    if not options.query.strip():
+        raise ValueError("the query is empty; give the words to search for")
+    # Someone is waiting: a server that is away is reported at the first attempt.
+    source = {"retriever": options.url, "retriever_max_attempts": 1} if options.url else {"corpus": options.corpus}
+    retriever = load_retriever(RetrieverArguments(**source))
+    [ranking] = checked_search(retriever, [options.query], options.top_k)
+    print(retriever.description)
+    for rank, passage in enumerate(ranking, start=1):
+        print(_shown(rank, passage))
+
+
+def _shown(rank: int, passage: Passage) -> str:
+    score = "" if passage.score is None else f"  ({passage.score:.3f})"
+    return f"{rank}. {_printable(passage.title)}{score}\n   {_printable(passage.text)}"
+
+
+def _printable(text: str) -> str:
+    """Passages are untrusted: without this a corpus could send control sequences to the terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _hopworld(options: argparse.Namespace) -> None:
+    from rex_rag.data.hopworld import HopWorldConfig, build_hopworld, write_hopworld
+
+    names = ("seed", "people", "cities", "organisations", "countries", "train_questions", "test_questions")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    world = build_hopworld(HopWorldConfig(**given))
+    directory = write_hopworld(world, options.output)
+    print(
+        f"{directory}: world {world.config.seed} with {len(world.passages)} passages, {len(world.train)} train and "
+        f"{len(world.test)} test questions"
+    )
+
+
+def _prompts(options: argparse.Namespace) -> None:
+    from rex_rag.exploration import DEFAULT_POOL
+
+    for prompt in DEFAULT_POOL:
+        print(prompt)
+
+
+def _check(options: argparse.Namespace) -> None:
+    if not options.recipe.is_file():
+        raise FileNotFoundError(f"there is no recipe at {options.recipe}; see recipes/ for those that exist")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+    from trl import ModelConfig, TrlParser
+
+    from rex_rag.config import REXRAGConfig
+    from rex_rag.data.qa import QuestionArguments
+    from rex_rag.retrieval.load import RetrieverArguments
+
+    parser = TrlParser(
+        (QuestionArguments, RetrieverArguments, REXRAGConfig, ModelConfig),
+        prog="rex-rag check",
+        usage=argparse.SUPPRESS,  # some two hundred options, shown before the one line that matters
+    )
+    # use_cpu: the recipe is checked, not whether this machine has the GPU that the recipe wants.
+    questions, retriever, config, model = parser.parse_args_and_config(
+        ["--config", str(options.recipe), "--use_cpu", "true"]
+    )
+    sources = [" ".join(filter(None, (entry.path, entry.name, entry.split))) for entry in questions.datasets]
+    lines = {
+        "model": model.model_name_or_path or "MISSING: set model_name_or_path",
+        "questions": "; ".join(sources) or "MISSING: set datasets",
+        "retriever": f"{retriever.retriever}{''.join(' ' + path for path in retriever.corpus)}, "
+        f"top {config.retrieval_top_k}",
+        **_method_lines(config),
+        **_batch_lines(config, options.processes),
+    }
+    width = shutil.get_terminal_size((119, 24)).columns
+    print(f"{options.recipe} is valid")
+    for name, value in lines.items():
+        print(_wrapped(name, value, width))
+
+
+def _method_lines(config: REXRAGConfig) -> dict[str, str]:
+    budget = (
+        f"at most {config.max_turns} searches; tokens: prompt {config.max_prompt_length}, turn "
+        f"{config.max_turn_tokens}, observation {config.max_observation_tokens}, {config.max_sequence_length} in all"
+    )
+    if not config.num_probe_slots:
+        return {
+            "rollout": budget,
+            "group": f"{config.num_originals} originals a question",
+            "probes": "off: Search-R1's GRPO",
+        }
+    if config.probe_filter == "none":
+        kept = "all kept"
+    else:
+        ranking = "best by prompt likelihood" if config.probe_filter == "likelihood" else "drawn at random"
+        kept = f"at most {config.keep_ratio:g} x originals kept, {ranking}"
+    if config.keep_ratio_schedule != "constant":
+        kept += f" ({config.keep_ratio_schedule})"
+    return {
+        "rollout": budget,
+        "group": f"{config.num_originals} originals + {config.num_probe_slots} probe slots a question",
+        "probes": f"of failed originals with probability {config.probe_probability:g}, {kept}; pool of "
+        f"{len(config.exploration_pool())} prompts",
+        "correction": f"{_CORRECTIONS[config.correction]}; {config.probe_density} prompt density",
+    }
+
+
+def _batch_lines(config: REXRAGConfig, processes: int) -> dict[str, str]:
+    """The arithmetic between TRL's micro-batches and the paper's generation steps."""
+    rows = config.per_device_train_batch_size * config.steps_per_generation * processes
+    questions = rows // config.num_generations
+    updates = config.steps_per_generation * config.num_iterations / config.gradient_accumulation_steps
+    lines = {
+        "generation": f"{questions} questions x {config.num_generations} rows = {rows} rows over {processes} "
+        f"process{'es' if processes > 1 else ''}",
+        "optimisation": f"{updates:g} updates a generation, {questions * config.num_iterations / updates:g} questions "
+        f"each, in micro-batches of {config.per_device_train_batch_size} rows"
+        + (" (fewer once empty probe slots are dropped)" if config.num_probe_slots else ""),
+    }
+    if config.max_steps > 0:
+        lines["training"] = f"{config.max_steps} updates = {config.max_steps / updates:g} generations"
+    else:
+        lines["training"] = f"{config.num_train_epochs:g} epochs"
+    lines["training"] += f", learning rate {config.learning_rate:g}, KL {config.beta:g}, output {config.output_dir}"
+    return lines
+
+
+def _wrapped(name: str, value: str, width: int) -> str:
+    import textwrap
+
+    return textwrap.fill(value, max(width, 40), initial_indent=f"  {name:<13}", subsequent_indent=" " * 15)
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether the user can mend it. Anything else is a bug, and keeps its traceback."""
+    import yaml
+
+    from rex_rag.retrieval.base import RetrievalError
+
+    return isinstance(error, ValueError | OSError | RetrievalError | yaml.YAMLError)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

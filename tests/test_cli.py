@@ -1,0 +1,220 @@
+"""The `rex-rag` command: quick help, real work, and errors of one line."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import rex_rag
+from rex_rag.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = ("check", "search", "hopworld", "prompts")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.jsonl"
+    rows = [
+        {"id": "1", "contents": '"Lisbon"\nLisbon is the capital of Portugal.'},
+        {"id": "2", "title": "Oslo", "text": "Oslo is the capital\x1b[31m of Norway."},
+        {"id": "3", "contents": '"Rhine"\nThe Rhine is a river.'},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def failure(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    """Run a command that must fail, and return its message."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)])
+def test_help_is_quick_and_imports_no_torch(arguments: list[str]):
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('torch' in sys.modules, 'transformers' in sys.modules))\n"
+        "from rex_rag.cli import main\n"
+        f"main({arguments!r})\n"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    seconds = time.monotonic() - started
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: rex-rag")
+    assert done.stdout.rstrip().endswith("False False")
+    assert seconds < 2, "help must feel instant"
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for command in COMMANDS:
+        assert f"\n    {command}" in text
+
+
+def test_version(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"rex-rag {rex_rag.__version__}\n"
+
+
+def test_search_shows_the_best_passages_first(corpus: Path, capsys: pytest.CaptureFixture):
+    assert main(["search", "--corpus", str(corpus), "--top-k", "2", "capital of Norway"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("BM25 over 3 passages")
+    assert lines[1].startswith("1. Oslo")
+    assert lines[3].startswith("2. Lisbon")
+    assert len(lines) == 5
+
+
+def test_search_keeps_control_sequences_of_passages_off_the_terminal(corpus: Path, capsys: pytest.CaptureFixture):
+    main(["search", "--corpus", str(corpus), "--top-k", "1", "Norway"])
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert "Oslo is the capital [31m of Norway." in text
+
+
+def test_search_reads_several_corpora(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    more = tmp_path / "more.jsonl"
+    more.write_text('{"id": "9", "contents": "\\"Kigali\\"\\nKigali is the capital of Rwanda."}\n', encoding="utf-8")
+    assert main(["search", "--corpus", str(corpus), "--corpus", str(more), "--top-k", "1", "Rwanda"]) == 0
+    assert "1. Kigali" in capsys.readouterr().out
+
+
+def test_search_of_a_missing_corpus_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):
+    message = failure(capsys, "search", "--corpus", str(tmp_path / "absent.jsonl"), "anything")
+    assert message.startswith("rex-rag search: ")
+    assert "absent.jsonl" in message
+    assert message.count("\n") == 1
+
+
+def test_search_for_nothing_is_refused(corpus: Path, capsys: pytest.CaptureFixture):
+    assert "the query is empty" in failure(capsys, "search", "--corpus", str(corpus), "  ")
+
+
+def test_search_of_a_server_that_is_away_is_one_line(capsys: pytest.CaptureFixture):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        message = failure(capsys, "search", "--url", url, "anything")
+    assert url in message
+    assert message.count("\n") == 1
+
+
+def test_search_wants_a_corpus_or_a_server_but_not_both(corpus: Path, capsys: pytest.CaptureFixture):
+    for arguments in (["search", "x"], ["search", "--corpus", str(corpus), "--url", "http://127.0.0.1:1", "x"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+        assert "--corpus" in capsys.readouterr().err
+
+
+SMALL_WORLD = ["--people", "20", "--cities", "5", "--organisations", "4", "--countries", "3"]
+SMALL_QUESTIONS = ["--train-questions", "10", "20", "5", "--test-questions", "3", "4", "2"]
+
+
+def test_hopworld_writes_the_same_world_for_the_same_seed(tmp_path: Path, capsys: pytest.CaptureFixture):
+    for name, seed in (("a", "7"), ("b", "7"), ("c", "8")):
+        arguments = ["hopworld", "--output", str(tmp_path / name), "--seed", seed, *SMALL_WORLD, *SMALL_QUESTIONS]
+        assert main(arguments) == 0
+    # 20 people + 5 cities + 4 organisations + 3 countries, one passage each.
+    assert "world 7 with 32 passages, 35 train and 9 test questions" in capsys.readouterr().out
+    for file, lines in (("corpus.jsonl", 32), ("train.jsonl", 35), ("test.jsonl", 9)):
+        a, b, c = ((tmp_path / name / file).read_text(encoding="utf-8") for name in "abc")
+        assert len(a.splitlines()) == lines
+        assert a == b != c
+
+
+def test_hopworld_refuses_a_world_that_its_names_cannot_fill(tmp_path: Path, capsys: pytest.CaptureFixture):
+    message = failure(capsys, "hopworld", "--output", str(tmp_path / "world"), "--cities", "1000")
+    assert "cities=1000" in message
+    assert not (tmp_path / "world").exists()
+
+
+def test_prompts_prints_the_pool_one_a_line(capsys: pytest.CaptureFixture):
+    assert main(["prompts"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 30
+    assert all(line.startswith("<think>") for line in lines)
+
+
+def test_check_works_the_batch_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main(["check", "recipes/Qwen2.5-3B/rex_rag.yaml", "--processes", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "recipes/Qwen2.5-3B/rex_rag.yaml is valid" in text
+    assert "RUC-NLPIR/FlashRAG_datasets nq train; RUC-NLPIR/FlashRAG_datasets hotpotqa train" in text
+    assert "5 originals + 5 probe slots a question" in text
+    assert "paper, equation 7" in text
+    assert "512 questions x 10 rows = 5120 rows over 8 processes" in text
+    assert "2 updates a generation, 256 questions each" in text
+    assert "2010 updates = 1005 generations" in text
+
+
+def test_check_says_that_probes_are_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.chdir(ROOT)
+    assert main(["check", "recipes/quickstart/grpo.yaml"]) == 0
+    text = capsys.readouterr().out
+    assert "off: Search-R1's GRPO" in text
+    assert "16 questions x 5 rows = 80 rows over 1 process" in text
+    assert "correction" not in text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("keep_ratio:", "keep_ration:", "keep_ration"),
+        ("num_probe_slots: 5", "num_probe_slots: 10", "leaves no original"),
+        ("retriever: bm25", "retriever: bm52", "bm52"),
+        ("seed: 42", "seed: [", "recipe.yaml"),
+    ],
+)
+def test_check_names_what_is_wrong(
+    old: str,
+    new: str,
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "recipes/quickstart/rex_rag.yaml").read_text(encoding="utf-8")
+    assert old in text
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text.replace(old, new), encoding="utf-8")
+    message = failure(capsys, "check", str(recipe))
+    assert message.startswith("rex-rag check: ")
+    assert named in message
+
+
+def test_check_of_a_missing_recipe(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert "there is no recipe at" in failure(capsys, "check", str(tmp_path / "none.yaml"))
+
+
+def test_check_of_a_wrong_type_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "recipes/quickstart/rex_rag.yaml").read_text(encoding="utf-8")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text.replace("num_generations: 10", "num_generations: ten"), encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        main(["check", str(recipe)])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "num_generations" in message
+    assert len(message.splitlines()) <= 2

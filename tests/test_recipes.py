@@ -1,0 +1,191 @@
+"""Every recipe is parsed the way scripts/train.py parses it, and says of itself what is true."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from trl import ModelConfig, TrlParser
+
+from rex_rag.config import REXRAGConfig
+from rex_rag.data.qa import QuestionArguments
+from rex_rag.retrieval.load import RetrieverArguments
+
+ROOT = Path(__file__).resolve().parents[1]
+ACCELERATE = ROOT / "recipes" / "accelerate_configs"
+OURS = ("quickstart", "hotpotqa_sample")
+METHODS = ("grpo", "rex_rag", "rex_rag_dapo")
+RECIPES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in (*OURS, "Qwen2.5-3B", "Qwen2.5-7B")
+    for path in (ROOT / "recipes" / folder).glob("*.yaml")
+)
+PAPER_RECIPES = [path for path in RECIPES if path.startswith("recipes/Qwen")]
+HEADER_LAUNCH = re.compile(r"accelerate launch --config_file (\S+) (\S+) --config (\S+)")
+
+
+@pytest.fixture(autouse=True)
+def _from_the_root(monkeypatch: pytest.MonkeyPatch):
+    """Recipes hold paths relative to the repository root, from where they are launched."""
+    monkeypatch.chdir(ROOT)
+
+
+def parse(recipe: str | Path, *overrides: str):
+    """As in scripts/train.py; use_cpu, since this machine need not have the GPU that a recipe wants."""
+    parser = TrlParser((QuestionArguments, RetrieverArguments, REXRAGConfig, ModelConfig))
+    return parser.parse_args_and_config(["--config", str(recipe), "--use_cpu", "true", *overrides])
+
+
+def header(recipe: str) -> str:
+    """The comment at the top without its marks, continued lines joined."""
+    lines = []
+    for line in (ROOT / recipe).read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return "\n".join(lines).replace("\\\n", "")
+
+
+def values(recipe: str) -> dict:
+    return yaml.safe_load((ROOT / recipe).read_text(encoding="utf-8"))
+
+
+def test_all_recipes_are_there():
+    assert [
+        *(
+            f"recipes/Qwen2.5-{size}/{name}.yaml"
+            for size in ("3B", "7B")
+            for name in ("grpo", "rex_rag", "rex_rag_dapo")
+        ),
+        "recipes/hotpotqa_sample/rex_rag.yaml",
+        "recipes/quickstart/grpo.yaml",
+        "recipes/quickstart/rex_rag.yaml",
+    ] == RECIPES
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_parses_strictly_and_builds_its_config(recipe: str):
+    questions, retriever, config, model = parse(recipe)
+    written = values(recipe)
+    written.pop("use_cpu", None)
+    written.pop("datasets")
+    assert questions.datasets
+    for name, value in written.items():
+        owners = [part for part in (questions, retriever, config, model) if hasattr(part, name)]
+        assert owners, name
+        assert any(getattr(owner, name) == value for owner in owners), f"{name}: {value!r} did not arrive"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_has_no_key_twice(recipe: str):
+    keys = [key.value for key, _ in yaml.compose((ROOT / recipe).read_text(encoding="utf-8")).value]
+    assert len(keys) == len(set(keys)), sorted(key for key in keys if keys.count(key) > 1)
+
+
+def test_an_unknown_key_is_refused(tmp_path: Path):
+    text = (ROOT / "recipes/quickstart/rex_rag.yaml").read_text(encoding="utf-8")
+    misspelt = tmp_path / "misspelt.yaml"
+    misspelt.write_text(text.replace("probe_probability:", "probe_probabilty:"), encoding="utf-8")
+    with pytest.raises(ValueError, match="probe_probabilty"):
+        parse(misspelt)
+
+
+def test_a_value_out_of_range_is_refused(tmp_path: Path):
+    text = (ROOT / "recipes/quickstart/rex_rag.yaml").read_text(encoding="utf-8")
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(text.replace("num_probe_slots: 5", "num_probe_slots: 10"), encoding="utf-8")
+    with pytest.raises(ValueError, match="leaves no original"):
+        parse(wrong)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_header_names_files_that_exist_and_the_recipe_itself(recipe: str):
+    launches = HEADER_LAUNCH.findall(header(recipe))
+    assert len(launches) == 1
+    accelerate_config, script, named = launches[0]
+    assert Path(accelerate_config).parent == Path("recipes/accelerate_configs")
+    assert (ROOT / accelerate_config).is_file()
+    assert script == "scripts/train.py"
+    assert (ROOT / script).is_file()
+    assert named == recipe
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_header_shows_an_override_that_parses(recipe: str):
+    shown = re.search(r"for example:\n(--.+)", header(recipe))
+    assert shown, "no override example"
+    overrides = shown[1].split()
+    parts = parse(recipe, *overrides)
+    for name, value in zip(overrides[::2], overrides[1::2], strict=True):
+        found = [str(getattr(part, name[2:])) for part in parts if hasattr(part, name[2:])]
+        assert found == [value]
+
+
+@pytest.mark.parametrize("recipe", PAPER_RECIPES)
+def test_every_number_has_its_source_beside_it(recipe: str):
+    lines = (ROOT / recipe).read_text(encoding="utf-8").splitlines()
+    numbers = [line for line in lines if re.match(r"\w+: [\d.]", line)]
+    assert len(numbers) > 20
+    for line in numbers:
+        assert re.search(r"  # (paper|reference|ours|rows a question|one for each|no probes|= )", line), line
+
+
+@pytest.mark.parametrize("recipe", PAPER_RECIPES)
+def test_batch_arithmetic_gives_the_papers_steps_on_eight_gpus(recipe: str):
+    _, _, config, _ = parse(recipe)
+    rows_per_gpu = config.per_device_train_batch_size * config.steps_per_generation
+    assert 8 * rows_per_gpu // config.num_generations == 512  # questions a generation
+    assert rows_per_gpu % config.num_generations == 0  # whole groups on every GPU
+    updates = config.steps_per_generation / config.gradient_accumulation_steps
+    assert 512 / updates == 256  # questions an update
+    assert config.max_steps == 1005 * updates
+    assert config.num_originals == 5
+    assert config.get_warmup_steps(config.max_steps) == 573  # ceil(0.285 x 2010 = 572.85)
+
+
+@pytest.mark.parametrize("size", ["3B", "7B"])
+def test_methods_differ_only_where_they_must(size: str):
+    rex, grpo, dapo = (values(f"recipes/Qwen2.5-{size}/{name}.yaml") for name in ("rex_rag", "grpo", "rex_rag_dapo"))
+    probes = {"probe_probability", "keep_ratio", "probe_filter", "correction", "probe_density"}
+    batch = {"per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"}
+
+    def differing(one: dict, other: dict) -> set[str]:
+        return {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
+
+    assert differing(rex, dapo) == {"output_dir", "epsilon_high"}
+    assert differing(rex, grpo) - batch == {"output_dir", "num_generations", "num_probe_slots", *probes}
+
+
+@pytest.mark.parametrize("path", sorted(ACCELERATE.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_config_loads(path: Path):
+    config = load_config_from_file(str(path))
+    on_cpu = path.stem.endswith("cpu")
+    assert config.use_cpu is on_cpu
+    assert config.mixed_precision == ("no" if on_cpu else "bf16")
+    # MULTI_CPU wants mpirun and, without it, starts one process in silence; FSDP on CPU silently becomes DDP.
+    assert config.distributed_type.value not in {"MULTI_CPU", "FSDP" if on_cpu else ""}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "processes", "stage"),
+    [
+        ("cpu", "NO", 1, None),
+        ("single_gpu", "NO", 1, None),
+        ("ddp", "MULTI_GPU", 8, None),
+        ("ddp_cpu", "MULTI_GPU", 2, None),
+        ("zero2", "DEEPSPEED", 8, 2),
+        ("zero3", "DEEPSPEED", 8, 3),
+        ("zero3_cpu", "DEEPSPEED", 2, 3),
+        ("fsdp2", "FSDP", 8, None),
+    ],
+)
+def test_accelerate_config_is_what_its_name_says(name: str, kind: str, processes: int, stage: int | None):
+    config = load_config_from_file(str(ACCELERATE / f"{name}.yaml"))
+    assert config.distributed_type.value == kind
+    assert config.num_processes == processes
+    assert config.deepspeed_config.get("zero_stage") == stage
+    if kind == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2
