@@ -1,0 +1,319 @@
+"""REXRAGConfig: TRL's GRPOConfig plus the settings of REX-RAG. Every cross-field check lives here."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import GRPOConfig
+
+from rex_rag.exploration import load_pool
+from rex_rag.mixed_sampling import MixedSamplingConfig
+from rex_rag.policy_correction import clip_bound
+from rex_rag.protocol import PROMPT_TEMPLATE, STOP_STRINGS, build_prompt
+from rex_rag.rollout import RolloutBudget
+
+logger = logging.getLogger(__name__)
+
+_CHOICES = {
+    "correction": ("token", "decoupled", "sequence", "none"),
+    "probe_filter": ("likelihood", "random", "none"),
+    "probe_density": ("exact", "coarse"),
+    "keep_ratio_schedule": ("constant", "accuracy_ema"),
+}
+
+
+@dataclass
+class REXRAGConfig(GRPOConfig):
+    r"""
+    Configuration of [`REXRAGTrainer`], in addition to everything [`~trl.GRPOConfig`] offers.
+
+    Args:
+        num_generations (`int`, *optional*, defaults to `10`):
+            Rows per question: originals and probe slots together. The paper's n = 5 originals are
+            `num_generations - num_probe_slots`.
+        num_probe_slots (`int`, *optional*, defaults to `5`):
+            How many probes a question can hold. Slots left empty are dropped before optimisation and cost nothing, so
+            as many slots as originals never bind. `0` switches probes off: the trainer is then Search-R1's GRPO.
+        probe_probability (`float`, *optional*, defaults to `0.2`):
+            Probability with which a failed original is probed (paper section 3.3: p = 0.2).
+        keep_ratio (`float`, *optional*, defaults to `0.12`):
+            The trajectory filter keeps the best `floor(keep_ratio * N)` probes of the global batch, N originals
+            (paper section 3.4: alpha = 0.12).
+        keep_ratio_schedule (`str`, *optional*, defaults to `"constant"`):
+            `"accuracy_ema"` lets the keep ratio follow probe accuracy (moving average, weight 0.1) from `keep_ratio`
+            on; the reference implementation starts it at 0.08.
+        probe_filter (`str`, *optional*, defaults to `"likelihood"`):
+            `"likelihood"` ranks probes by the mean log-probability of their prompt; `"random"` keeps a random subset
+            of the same size; `"none"` keeps all (both are ablations, paper table 2).
+        correction (`str`, *optional*, defaults to `"token"`):
+            `"token"` is the paper's form (eq. 7-8): the clipped ratio is pi_theta / mu, token by token.
+            `"decoupled"` clips pi_theta / pi_old and multiplies by the detached weight pi_old / mu. `"sequence"`
+            multiplies by the detached whole-trajectory weight (balance heuristic), whose expectation is the
+            on-policy gradient. `"none"` switches importance sampling off (ablation).
+        correction_weight_max (`float` or `None`, *optional*):
+            Truncates the weights of `"decoupled"` and `"sequence"` from above.
+        probe_density (`str`, *optional*, defaults to `"exact"`):
+            `"exact"` takes the prompt's next-token frequencies in the tokenised pool; `"coarse"` 1/n on its first
+            token and 1 on the rest (ablation).
+        exploration_prompts (`str` or `None`, *optional*):
+            Text file with one exploration prompt a line; `None` uses the built-in 30.
+        exploration_pool_size (`int` or `None`, *optional*):
+            Use only the first so many prompts of the pool; `1` is the single-prompt ablation.
+        max_turns (`int`, *optional*, defaults to `4`):
+            Turns that may search. One last generation follows, in which a search is not executed.
+        max_prompt_length (`int`, *optional*, defaults to `2048`):
+            Longest prompt in tokens. A longer one is refused by name, never truncated.
+        max_turn_tokens (`int`, *optional*, defaults to `500`):
+            Longest generation of one turn in tokens.
+        max_observation_tokens (`int`, *optional*, defaults to `500`):
+            Longest observation in tokens, tags included.
+        max_sequence_length (`int`, *optional*, defaults to `4096`):
+            Prompt and completion in all, in tokens. `max_completion_length` follows from it.
+        retrieval_top_k (`int`, *optional*, defaults to `3`):
+            Passages per search (`top_k` is TRL's sampling parameter).
+        prompt_template (`str` or `None`, *optional*):
+            Text file with the prompt; `{question}` marks the place of the question. `None` uses the built-in one.
+        format_reward_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the reward for well-formed trajectories beside exact match; off by default, as in the paper.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.GRPOConfig`]:
+    > - `num_generations`: Defaults to `10` instead of `8`.
+    > - `num_generations_eval`: Defaults to `1`.
+    > - `max_completion_length`: Defaults to `max_sequence_length`.
+    > - `beta`: Defaults to `0.001` instead of `0.0` (paper section 4.1).
+    > - `per_device_train_batch_size`: Defaults to `10`, one question a micro-batch.
+    """
+
+    num_generations: int | None = field(
+        default=10, metadata={"help": "Rows per question: originals and probe slots together."}
+    )
+    num_generations_eval: int | None = field(
+        default=1, metadata={"help": "Rollouts per question in evaluation. Evaluation never probes."}
+    )
+    per_device_train_batch_size: int = field(
+        default=10, metadata={"help": "Rows per device and micro-batch, probe slots included."}
+    )
+    max_completion_length: int | None = field(
+        default=None,
+        metadata={"help": "Follows from max_sequence_length; leave it unset."},
+    )
+    beta: float = field(default=0.001, metadata={"help": "KL coefficient against the initial model (k3 estimator)."})
+
+    num_probe_slots: int = field(
+        default=5, metadata={"help": "Probe slots per question among num_generations; 0 switches probes off."}
+    )
+    probe_probability: float = field(default=0.2, metadata={"help": "Probability of probing a failed original."})
+    keep_ratio: float = field(
+        default=0.12, metadata={"help": "The filter keeps floor(keep_ratio * originals) probes of the global batch."}
+    )
+    keep_ratio_schedule: str = field(
+        default="constant",
+        metadata={"help": "Keep ratio over time.", "choices": list(_CHOICES["keep_ratio_schedule"])},
+    )
+    probe_filter: str = field(
+        default="likelihood", metadata={"help": "Trajectory filter.", "choices": list(_CHOICES["probe_filter"])}
+    )
+    correction: str = field(
+        default="token", metadata={"help": "Form of the policy correction.", "choices": list(_CHOICES["correction"])}
+    )
+    correction_weight_max: float | None = field(
+        default=None, metadata={"help": "Upper truncation of the decoupled and sequence weights."}
+    )
+    probe_density: str = field(
+        default="exact",
+        metadata={"help": "Density of the inserted prompt's tokens.", "choices": list(_CHOICES["probe_density"])},
+    )
+    exploration_prompts: str | None = field(
+        default=None, metadata={"help": "Text file with exploration prompts, one a line; unset: the built-in 30."}
+    )
+    exploration_pool_size: int | None = field(
+        default=None, metadata={"help": "Use only the first so many exploration prompts."}
+    )
+    max_turns: int = field(default=4, metadata={"help": "Turns that may search, before one last generation."})
+    max_prompt_length: int = field(default=2048, metadata={"help": "Longest prompt, in tokens."})
+    max_turn_tokens: int = field(default=500, metadata={"help": "Longest generation of a turn, in tokens."})
+    max_observation_tokens: int = field(default=500, metadata={"help": "Longest observation, in tokens."})
+    max_sequence_length: int = field(default=4096, metadata={"help": "Prompt and completion in all, in tokens."})
+    retrieval_top_k: int = field(default=3, metadata={"help": "Passages per search."})
+    prompt_template: str | None = field(
+        default=None, metadata={"help": "Text file with the prompt template; {question} marks the question."}
+    )
+    format_reward_weight: float = field(default=0.0, metadata={"help": "Weight of the well-formedness reward."})
+
+    def __post_init__(self) -> None:
+        self._refuse_bad_values()
+        if self.max_completion_length is None:
+            self.max_completion_length = self.max_sequence_length
+        super().__post_init__()
+        self._refuse_split_groups()
+        self._prepare_generation()
+        self._warn()
+
+    @property
+    def num_originals(self) -> int:
+        """G0 = n: rollouts per question sampled from pi_old alone."""
+        return self.num_generations - self.num_probe_slots
+
+    def mixed_sampling(self) -> MixedSamplingConfig:
+        return MixedSamplingConfig(
+            originals_per_question=self.num_originals,
+            probe_slots=self.num_probe_slots,
+            probe_probability=self.probe_probability,
+            probe_filter=self.probe_filter,
+            seed=self.seed,
+        )
+
+    def rollout_budget(self) -> RolloutBudget:
+        return RolloutBudget(
+            max_turns=self.max_turns,
+            max_turn_tokens=self.max_turn_tokens,
+            max_observation_tokens=self.max_observation_tokens,
+            max_sequence_length=self.max_sequence_length,
+            top_k=self.retrieval_top_k,
+        )
+
+    def exploration_pool(self) -> tuple[str, ...]:
+        return load_pool(self.exploration_prompts, self.exploration_pool_size)
+
+    def prompt_text(self) -> str:
+        """The prompt template's text."""
+        if self.prompt_template is None:
+            return PROMPT_TEMPLATE
+        path = Path(self.prompt_template)
+        if not path.is_file():
+            raise ValueError(f"prompt_template is {self.prompt_template!r}, which is not a file; give a text file")
+        return path.read_text(encoding="utf-8")
+
+    def _refuse_bad_values(self) -> None:
+        """Collect every problem and report them together."""
+        problems = [
+            f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}"
+            for name, choices in _CHOICES.items()
+            if getattr(self, name) not in choices
+        ]
+        problems += self._rollout_problems() + self._sampling_problems()
+        for check in (self.exploration_pool, lambda: build_prompt("", self.prompt_text())):
+            try:
+                check()
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError("REXRAGConfig:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+    def _rollout_problems(self) -> list[str]:
+        problems = []
+        if self.num_probe_slots < 0:
+            problems.append(f"num_probe_slots is {self.num_probe_slots}; use 0 to switch probes off")
+        if self.num_generations - max(self.num_probe_slots, 0) < 1:
+            problems.append(
+                f"num_generations is {self.num_generations} with num_probe_slots {self.num_probe_slots}, which leaves "
+                "no original to sample; raise num_generations (it counts originals and probe slots together)"
+            )
+        for name in ("probe_probability", "keep_ratio"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                problems.append(f"{name} is {value}; it is a share, so give a value in [0, 1]")
+        for name in ("max_turns", "max_prompt_length", "max_turn_tokens", "max_observation_tokens", "retrieval_top_k"):
+            lowest = 0 if name == "max_turns" else 1
+            if getattr(self, name) < lowest:
+                problems.append(f"{name} is {getattr(self, name)}; use at least {lowest}")
+        turn = self.max_prompt_length + self.max_turn_tokens
+        if self.max_sequence_length < turn:
+            problems.append(
+                f"max_sequence_length is {self.max_sequence_length}, which cannot hold a prompt and a turn "
+                f"(max_prompt_length {self.max_prompt_length} + max_turn_tokens {self.max_turn_tokens} = {turn}); "
+                "raise it or lower the others"
+            )
+        if self.max_completion_length not in (None, self.max_sequence_length):
+            problems.append(
+                f"max_completion_length is {self.max_completion_length}, but a search rollout is limited by "
+                f"max_sequence_length ({self.max_sequence_length}, prompt included); set that one and leave "
+                "max_completion_length unset"
+            )
+        if self.format_reward_weight < 0:
+            problems.append(f"format_reward_weight is {self.format_reward_weight}; use 0 (off) or a positive weight")
+        if self.correction_weight_max is not None and self.correction_weight_max < 1:
+            problems.append(
+                f"correction_weight_max is {self.correction_weight_max}; below 1 it would cut weights of tokens that "
+                "need no correction: use at least 1, or leave it unset"
+            )
+        return problems
+
+    def _sampling_problems(self) -> list[str]:
+        reason = (
+            "truncated sampling biases every ratio, since log-probabilities are those of the full softmax; "
+            "sample from the full softmax"
+        )
+        problems = []
+        if self.temperature <= 0:
+            problems.append(f"temperature is {self.temperature}; rollouts of a group must differ: use 1.0")
+        if self.top_p < 1:
+            problems.append(f"top_p is {self.top_p}: {reason} (top_p 1.0)")
+        if self.top_k is not None and self.top_k > 0:
+            problems.append(f"top_k is {self.top_k}: {reason} (top_k 0). Passages per search are retrieval_top_k")
+        if self.min_p:
+            problems.append(f"min_p is {self.min_p}: {reason} (min_p unset)")
+        if self.repetition_penalty != 1.0:
+            problems.append(f"repetition_penalty is {self.repetition_penalty}: {reason} (repetition_penalty 1.0)")
+        if self.mask_truncated_completions:
+            problems.append(
+                "mask_truncated_completions is on, but TRL takes a completion without end-of-sequence token for a "
+                "truncated one, and a rollout ends at </answer>: every answer would be masked; switch it off"
+            )
+        if self.use_transformers_continuous_batching:
+            problems.append(
+                "use_transformers_continuous_batching is on, but it cannot stop a row at a tag; use vLLM (use_vllm) "
+                "or plain generation"
+            )
+        return problems
+
+    def _prepare_generation(self) -> None:
+        generation_kwargs = dict(self.generation_kwargs or {})
+        allowed = {"stop": list(STOP_STRINGS), "include_stop_str_in_output": True} if self.use_vllm else {}
+        foreign = {key: value for key, value in generation_kwargs.items() if allowed.get(key) != value}
+        if foreign:
+            raise ValueError(
+                f"generation_kwargs is {foreign}; rollouts are sampled from the full softmax and stop at our tags, so "
+                "no other sampling parameter is taken: remove it"
+            )
+        if not self.use_vllm:
+            return
+        self.generation_kwargs = allowed
+        if self.vllm_max_model_length is None:
+            self.vllm_max_model_length = self.max_sequence_length
+        elif self.vllm_max_model_length < self.max_sequence_length:
+            raise ValueError(
+                f"vllm_max_model_length is {self.vllm_max_model_length}, less than max_sequence_length "
+                f"{self.max_sequence_length}: vLLM would cut rollouts by itself; leave it unset or raise it"
+            )
+
+    def _refuse_split_groups(self) -> None:
+        rows = self.per_device_train_batch_size * self.steps_per_generation
+        if rows % self.num_generations:
+            raise ValueError(
+                f"per_device_train_batch_size * steps_per_generation is {self.per_device_train_batch_size} * "
+                f"{self.steps_per_generation} = {rows}, not a multiple of num_generations {self.num_generations}: a "
+                "question's originals and probes would be split over processes; make it a multiple"
+            )
+
+    def _warn(self) -> None:
+        if self.loss_type != "dapo":
+            logger.warning(
+                "loss_type is %r; the method averages over the tokens of the whole batch, which is loss_type 'dapo'",
+                self.loss_type,
+            )
+        epsilon = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        ratio = self.probe_probability if self.probe_filter == "none" else self.keep_ratio
+        if self.num_probe_slots and self.correction == "token" and ratio / (1 + ratio) > clip_bound(epsilon):
+            logger.warning(
+                "up to %.3f of the batch can be probes, beyond the clip bound eps/(1+eps) = %.3f: originals then "
+                "start at a ratio of 1/(1-a) outside the clip range and those with positive advantage get no "
+                "gradient. Lower %s below %.2f or use correction='decoupled'",
+                ratio / (1 + ratio),
+                clip_bound(epsilon),
+                "probe_probability" if self.probe_filter == "none" else "keep_ratio",
+                epsilon,
+            )

@@ -1,0 +1,75 @@
+"""What a generation batch is reported as: counts summed on each process, rates over the global batch."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from rex_rag.mixed_sampling import MixedBatch
+from rex_rag.types import Trajectory, Truncation
+
+
+def rollout_counts(trajectories: Sequence[Trajectory]) -> Counter:
+    """Sums over trajectories, to be added up over processes."""
+    counts: Counter = Counter(rollouts=len(trajectories))
+    for trajectory in trajectories:
+        counts["searches"] += len(trajectory.searches)
+        counts["invalid_actions"] += trajectory.invalid_actions
+        counts["unanswered"] += trajectory.answer is None
+        counts["out_of_tokens"] += trajectory.answer is None and trajectory.truncations[Truncation.SEQUENCE] > 0
+        for cause in Truncation:
+            counts[f"truncations/{cause.value}"] += trajectory.truncations[cause]
+    return counts
+
+
+def mixed_counts(batch: MixedBatch, originals_per_question: int) -> Counter:
+    """Sums for exact match, dead ends and rescues. A question's originals are adjacent."""
+    counts: Counter = Counter(
+        originals=len(batch.originals),
+        originals_correct=sum(batch.correct),
+        probes_made=batch.probes_made,
+        probes_kept=len(batch.probes),
+        probes_correct=sum(batch.probe_correct),
+    )
+    probed: dict[int, bool] = {}
+    for probe, right in zip(batch.probes, batch.probe_correct, strict=True):
+        question = probe.parent // originals_per_question
+        probed[question] = probed.get(question, False) or right
+    for question in range(len(batch.originals) // originals_per_question):
+        first = question * originals_per_question
+        dead = not any(batch.correct[first : first + originals_per_question])
+        counts["questions"] += 1
+        counts["dead_ends"] += dead
+        counts["dead_ends_probed"] += dead and question in probed
+        counts["dead_ends_rescued"] += dead and probed.get(question, False)
+    return counts
+
+
+def summarize(counts: Iterable[Counter]) -> dict[str, float]:
+    """Rates of the global batch from every process's counts; NaN where there was nothing to rate."""
+    total: Counter = Counter()
+    for part in counts:
+        total.update(part)
+    metrics = {
+        "searches/mean": _rate(total["searches"], total["rollouts"]),
+        "invalid_actions/mean": _rate(total["invalid_actions"], total["rollouts"]),
+        "unanswered/rate": _rate(total["unanswered"], total["rollouts"]),
+        "completions/clipped_ratio": _rate(total["out_of_tokens"], total["rollouts"]),
+    }
+    for cause in Truncation:
+        metrics[f"truncations/{cause.value}"] = _rate(total[f"truncations/{cause.value}"], total["rollouts"])
+    if total["originals"]:
+        metrics |= {
+            "em/originals": _rate(total["originals_correct"], total["originals"]),
+            "em/probes": _rate(total["probes_correct"], total["probes_kept"]),
+            "dead_end/rate": _rate(total["dead_ends"], total["questions"]),
+            "dead_end/rescue_rate": _rate(total["dead_ends_rescued"], total["dead_ends_probed"]),
+            "probes/made": float(total["probes_made"]),
+            "probes/kept": float(total["probes_kept"]),
+        }
+    return metrics
+
+
+def _rate(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan

@@ -1,0 +1,585 @@
+"""REXRAGTrainer: TRL's GRPOTrainer with search rollouts, mixed probe sampling and policy correction.
+
+A question's group has `num_generations` rows: n originals and m probe slots. A slot that stays empty is a row of one
+masked token whose every reward is NaN, which TRL leaves out of the group's mean and std; it is dropped again before
+optimisation. So every process holds equally many rows and TRL does the rest. Data flows one way: `_generate` ->
+`_calculate_rewards` -> `_generate_and_score_completions` -> `compute_loss`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import pad
+
+from rex_rag.answers import exact_match
+from rex_rag.config import REXRAGConfig
+from rex_rag.exploration import ExplorationPool
+from rex_rag.generation import TransformersGenerator, VLLMGenerator
+from rex_rag.metrics import mixed_counts, rollout_counts, summarize
+from rex_rag.mixed_sampling import MixedBatch, MixedSampler
+from rex_rag.model_card import PAPER, append_method_section
+from rex_rag.policy_correction import (
+    PADDING_KIND,
+    KeepRatio,
+    behavior_log_probs,
+    clip_bound,
+    decoupled_log_weights,
+    probe_log_density,
+    sequence_log_weights,
+    weight_statistics,
+)
+from rex_rag.prompts import add_prompts
+from rex_rag.retrieval.base import Retriever
+from rex_rag.rewards import exact_match_reward, format_reward
+from rex_rag.rollout import RolloutEngine, RolloutSeconds
+from rex_rag.types import Segment, SegmentKind, Trajectory
+
+logger = get_logger(__name__)
+
+_STATE_FILE = "rex_rag_state.json"
+
+
+@dataclass(slots=True)
+class _Slots:
+    """One process's generation batch: a trajectory per row, `None` in an empty probe slot."""
+
+    rows: list[Trajectory | None]
+    batch: MixedBatch
+    live: torch.Tensor | None  # indices of the rows to optimise, equally many on every process; None for all rows
+
+
+class REXRAGTrainer(GRPOTrainer):
+    """
+    Trainer for REX-RAG, introduced in [REX-RAG: Reasoning Exploration with Policy Correction in Retrieval-Augmented
+    Generation](https://huggingface.co/papers/2508.08149). It differs from [`~trl.GRPOTrainer`] in that generation is
+    a multi-turn search rollout with mixed probe sampling, and that the loss corrects for the mixture.
+
+    Example:
+
+    ```python
+    >>> from rex_rag import REXRAGConfig, REXRAGTrainer
+    >>> from rex_rag.retrieval.bm25 import BM25Retriever
+    >>> from datasets import load_dataset
+
+    >>> trainer = REXRAGTrainer(
+    ...     model="Qwen/Qwen2.5-3B",
+    ...     args=REXRAGConfig(output_dir="rex-rag"),
+    ...     train_dataset=load_dataset("RUC-NLPIR/FlashRAG_datasets", "nq", split="train"),
+    ...     retriever=BM25Retriever.from_corpus(["corpus.jsonl"]),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The policy, as for [`~trl.GRPOTrainer`].
+        retriever ([`~rex_rag.retrieval.base.Retriever`]):
+            Answers the searches. It is asked whether it can before the model is loaded.
+        args ([`REXRAGConfig`], *optional*):
+            Configuration; defaults are the paper's.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Questions: columns `question` (`str`) and `golden_answers` (`list[str]`). A `prompt` column is added.
+        eval_dataset ([`~datasets.Dataset`], *optional*):
+            The same; evaluation samples `num_generations_eval` rollouts per question and never probes.
+        reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
+            Further TRL reward functions, added to exact match. They receive model-written text as `completions`, and
+            `predicted_answer`, `golden_answers` and `trajectory` beside TRL's arguments. `args.reward_weights` counts
+            exact match first, then the format reward where it is on, then these.
+        recipe (`str`, *optional*):
+            Where the settings came from, for the model card.
+
+    The remaining arguments are those of [`~trl.GRPOTrainer`].
+
+    Raises:
+        ValueError: for a dataset without the columns, or with a prompt beyond `max_prompt_length`.
+        RetrievalError: when the retriever cannot answer.
+    """
+
+    _tag_names = ["trl", "grpo", "rex-rag"]  # noqa: RUF012 (TRL's contract)
+    _name = "REX-RAG"
+    _paper = PAPER
+
+    def __init__(
+        self,
+        model,
+        retriever: Retriever,
+        args: REXRAGConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict | None = None,
+        reward_funcs: Callable | str | list | None = None,
+        processing_class=None,
+        callbacks=None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config=None,
+        recipe: str | None = None,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config.name_or_path
+            args = REXRAGConfig(output_dir=f"{name.split('/')[-1]}-REX-RAG")
+        if not isinstance(retriever, Retriever):
+            raise TypeError(f"retriever is a {type(retriever).__name__}; it must offer description, check and search")
+        retriever.check()
+        self.retriever = retriever
+        self.recipe = recipe
+        self._keep_ratio = KeepRatio(args.keep_ratio, args.keep_ratio_schedule)
+        self._slots: _Slots | None = None
+        self._loss_inputs: dict[str, Any] | None = None
+        self._correction_seconds = 0.0
+        self._warned_beyond_clip = False
+        template = args.prompt_text()
+        super().__init__(
+            model=model,
+            reward_funcs=self._reward_functions(args, reward_funcs),
+            args=args,
+            train_dataset=add_prompts(train_dataset, template, "train_dataset"),
+            eval_dataset=add_prompts(eval_dataset, template, "eval_dataset"),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        self._refuse_long_prompts()
+        pool = ExplorationPool(args.exploration_pool(), self._tokenizer, args.probe_density)
+        engine = RolloutEngine(
+            generator=self._make_generator(),
+            retriever=retriever,
+            tokenizer=self._tokenizer,
+            budget=args.rollout_budget(),
+            max_over_ranks=self._max_over_ranks,
+        )
+        self.sampler = MixedSampler(
+            engine,
+            pool,
+            args.mixed_sampling(),
+            score_probes=self._score_probes,
+            gather=lambda item: gather_object([item]),
+            rank=self.accelerator.process_index,
+        )
+
+    @staticmethod
+    def _reward_functions(args: REXRAGConfig, further) -> list:
+        functions: list = [exact_match_reward]
+        weights = [1.0]
+        if args.format_reward_weight:
+            functions.append(format_reward)
+            weights.append(args.format_reward_weight)
+        further = [] if further is None else list(further) if isinstance(further, list | tuple) else [further]
+        if args.reward_weights is None:
+            args.reward_weights = weights + [1.0] * len(further)
+        return functions + further
+
+    def _refuse_long_prompts(self) -> None:
+        """The question is never what gets truncated: a prompt beyond the limit is refused before training."""
+        for dataset in (self.train_dataset, self.eval_dataset):
+            if not isinstance(dataset, Dataset):
+                continue
+            overhead = len(self._tokenize_prompts([dataset[0]["prompt"]])[0][0])
+            for index, question in enumerate(dataset["question"]):
+                # A token holds at least one byte, so most questions need no tokenizer to be known short enough.
+                if len(question.encode()) + overhead <= self.args.max_prompt_length:
+                    continue
+                length = len(self._tokenize_prompts([dataset[index]["prompt"]])[0][0])
+                if length > self.args.max_prompt_length:
+                    raise ValueError(
+                        f"the prompt of row {index} ({question[:80]!r}) has {length} tokens, more than "
+                        f"max_prompt_length {self.args.max_prompt_length}; raise it or remove the row"
+                    )
+
+    # Generation
+
+    def _make_generator(self) -> TransformersGenerator | VLLMGenerator:
+        if self.use_vllm:
+            return VLLMGenerator(
+                single_turn=lambda prompt_ids: self._generate_single_turn(prompt_ids, None, {}, 1),
+                set_max_tokens=lambda count: setattr(self.vllm_generation, "max_completion_length", count),
+                equal_rows=self.vllm_mode == "server" or self.vllm_tensor_parallel_size > 1,
+            )
+        return TransformersGenerator(
+            None,
+            self._tokenizer,
+            temperature=self.temperature,
+            eos_token_ids=self.eos_token_ids,
+            model_context=self._generation_model,
+        )
+
+    @contextmanager
+    def _generation_model(self):
+        """The unwrapped policy, ready to generate: the same contexts as TRL's own transformers path."""
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                generation_kwargs=self.generation_kwargs,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            yield model
+
+    def _max_over_ranks(self, count: int) -> int:
+        if self.accelerator.num_processes == 1:
+            return count
+        return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
+
+    def _sample(self, prompt_ids: list[list[int]]) -> _Slots:
+        """Run the rollouts of this process's rows and lay the trajectories into the rows."""
+        if not self.model.training:
+            rows = self.sampler.engine.rollout(prompt_ids)
+            correct = [self._is_correct(row, trajectory) for row, trajectory in enumerate(rows)]
+            return _Slots(rows, MixedBatch(rows, correct, [], [], 0, len(rows), 0, 0, 0), None)
+        group, n = self.num_generations, self.args.num_originals
+        original_rows = [row for row in range(len(prompt_ids)) if row % group < n]
+        step = (self.state.global_step, self._step % self.current_gradient_accumulation_steps)
+        batch = self.sampler.sample(
+            [prompt_ids[row] for row in original_rows],
+            lambda index, trajectory: self._is_correct(original_rows[index], trajectory),
+            step=step,
+            first_row=self.accelerator.process_index * len(original_rows),
+            keep_ratio=self._keep_ratio.value,
+        )
+        rows: list[Trajectory | None] = [None] * len(prompt_ids)
+        for row, original in zip(original_rows, batch.originals, strict=True):
+            rows[row] = original
+        for probe in batch.probes:
+            slot = probe.parent // n * group + n
+            while rows[slot] is not None:
+                slot += 1
+            rows[slot] = probe
+        return _Slots(rows, batch, self._live_rows(rows))
+
+    def _is_correct(self, row: int, trajectory: Trajectory) -> bool:
+        return exact_match(trajectory.answer, self._batch_inputs[row]["golden_answers"])
+
+    def _live_rows(self, rows: list[Trajectory | None]) -> torch.Tensor | None:
+        """Filled rows, topped up with empty ones to the largest count over processes that splits into mini-batches."""
+        steps = self.args.steps_per_generation
+        filled = [index for index, row in enumerate(rows) if row is not None]
+        count = -(-self._max_over_ranks(len(filled)) // steps) * steps
+        if count >= len(rows):
+            return None
+        empty = [index for index, row in enumerate(rows) if row is None]
+        return torch.tensor(sorted(filled + empty[: count - len(filled)]), device=self.accelerator.device)
+
+    def _generate(self, prompts: list):
+        """Search rollouts instead of single completions; the one change to what TRL expects back is empty slots.
+
+        Like the parent it returns prompt ids, completion ids, tool mask, completions, sampling log-probs, extra
+        fields and images, one entry per row. The tool mask is 0 on inserted passages and feedback. `completions`
+        hold model-written text only, since that is what reward functions may read.
+        """
+        prompt_ids, _, _ = self._tokenize_prompts(prompts)
+        engine = self.sampler.engine
+        engine.seconds = RolloutSeconds()
+        slots = self._slots = self._sample(prompt_ids)
+        self._log_rollouts(slots, prompt_ids)
+        pad_id = self._tokenizer.pad_token_id
+        completion_ids = [row.completion_ids if row else [pad_id] for row in slots.rows]
+        tool_mask = [row.trained_mask if row else [0] for row in slots.rows]
+        texts = [row.model_text if row else "" for row in slots.rows]
+        logprobs = [row.sampling_logprobs if row else [None] for row in slots.rows] if self.use_vllm else None
+        completions = [[{"role": "assistant", "content": text}] for text in texts]
+        return prompt_ids, completion_ids, tool_mask, completions, logprobs, {}, None, []
+
+    def _score_probes(self, probes: Sequence[Trajectory]) -> list[float]:
+        """Mean log pi_old over the `PROBE` tokens of started probes. A collective: ranks score equally many rows."""
+        count = self._max_over_ranks(len(probes))
+        pad_id = self._tokenizer.pad_token_id
+        dummy = Trajectory([pad_id], [Segment(SegmentKind.PROBE, [pad_id], "")])
+        rows = [*probes, *[dummy] * (count - len(probes))]
+        started = time.perf_counter()
+        contexts = [torch.tensor(row.prompt_ids + row.completion_ids[: -len(row.segments[-1].ids)]) for row in rows]
+        inserted = [torch.tensor(row.segments[-1].ids) for row in rows]
+        context_ids, context_mask = self._padded(contexts, "left")
+        inserted_ids, inserted_mask = self._padded(inserted, "right")
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            logps, _, _ = super()._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([context_ids, inserted_ids], dim=1),
+                torch.cat([context_mask, inserted_mask], dim=1),
+                inserted_ids.size(1),
+                batch_size=self.args.per_device_train_batch_size,
+            )
+        scores = (logps.float() * inserted_mask).sum(dim=1) / inserted_mask.sum(dim=1)
+        self._correction_seconds += time.perf_counter() - started
+        return scores[: len(probes)].tolist()
+
+    def _padded(self, rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+        device = self.accelerator.device
+        ids = pad(rows, padding_value=self._tokenizer.pad_token_id, padding_side=side).to(device)
+        mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side=side).to(device)
+        return ids, mask
+
+    # Scoring
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        """As in the parent, with the parsed answers as further columns; empty slots get NaN, TRL's 'unscorable'."""
+        rows = self._slots.rows
+        for example, row in zip(inputs, rows, strict=True):
+            example["predicted_answer"] = row.answer if row else None
+            example["trajectory"] = row
+        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        for example in inputs:
+            del example["predicted_answer"], example["trajectory"]
+        empty = torch.tensor([row is None for row in rows], device=self.accelerator.device)
+        rewards_per_func[self.accelerator.gather(empty)] = torch.nan
+        self._log_completion_extra("trajectory", [row.render() if row else None for row in rows])
+        self._log_completion_extra("predicted_answer", [row.answer if row else None for row in rows])
+        is_probe = torch.tensor([bool(row and row.is_probe) for row in rows], device=self.accelerator.device)
+        self._log_completion_extra("is_probe", is_probe.tolist())
+        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
+        all_empty, all_probe = self.accelerator.gather(empty), self.accelerator.gather(is_probe)
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["reward/originals"].append(rewards[~all_empty & ~all_probe].mean().item())
+        self._metrics[mode]["reward/probes"].append(rewards[all_probe].mean().item())
+        return rewards_per_func
+
+    def _generate_and_score_completions(self, inputs):
+        """As in the parent, plus what the correction needs, minus the empty slots."""
+        self._batch_inputs = inputs
+        self._correction_seconds = 0.0
+        output = super()._generate_and_score_completions(inputs)
+        slots = self._slots
+        started = time.perf_counter()
+        output |= self._correction_inputs(slots, output["completion_ids"])
+        if slots.live is not None:
+            height = len(slots.rows)
+            output = {
+                key: value[slots.live] if isinstance(value, torch.Tensor) and value.shape[:1] == (height,) else value
+                for key, value in output.items()
+            }
+        self._drop_empty_log_rows(gather_object([row is None for row in slots.rows]))
+        self._correction_seconds += time.perf_counter() - started
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["seconds/correction"].append(self._correction_seconds)
+        return output
+
+    def _correction_inputs(self, slots: _Slots, completion_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        kinds = torch.full(completion_ids.shape, PADDING_KIND, dtype=torch.int8)
+        pool_logps = torch.zeros(completion_ids.shape, dtype=torch.float32)
+        for index, row in enumerate(slots.rows):
+            if row is None:
+                continue
+            row_kinds = torch.tensor(row.kinds, dtype=torch.int8)
+            kinds[index, : len(row_kinds)] = row_kinds
+            if row.is_probe:
+                inserted = kinds[index] == SegmentKind.PROBE
+                pool_logps[index, inserted] = torch.tensor(row.pool_logprobs)
+        batch = slots.batch
+        device = completion_ids.device
+        return {
+            "segment_kinds": kinds.to(device),
+            "pool_logps": pool_logps.to(device),
+            "failure_rate": torch.tensor(batch.failure_rate, dtype=torch.float64),
+            "mixing_share": torch.tensor(batch.mixing_share, dtype=torch.float64),
+        }
+
+    def _drop_empty_log_rows(self, empty: list[bool]) -> None:
+        """TRL's completion table shows trajectories, not the slots that no probe filled."""
+        columns = [self._logs["prompt"], self._logs["completion"], self._logs["advantages"]]
+        columns += [*self._logs["rewards"].values(), *self._logs["extra"].values()]
+        for column in columns:
+            newest = [column.pop() for _ in empty][::-1]
+            if self.model.training:
+                column.clear()
+            column.extend(value for value, is_empty in zip(newest, empty, strict=True) if not is_empty)
+
+    # Loss
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        """As in the parent, with two additions around it.
+
+        While a generation batch is scored, empty slots are not sent through the model. While the loss is computed,
+        the realignment happens here, between the forward pass that yields log pi_theta (which is log pi_old when
+        generation and optimisation are aligned) and the parent reading `old_per_token_logps` and `advantages`.
+        """
+        live = self._slots.live if self._slots is not None and self._loss_inputs is None else None
+        if live is None or input_ids.size(0) != len(self._slots.rows):
+            output = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+            if self._loss_inputs is not None:
+                self._realign(output[0].detach())
+            return output
+        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+            model, input_ids[live], attention_mask[live], logits_to_keep, *args, **kwargs
+        )
+        unpacked = logps.new_zeros(input_ids.size(0), logps.size(1))
+        unpacked[live] = logps
+        return unpacked, entropies, aux_loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The parent's loss with pi_theta / mu in the place of pi_theta / pi_old (paper eq. 8), or weighted.
+
+        The ratio's denominator and the weights are set by `_realign`; without probes (a = 0) nothing is changed and
+        the loss equals the parent's bit for bit.
+        """
+        self._loss_inputs = dict(inputs)  # a shallow copy: the buffered batch keeps log pi_old
+        try:
+            return super().compute_loss(model, self._loss_inputs, return_outputs, num_items_in_batch)
+        finally:
+            self._loss_inputs = None
+
+    def _realign(self, per_token_logps: torch.Tensor) -> None:
+        """Put log mu into the place of log pi_old, or the correction weights into the advantages.
+
+        Args:
+            per_token_logps: (B, T) log pi_theta, detached.
+        """
+        started = time.perf_counter()
+        inputs = self._loss_inputs
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        old = inputs.get("old_per_token_logps")
+        old = per_token_logps if old is None else old
+        share = float(inputs["mixing_share"])
+        advantages = inputs["advantages"]
+        denominator = old
+        if share > 0 and self.args.correction != "none":
+            density = probe_log_density(
+                old, inputs["segment_kinds"], inputs["pool_logps"], float(inputs["failure_rate"])
+            )
+            behavior = behavior_log_probs(old, density, share)
+            if self.args.correction == "sequence":
+                log_weights = sequence_log_weights(old, density, mask, share)
+            else:
+                log_weights = decoupled_log_weights(old, behavior)
+            if self.args.correction == "token":
+                inputs["old_per_token_logps"] = denominator = behavior
+            else:
+                if self.args.correction_weight_max is not None:
+                    log_weights = log_weights.clamp(max=torch.tensor(self.args.correction_weight_max).log().item())
+                inputs["advantages"] = advantages.unsqueeze(1) * log_weights.exp()
+            self._log_weights(log_weights, mask)
+        self._log_segments(per_token_logps, denominator, advantages, mask)
+        self._metrics["train" if self.model.training else "eval"]["seconds/realignment"].append(
+            time.perf_counter() - started
+        )
+
+    # Metrics
+
+    def _log_rollouts(self, slots: _Slots, prompt_ids: list[list[int]]) -> None:
+        """Everything known once the rollouts are done, over the filled rows of all processes."""
+        mode = "train" if self.model.training else "eval"
+        metrics = self._metrics[mode]
+        filled = [(row, ids) for row, ids in zip(slots.rows, prompt_ids, strict=True) if row is not None]
+        originals = self.args.num_originals if mode == "train" else self.num_generations_eval
+        counts = rollout_counts([row for row, _ in filled]) + mixed_counts(slots.batch, originals)
+        lengths = [sum(row.trained_mask) for row, _ in filled]
+        tokens = sum(len(ids) for _, ids in filled) + sum(lengths)
+        seconds = self.sampler.engine.seconds
+        gathered = gather_object([(counts, lengths, tokens, (seconds.generation, seconds.retrieval, seconds.engine))])
+        all_lengths = [length for part in gathered for length in part[1]]
+        if mode == "train":
+            self.state.num_input_tokens_seen += sum(part[2] for part in gathered)
+            metrics["probes/mixing_share"].append(slots.batch.mixing_share)
+            metrics["probes/failure_rate"].append(slots.batch.failure_rate)
+            metrics["probes/keep_ratio"].append(self._keep_ratio.value)
+        metrics["num_tokens"] = [self.state.num_input_tokens_seen]
+        metrics["completions/mean_length"].append(sum(all_lengths) / len(all_lengths))
+        metrics["completions/min_length"].append(min(all_lengths))
+        metrics["completions/max_length"].append(max(all_lengths))
+        for index, name in enumerate(("generation", "retrieval", "engine")):
+            metrics[f"seconds/{name}"].append(sum(part[3][index] for part in gathered) / len(gathered))
+        summary = summarize(part[0] for part in gathered)
+        for name, value in summary.items():
+            metrics[name].append(value)
+        if mode == "train" and slots.batch.global_kept:
+            self._keep_ratio.update(summary["em/probes"])
+            if self.args.correction == "token":
+                self._warn_beyond_clip(slots.batch.mixing_share)
+
+    def _warn_beyond_clip(self, mixing_share: float) -> None:
+        if mixing_share > clip_bound(self.epsilon_high) and not self._warned_beyond_clip:
+            self._warned_beyond_clip = True
+            logger.warning(
+                f"step {self.state.global_step}: probes are {mixing_share:.3f} of the batch, beyond the clip bound "
+                f"{clip_bound(self.epsilon_high):.3f}: originals start outside the clip range, and those with "
+                "positive advantage get no gradient. Lower keep_ratio or use correction='decoupled'. Said once"
+            )
+
+    def _log_weights(self, log_weights: torch.Tensor, mask: torch.Tensor) -> None:
+        """Mean, maximum and effective sample size (a share of the weighted tokens or trajectories) of the weights."""
+        counted = mask if log_weights.size(1) == mask.size(1) else mask.any(dim=1, keepdim=True)
+        statistics = self.accelerator.gather(weight_statistics(log_weights, counted).unsqueeze(0))  # (ranks, 4)
+        total, squares, count = statistics[:, :3].sum(dim=0).tolist()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if count:
+            metrics["importance_weight/mean"].append(total / count)
+            metrics["importance_weight/max"].append(statistics[:, 3].max().item())
+            metrics["importance_weight/ess"].append(total**2 / (squares * count))
+
+    def _log_segments(
+        self, per_token_logps: torch.Tensor, denominator: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor
+    ) -> None:
+        """Clip fraction and KL (k3) of sampled and of inserted tokens apart."""
+        inputs = self._loss_inputs
+        kinds = [(inputs["segment_kinds"] == kind) & mask.bool() for kind in (SegmentKind.POLICY, SegmentKind.PROBE)]
+        ratio = torch.exp(per_token_logps - denominator)
+        signs = advantages.unsqueeze(1)
+        clipped = ((ratio < 1 - self.epsilon_low) & (signs < 0)) | ((ratio > 1 + self.epsilon_high) & (signs > 0))
+        per_token_kl = torch.zeros_like(ratio)
+        if self.beta:
+            log_ratio = inputs["ref_per_token_logps"] - per_token_logps
+            per_token_kl = log_ratio.exp() - log_ratio - 1
+        sums = [value for kind in kinds for value in (kind.sum(), clipped[kind].sum(), per_token_kl[kind].sum())]
+        totals = self.accelerator.reduce(torch.stack([value.float() for value in sums]), reduction="sum").tolist()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, (count, num_clipped, kl) in (("policy", totals[:3]), ("probe", totals[3:])):
+            if count:
+                metrics[f"clip_ratio/{name}"].append(num_clipped / count)
+                if self.beta:
+                    metrics[f"kl/{name}"].append(kl / count)
+
+    # Checkpoints and cards
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """As in the parent, plus the keep ratio's moving average."""
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            partial = folder / f"{_STATE_FILE}.partial"
+            partial.write_text(json.dumps({"keep_ratio": self._keep_ratio.state_dict()}))
+            partial.replace(folder / _STATE_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        """As in the parent, plus the keep ratio's moving average."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / _STATE_FILE
+        if path.is_file():
+            self._keep_ratio.load_state_dict(json.loads(path.read_text())["keep_ratio"])
+        elif self.args.keep_ratio_schedule == "accuracy_ema":
+            raise ValueError(
+                f"{path} is missing, so the keep ratio's moving average cannot be resumed; the checkpoint was not "
+                "written by this trainer: start from it as a model instead (model_name_or_path)"
+            )
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """The parent's card, plus method settings, recipe, retriever and results."""
+        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        if self.is_world_process_zero():
+            append_method_section(
+                Path(self.args.output_dir) / "README.md",
+                args=self.args,
+                retriever=self.retriever.description,
+                recipe=self.recipe,
+                log_history=self.state.log_history,
+            )
