@@ -189,9 +189,14 @@ def _check(options: argparse.Namespace) -> None:
         usage=argparse.SUPPRESS,  # some two hundred options, shown before the one line that matters
     )
     # use_cpu: the recipe is checked, not whether this machine has the GPU that the recipe wants.
-    questions, retriever, config, model = parser.parse_args_and_config(
-        ["--config", str(options.recipe), "--use_cpu", "true"]
+    questions, retriever, config, model, unknown, _ = parser.parse_args_and_config(
+        ["--config", str(options.recipe), "--use_cpu", "true"],
+        return_remaining_strings=True,
+        separate_remaining_strings=True,
     )
+    if unknown:
+        known = [action.dest for action in parser._actions]
+        raise ValueError(_unknown_keys([text[2:] for text in unknown[::2]], known))
     sources = [" ".join(filter(None, (entry.path, entry.name, entry.split))) for entry in questions.datasets]
     lines = {
         "model": model.model_name_or_path or "MISSING: set model_name_or_path",
@@ -205,6 +210,16 @@ def _check(options: argparse.Namespace) -> None:
     print(f"{options.recipe} is valid")
     for name, value in lines.items():
         print(_wrapped(name, value, width))
+
+
+def _unknown_keys(names: Sequence[str], known: Sequence[str]) -> str:
+    import difflib
+
+    described = []
+    for name in names:
+        [near] = difflib.get_close_matches(name, known, n=1) or [None]
+        described.append(f"{name!r} (did you mean {near}?)" if near else repr(name))
+    return f"unknown keys: {', '.join(described)}; correct or remove them"
 
 
 def _method_lines(config: REXRAGConfig) -> dict[str, str]:
@@ -239,12 +254,13 @@ def _batch_lines(config: REXRAGConfig, processes: int) -> dict[str, str]:
     rows = config.per_device_train_batch_size * config.steps_per_generation * processes
     questions = rows // config.num_generations
     updates = config.steps_per_generation * config.num_iterations / config.gradient_accumulation_steps
+    dropping = " (fewer once empty probe slots are dropped)" if config.num_probe_slots else ""
     lines = {
         "generation": f"{questions} questions x {config.num_generations} rows = {rows} rows over {processes} "
         f"process{'es' if processes > 1 else ''}",
-        "optimisation": f"{updates:g} updates a generation, {questions * config.num_iterations / updates:g} questions "
-        f"each, in micro-batches of {config.per_device_train_batch_size} rows"
-        + (" (fewer once empty probe slots are dropped)" if config.num_probe_slots else ""),
+        "optimisation": f"{updates:g} update{'s' if updates != 1 else ''} a generation, "
+        f"{questions * config.num_iterations / updates:g} questions each, in micro-batches of "
+        f"{config.per_device_train_batch_size} rows{dropping}",
     }
     if config.max_steps > 0:
         lines["training"] = f"{config.max_steps} updates = {config.max_steps / updates:g} generations"
@@ -257,7 +273,7 @@ def _batch_lines(config: REXRAGConfig, processes: int) -> dict[str, str]:
 def _wrapped(name: str, value: str, width: int) -> str:
     import textwrap
 
-    return textwrap.fill(value, max(width, 40), initial_indent=f"  {name:<13}", subsequent_indent=" " * 15)
+    return textwrap.fill(value, max(width, 40), initial_indent=f"  {name:<14}", subsequent_indent=" " * 16)
 
 
 def _is_expected(error: Exception) -> bool:

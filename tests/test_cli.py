@@ -177,7 +177,7 @@ def test_check_says_that_probes_are_off(monkeypatch: pytest.MonkeyPatch, capsys:
 @pytest.mark.parametrize(
     ("old", "new", "named"),
     [
-        ("keep_ratio:", "keep_ration:", "keep_ration"),
+        ("keep_ratio:", "keep_ration:", "'keep_ration' (did you mean keep_ratio?)"),
         ("num_probe_slots: 5", "num_probe_slots: 10", "leaves no original"),
         ("retriever: bm25", "retriever: bm52", "bm52"),
         ("seed: 42", "seed: [", "recipe.yaml"),
