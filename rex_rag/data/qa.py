@@ -249,6 +249,8 @@ def _open_source(
         rows = list(_array_rows(local))
     else:
         rows = [(f"{local}, line {number}", row) for number, row in iter_json_objects(local, QuestionError)]
+    if not rows:
+        raise QuestionError(f"{local}: the file holds no row; write or download it again")
     return list(dict.fromkeys(name for _, row in rows for name in row)), rows
 
 

@@ -1,0 +1,156 @@
+"""BM25 over small corpora with scores worked out by hand, and over real passages where they are present."""
+
+import json
+import logging
+import math
+import random
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rex_rag.data.corpus import CorpusError, read_corpus, write_corpus
+from rex_rag.retrieval.base import RetrievalError, Retriever, checked_search
+from rex_rag.retrieval.bm25 import BM25Retriever, best_rows
+from rex_rag.types import Passage
+
+REAL_DATA = Path(__file__).parents[3] / "shared" / "data" / "hotpotqa_sample"
+
+
+def _passages(*texts):
+    return [Passage(id=str(n), title="", text=text) for n, text in enumerate(texts)]
+
+
+def _ids(ranking):
+    return [passage.id for passage in ranking]
+
+
+def test_score_is_the_lucene_formula():
+    # Lengths 2, 4, 3: mean 3. "oslo" is once in 2 of 3 passages: idf = ln(1 + (3 - 2 + .5) / (2 + .5)) = ln 1.6.
+    # k1 = 1.5, b = .75: tf part = 1 / (1 + 1.5 (.25 + .75 length / 3)): length 2: 1/2.125, length 3: 1/2.5.
+    retriever = BM25Retriever(_passages("oslo harbour", "rome madrid lisbon prague", "oslo winter sun"))
+    [ranking] = retriever.search(["Oslo"], top_k=3)
+    assert _ids(ranking) == ["0", "2", "1"]
+    expected = [math.log(1.6) / 2.125, math.log(1.6) / 2.5, 0.0]
+    assert [passage.score for passage in ranking] == pytest.approx(expected, rel=1e-5)
+
+
+def test_title_is_searched_and_words_are_stemmed():
+    passages = [Passage("a", "Rivers of Norway", "They flow."), Passage("b", "Lakes", "They rest.")]
+    assert _ids(BM25Retriever(passages).search(["river"], 1)[0]) == ["a"]
+    # Without a stemmer "river" is not "rivers": nothing matches.
+    assert BM25Retriever(passages, stemmer=None).search(["river"], 1)[0][0].score == 0.0
+
+
+def test_stop_words_are_left_out_unless_asked_for():
+    passages = _passages("oslo", "the the the")
+    assert BM25Retriever(passages).search(["the"], 1)[0][0].id == "0"
+    assert BM25Retriever(passages, stopwords=None).search(["the"], 1)[0][0].id == "1"
+    assert BM25Retriever(passages, stopwords=["oslo"]).search(["the oslo"], 1)[0][0].id == "1"
+
+
+@pytest.mark.parametrize("query", ["zzz", "the of", "!?", "\u4e2d", "a"])
+def test_a_query_that_matches_nothing_gets_corpus_order(query):
+    retriever = BM25Retriever(_passages("oslo", "rome", "paris"))
+    [ranking] = retriever.search([query], top_k=2)
+    assert [(p.id, p.score) for p in ranking] == [("0", 0.0), ("1", 0.0)]
+
+
+def test_equal_scores_keep_corpus_order_for_any_top_k():
+    retriever = BM25Retriever(_passages(*["oslo harbour"] * 40, "rome"))
+    for top_k in (1, 7, 40):
+        assert _ids(retriever.search(["oslo"], top_k)[0]) == [str(n) for n in range(top_k)]
+
+
+def test_top_k_is_capped_at_the_corpus():
+    assert _ids(BM25Retriever(_passages("oslo", "rome")).search(["rome"], 50)[0]) == ["1", "0"]
+    assert _ids(BM25Retriever(_passages("oslo")).search(["oslo"], 3)[0]) == ["0"]
+
+
+def test_best_rows_agree_with_a_full_sort():
+    draws = random.Random(0)
+    for _ in range(200):
+        size = draws.randint(1, 30)
+        scores = np.array([draws.choice([0.0, 0.0, 0.5, 1.0, draws.random()]) for _ in range(size)], dtype=np.float32)
+        top_k = draws.randint(1, 35)
+        expected = sorted(range(size), key=lambda row: (-scores[row], row))[:top_k]
+        assert best_rows(scores, top_k).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("queries", "top_k", "message"),
+    [
+        (["oslo"], 0, "top_k=0"),
+        (["oslo"], -1, "top_k=-1"),
+        (["oslo"], 1.5, "top_k=1.5"),
+        (["oslo", ""], 1, "query 1 of 2 is blank"),
+        (["  \t"], 1, "query 0 of 1 is blank"),
+        ([None], 1, "query 0 is None"),
+        ("oslo", 1, "single string"),
+    ],
+)
+def test_requests_that_ask_nothing_are_refused(queries, top_k, message):
+    with pytest.raises(RetrievalError, match=message):
+        BM25Retriever(_passages("oslo")).search(queries, top_k)
+
+
+@pytest.mark.parametrize(
+    ("passages", "options", "message"),
+    [
+        ([], {}, "0 passages"),
+        (_passages("the", "of a"), {}, "none of the 2 passages"),
+        (_passages("oslo"), {"k1": -1}, "k1=-1"),
+        (_passages("oslo"), {"b": 1.5}, "b=1.5"),
+        (_passages("oslo"), {"stemmer": "klingon"}, "no stemmer 'klingon'"),
+    ],
+)
+def test_what_cannot_be_indexed_is_refused(passages, options, message):
+    with pytest.raises(RetrievalError, match=message):
+        BM25Retriever(passages, **options)
+
+
+def test_contract_quietness_and_description(tmp_path, capfd, caplog):
+    path = tmp_path / "world" / "corpus.jsonl"
+    write_corpus(_passages("oslo", "rome"), path)
+    with caplog.at_level(logging.INFO):
+        retriever = BM25Retriever.from_corpus(path)
+        retriever.check()
+        rankings = checked_search(retriever, ["rome", "oslo", "rome"], 1)
+    assert [_ids(ranking) for ranking in rankings] == [["1"], ["0"], ["1"]]
+    assert retriever.search([], 1) == []
+    assert isinstance(retriever, Retriever) and len(retriever) == 2
+    assert retriever.description == "BM25 over 2 passages of world/corpus.jsonl"
+    assert capfd.readouterr() == ("", "")
+    assert {record.name for record in caplog.records} <= {"rex_rag.retrieval.bm25"}
+
+
+def test_from_corpus_reports_a_bad_file(tmp_path):
+    with pytest.raises(CorpusError, match="no such file"):
+        BM25Retriever.from_corpus([tmp_path / "absent.jsonl"])
+
+
+def test_threads_see_the_same_ranking():
+    draws = random.Random(0)
+    words = [f"word{n}" for n in range(50)]
+    retriever = BM25Retriever(_passages(*[" ".join(draws.choices(words, k=20)) for _ in range(200)]))
+    queries = [" ".join(draws.choices(words, k=4)) for _ in range(100)]
+    alone = retriever.search(queries, 5)
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda query: retriever.search([query], 5)[0], queries))
+    assert together == alone
+
+
+@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the HotpotQA sample is not at ../shared/data/hotpotqa_sample")
+@pytest.mark.parametrize(("top_k", "expected"), [(2, 0.595), (3, 0.685), (5, 0.775), (10, 0.890)])
+def test_recall_of_gold_passages_on_hotpotqa(top_k, expected):
+    retriever = BM25Retriever(read_corpus(REAL_DATA / "corpus.jsonl"))
+    with (REAL_DATA / "qa.jsonl").open(encoding="utf-8") as lines:
+        questions = [json.loads(line) for line in lines]
+    rankings = retriever.search([question["question"] for question in questions], top_k)
+    recalls = []
+    for question, ranking in zip(questions, rankings, strict=True):
+        gold = set(question["metadata"]["supporting_titles"])
+        recalls.append(len(gold & {passage.title for passage in ranking}) / len(gold))
+    assert len(recalls) == 100
+    assert sum(recalls) / len(recalls) == pytest.approx(expected, abs=5e-4)

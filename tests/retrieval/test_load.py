@@ -1,0 +1,87 @@
+"""Retriever arguments as recipes and command lines give them, and the retriever they lead to."""
+
+import subprocess
+import sys
+
+import pytest
+from trl import GRPOConfig, ModelConfig, TrlParser
+
+from rex_rag.data.corpus import CorpusError, write_corpus
+from rex_rag.data.qa import QuestionArguments
+from rex_rag.retrieval.bm25 import BM25Retriever
+from rex_rag.retrieval.client import RemoteRetriever
+from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+from rex_rag.types import Passage
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    write_corpus([Passage("a", "Oslo", "A harbour."), Passage("b", "Rome", "A forum.")], path)
+    return path
+
+
+def test_bm25_over_a_corpus_relative_to_the_working_directory(corpus, monkeypatch):
+    monkeypatch.chdir(corpus.parent)
+    retriever = load_retriever(RetrieverArguments(corpus=["corpus.jsonl"]))
+    assert isinstance(retriever, BM25Retriever)
+    assert retriever.search(["rome"], 1)[0][0].id == "b"
+
+
+def test_url_gives_a_client_with_the_limits():
+    retriever = load_retriever(
+        RetrieverArguments(retriever="http://127.0.0.1:8000", retriever_timeout=3, retriever_max_attempts=2)
+    )
+    assert isinstance(retriever, RemoteRetriever)
+    assert retriever.url == "http://127.0.0.1:8000/retrieve"
+    assert (retriever._timeout, retriever._max_attempts) == (3.0, 2)
+
+
+def test_a_missing_corpus_is_named(tmp_path):
+    with pytest.raises(CorpusError, match=r"absent\.jsonl: no such file"):
+        load_retriever(RetrieverArguments(corpus=[str(tmp_path / "absent.jsonl")]))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "corpus is empty"),
+        ({"retriever": "elastic", "corpus": ["a"]}, "neither 'bm25' nor"),
+        ({"retriever": "http://x", "corpus": ["a"]}, "leave corpus out"),
+        ({"corpus": ["a", " "]}, "holds ' '"),
+        ({"corpus": [3]}, "holds 3"),
+        ({"corpus": ["a"], "retriever_timeout": 0}, "retriever_timeout=0.0"),
+        ({"corpus": ["a"], "retriever_timeout": float("nan")}, "retriever_timeout=nan"),
+        ({"corpus": ["a"], "retriever_max_attempts": 0}, "retriever_max_attempts=0"),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        RetrieverArguments(**values)
+
+
+def test_recipe_and_command_line(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("retriever: bm25\ncorpus: one.jsonl\nretriever_timeout: 5\n")
+    [arguments] = TrlParser(RetrieverArguments).parse_args_and_config(["--config", str(recipe)])
+    assert (arguments.corpus, arguments.retriever_timeout) == (["one.jsonl"], 5.0)
+    [arguments] = TrlParser(RetrieverArguments).parse_args_and_config(
+        ["--config", str(recipe), "--corpus", "two.jsonl", "three.jsonl"]
+    )
+    assert arguments.corpus == ["two.jsonl", "three.jsonl"]
+
+
+def test_field_names_do_not_clash_with_the_trainer_and_help_renders():
+    parser = TrlParser((QuestionArguments, RetrieverArguments, GRPOConfig, ModelConfig))
+    help_text = parser.format_help()
+    assert "--retriever_max_attempts" in help_text and "--subset_seed" in help_text
+
+
+def test_imports_stay_light():
+    code = (
+        "import sys, rex_rag.retrieval.load, rex_rag.retrieval.bm25, rex_rag.retrieval.client, rex_rag.data.qa, "
+        "rex_rag.data.corpus\n"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'bm25s') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (result.stdout.strip(), result.stderr.strip()) == ("[]", "")
