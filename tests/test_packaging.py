@@ -207,3 +207,62 @@ def test_the_command_is_the_one_that_setup_cfg_names(setup_cfg: configparser.Con
 
     assert setup_cfg["options.entry_points"]["console_scripts"].strip() == "rex-rag = rex_rag.cli:main"
     assert callable(main)
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def listed_files(readme: str) -> set[str]:
+    """The paths of the tree under "What is where", folders with a slash at the end."""
+    tree = re.search(r"## What is where\n\n```\n(.*?)```", readme, re.DOTALL)[1]
+    found, folder = set(), ""
+    for line in tree.splitlines():
+        names = line.split("  ")[0] if not line.startswith("  ") else line[2:].split("  ")[0]
+        folder = folder if line.startswith("  ") else ""
+        if not line.startswith("  ") and line.endswith("/"):
+            folder = line
+        else:
+            found.update(folder + name for name in names.split(", "))
+    return found
+
+
+def test_the_readme_lists_every_file_of_package_and_scripts_and_no_other(readme: str):
+    listed = listed_files(readme)
+    missing = sorted(path for path in listed if not (ROOT / path).exists())
+    assert not missing, f"listed but not there: {missing}"
+    package = {path.relative_to(ROOT).as_posix() for path in MODULES.values() if path.read_text(encoding="utf-8")}
+    scripts = {path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts").glob("*.*")}
+    # Folders of the package speak through their modules.
+    unlisted = {path for path in (package | scripts) - listed if path.count("/") == 1 or "__init__" not in path}
+    assert not unlisted, f"there but not listed: {sorted(unlisted)}"
+
+
+def test_the_readme_names_every_setting_with_its_default(readme: str):
+    from dataclasses import fields
+
+    from rex_rag.config import REXRAGConfig
+
+    rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", readme, re.MULTILINE))
+    own = set(REXRAGConfig.__annotations__) - {
+        "num_generations_eval",
+        "per_device_train_batch_size",
+        "max_completion_length",
+    }
+    assert set(rows) == own
+    for entry in fields(REXRAGConfig):
+        if entry.name in own:
+            assert rows[entry.name] == repr(entry.default).replace("'", '"'), entry.name
+
+
+def test_the_readmes_python_parses(readme: str):
+    examples = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert examples
+    for example in examples:
+        tree = ast.parse(example)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("rex_rag."):
+                exported = ast.parse(MODULES[node.module].read_text(encoding="utf-8")).body
+                names = {item.name for item in exported if isinstance(item, ast.ClassDef | ast.FunctionDef)}
+                assert {alias.name for alias in node.names} <= names
