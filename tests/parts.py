@@ -1,0 +1,103 @@
+"""Small real parts that tests share: tokenizers made on the spot, a tiny Qwen2, a corpus, a scripted generator."""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from rex_rag.generation import Generation
+from rex_rag.protocol import ALL_TAGS, FEEDBACK_TEXT
+from rex_rag.types import Passage
+
+WORDS = "red blue green gold oak elm fox owl river hill where is the tree of Doc Title ( ) 1 2 : . abcdef Question"
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+
+
+def make_word_tokenizer() -> PreTrainedTokenizerFast:
+    """Word-level, every tag one token: a random policy often writes tags."""
+    pool_words = "<think> Wait I may be wrong . Maybe not so Hold on"
+    pieces = [*WORDS.split(), *pool_words.replace("<think>", "").split()]
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(["<pad>", "<unk>", "<eos>", *pieces]))}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_tokens([AddedToken(tag, normalized=False) for tag in ALL_TAGS])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>", padding_side="left"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_bpe_tokenizer(vocab_size: int = 400) -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained so that tokens merge across tag borders ("> <", ".</", "><")."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Split(pattern="\x00", behavior="isolated")  # merges may cross everything
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [backend.pre_tokenizer, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    text = [
+        "<think> the owl is in the oak.</think>\n<search> where is the owl </search>",
+        "\n\n<information>Doc 1(Title: Owl) the owl</information>\n\n<think> so.</think><answer> oak </answer>",
+        ".</think>\n<answer> red </answer>. </answer>. \n</search>\n",
+        FEEDBACK_TEXT,
+    ] * 20
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<eos>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(text, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_tiny_model(tokenizer, seed: int = 0, hidden: int = 32) -> Qwen2ForCausalLM:
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        initializer_range=0.2,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+PASSAGES = [
+    Passage("0", "Fox", "the fox is red"),
+    Passage("1", "Owl", "the owl is in the oak"),
+    Passage("2", "River", "the river of gold"),
+    Passage("3", "Hill", "the hill is green"),
+]
+
+
+class ScriptedGenerator:
+    """Plays texts back, in the order of the calls, encoded by the tokenizer; checks what it is given."""
+
+    equal_rows = False
+
+    def __init__(self, tokenizer, turns: list[list[str]]) -> None:
+        self.tokenizer = tokenizer
+        self.turns = list(turns)
+        self.seen: list[list[list[int]]] = []
+
+    def generate(self, prompt_ids, max_new_tokens):
+        self.seen.append([list(row) for row in prompt_ids])
+        texts = self.turns.pop(0)
+        assert len(texts) == len(prompt_ids), f"{len(prompt_ids)} rows asked, {len(texts)} scripted"
+        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [Generation(row[:max_new_tokens], [-1.0] * len(row[:max_new_tokens])) for row in ids]

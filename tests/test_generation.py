@@ -1,0 +1,63 @@
+"""The transformers backend: rows stop on their own, at tags, end tokens and limits."""
+
+import pytest
+import torch
+from parts import make_bpe_tokenizer, make_tiny_model, make_word_tokenizer
+
+from rex_rag.generation import TransformersGenerator
+from rex_rag.protocol import STOP_STRINGS
+
+
+@pytest.mark.parametrize("make_tokenizer", [make_word_tokenizer, make_bpe_tokenizer])
+def test_rows_end_at_the_first_tag_or_end_token(make_tokenizer):
+    tokenizer = make_tokenizer()
+    model = make_tiny_model(tokenizer)
+    torch.manual_seed(0)
+    generator = TransformersGenerator(model, tokenizer)
+    prompts = [[5, 6, 7], [8], [9, 10]] * 40
+    generations = generator.generate(prompts, max_new_tokens=40)
+    assert len(generations) == 120
+    lengths = {len(generation.ids) for generation in generations}
+    assert len(lengths) > 3
+    stopped = 0
+    for generation in generations:
+        assert 1 <= len(generation.ids) <= 40
+        before = tokenizer.decode(generation.ids[:-1], skip_special_tokens=False)
+        text = tokenizer.decode(generation.ids, skip_special_tokens=False)
+        assert not any(tag in before for tag in STOP_STRINGS)
+        assert tokenizer.eos_token_id not in generation.ids[:-1]
+        ended = any(tag in text for tag in STOP_STRINGS) or generation.ids[-1] == tokenizer.eos_token_id
+        assert ended or len(generation.ids) == 40
+        stopped += ended
+    assert stopped > 20
+
+
+def test_sampled_tokens_follow_the_models_distribution():
+    """Left padding, temperature and stopping leave the next-token distribution alone (chi-square by hand)."""
+    tokenizer = make_word_tokenizer()
+    model = make_tiny_model(tokenizer)
+    prompt = [5, 6, 7]
+    with torch.no_grad():
+        probabilities = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    torch.manual_seed(1)
+    rows = 4000
+    # every second row is longer, so that half of the rows under test are padded
+    prompts = [prompt, [4, 5, 6, 7, 8]] * rows
+    first = torch.tensor([g.ids[0] for g in TransformersGenerator(model, tokenizer).generate(prompts, 1)])[::2]
+    counts = torch.bincount(first, minlength=len(tokenizer)).float()
+    chi_square = ((counts - rows * probabilities).square() / (rows * probabilities)).sum().item()
+    degrees = len(tokenizer) - 1
+    assert abs(chi_square - degrees) < 5 * (2 * degrees) ** 0.5
+
+
+def test_greedy_decoding_repeats_itself():
+    tokenizer = make_word_tokenizer()
+    generator = TransformersGenerator(make_tiny_model(tokenizer), tokenizer, temperature=0)
+    assert generator.generate([[5, 6]], 20) == generator.generate([[5, 6]], 20)
+
+
+def test_missing_pad_token_is_refused():
+    tokenizer = make_word_tokenizer()
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="no pad token"):
+        TransformersGenerator(make_tiny_model(make_word_tokenizer()), tokenizer)
