@@ -201,6 +201,7 @@ class RolloutEngine:
             if len(ids) == limit:
                 cause = Truncation.TURN if limit == self.budget.max_turn_tokens else Truncation.SEQUENCE
                 trajectory.truncations[cause] += 1
+                last = last or cause is Truncation.SEQUENCE
         if last:
             trajectory.done = True
         else:

@@ -1,0 +1,141 @@
+"""Mixed sampling: which originals are probed, and the filter's order and count over two ranks."""
+
+import math
+import threading
+
+from parts import ScriptedGenerator
+
+from rex_rag.exploration import ExplorationPool, draw_probe
+from rex_rag.mixed_sampling import MixedSampler, MixedSamplingConfig
+from rex_rag.rollout import RolloutBudget, RolloutEngine
+
+POOL = ["<think> Wait I may be wrong .", "<think> Maybe not so .", "<think> Hold on ."]
+BUDGET = RolloutBudget(max_turns=1, max_turn_tokens=40, max_observation_tokens=60, max_sequence_length=300, top_k=1)
+RIGHT, WRONG, SILENT = "<answer> oak </answer>", "<answer> red </answer>", "<think> oak </think>"
+
+
+class TwoRanks:
+    """Two threads in the place of two processes: a gather that waits for both."""
+
+    def __init__(self):
+        self.barrier = threading.Barrier(2, timeout=20)
+        self.items = [None, None]
+
+    def gather(self, rank):
+        def call(item):
+            self.items[rank] = item
+            self.barrier.wait()
+            items = list(self.items)
+            self.barrier.wait()
+            return items
+
+        return call
+
+
+def sampler_for(tokenizer, retriever, turns, *, score=None, gather=lambda item: [item], rank=0, **config):
+    settings = {"originals_per_question": 2, "probe_slots": 2, "probe_probability": 1.0, "probe_filter": "likelihood"}
+    gathered_max = lambda count: max(gather(count))  # noqa: E731
+    engine = RolloutEngine(ScriptedGenerator(tokenizer, turns), retriever, tokenizer, BUDGET, gathered_max)
+    return MixedSampler(
+        engine,
+        ExplorationPool(POOL, tokenizer),
+        MixedSamplingConfig(**{**settings, "seed": 0, **config}),
+        score_probes=score or (lambda probes: [0.0] * len(probes)),
+        gather=gather,
+        rank=rank,
+    )
+
+
+def is_oak(_, trajectory):
+    return trajectory.answer == "oak"
+
+
+def run(sampler, count, keep_ratio=1.0, first_row=0, step=(3, 0)):
+    return sampler.sample([[5]] * count, is_oak, step=step, first_row=first_row, keep_ratio=keep_ratio)
+
+
+def test_only_wrong_answers_are_probed(word_tokenizer, retriever):
+    turns = [[RIGHT, WRONG, SILENT, WRONG], [SILENT], [RIGHT, WRONG]]
+    batch = run(sampler_for(word_tokenizer, retriever, turns), 4)
+    assert batch.correct == [True, False, False, False]
+    assert [probe.parent for probe in batch.probes] == [1, 3]
+    assert batch.probe_correct == [True, False]
+    # the silent original failed to answer, so it neither is probed nor counts into z
+    assert (batch.global_originals, batch.global_failed, batch.global_made, batch.global_kept) == (4, 2, 2, 2)
+    assert batch.failure_rate == 0.5 and batch.mixing_share == 2 / 6
+
+
+def test_draws_are_those_of_seed_step_and_global_row(word_tokenizer, retriever):
+    expected = [row for row in range(40) if draw_probe(0.5, 3, seed=0, step=(3, 0), row=80 + row).probed]
+    turns = [[WRONG] * 40, [WRONG] * len(expected)]
+    sampler = sampler_for(word_tokenizer, retriever, turns, probe_probability=0.5, probe_filter="none")
+    batch = run(sampler, 40, first_row=80)
+    assert [probe.parent for probe in batch.probes] == expected
+    for probe in batch.probes:
+        prompt = draw_probe(0.5, 3, seed=0, step=(3, 0), row=80 + probe.parent).prompt
+        assert probe.segments[-2].text.strip() == POOL[prompt]
+
+
+def test_slots_bound_the_probes_of_a_question(word_tokenizer, retriever):
+    sampler = sampler_for(word_tokenizer, retriever, [[WRONG] * 4, [WRONG] * 2], probe_slots=1, probe_filter="none")
+    assert [probe.parent for probe in run(sampler, 4).probes] == [0, 2]
+
+
+def test_no_failures_no_probes(word_tokenizer, retriever):
+    batch = run(sampler_for(word_tokenizer, retriever, [[RIGHT] * 4]), 4)
+    assert batch.probes == [] and batch.mixing_share == 0.0 and batch.failure_rate == 0.0
+
+
+def test_filtered_probes_are_never_continued(word_tokenizer, retriever):
+    scores = {0: -3.0, 1: -1.0, 2: -2.0, 3: math.nan}
+    sampler = sampler_for(
+        word_tokenizer,
+        retriever,
+        [[WRONG] * 4, [RIGHT, WRONG]],
+        score=lambda probes: [scores[probe.parent] for probe in probes],
+    )
+    batch = run(sampler, 4, keep_ratio=0.5)
+    assert [probe.parent for probe in batch.probes] == [1, 2]
+    assert batch.global_made == 4 and batch.global_kept == 2
+    assert not sampler.engine.generator.turns  # the script holds continuations for two probes only
+
+
+def test_filter_over_two_ranks(word_tokenizer, retriever):
+    """Six failed originals, scores -6 -1 -4 on rank 0 and -2 -5 -3 on rank 1; keep floor(0.4 * 8) = 3: -1, -2, -3."""
+    ranks = TwoRanks()
+    scores = [{0: -6.0, 1: -1.0, 3: -4.0}, {0: -2.0, 1: -5.0, 2: -3.0}]
+    turns = [
+        [[WRONG, WRONG, RIGHT, WRONG], [RIGHT]],
+        [[WRONG, WRONG, WRONG, RIGHT], [WRONG, RIGHT]],
+    ]
+    batches = [None, None]
+
+    def work(rank):
+        sampler = sampler_for(
+            word_tokenizer,
+            retriever,
+            turns[rank],
+            score=lambda probes: [scores[rank][probe.parent] for probe in probes],
+            gather=ranks.gather(rank),
+            rank=rank,
+        )
+        batches[rank] = run(sampler, 4, keep_ratio=0.4, first_row=4 * rank)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert [[probe.parent for probe in batch.probes] for batch in batches] == [[1], [0, 2]]
+    for batch in batches:
+        assert (batch.global_originals, batch.global_failed, batch.global_made, batch.global_kept) == (8, 6, 6, 3)
+        assert batch.failure_rate == 0.75 and batch.mixing_share == 3 / 11
+
+
+def test_random_subset_has_the_filters_size(word_tokenizer, retriever):
+    kept = []
+    for step in range(5):
+        sampler = sampler_for(word_tokenizer, retriever, [[WRONG] * 4, [WRONG] * 2], probe_filter="random")
+        kept.append(tuple(probe.parent for probe in run(sampler, 4, keep_ratio=0.5, step=(step, 0)).probes))
+    assert {len(parents) for parents in kept} == {2}
+    assert len(set(kept)) > 1
