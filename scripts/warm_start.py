@@ -1,6 +1,6 @@
 """Build the quickstart's starting point: a tiny policy that searches, and the world it will be trained on.
 
-A tiny Qwen2 with a word-level tokenizer made on the spot learns the search protocol from imperfect demonstrations over
+A tiny Qwen2 with a tokenizer trained on the spot learns the search protocol from imperfect demonstrations over
 several worlds (`rex_rag.data.demonstrations`): it answers one-hop questions of a world it has never seen, and runs
 into dead ends on two-hop ones. Training goes on until one-hop questions are answered, or to `--max-steps`.
 
@@ -25,13 +25,13 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from datasets import Dataset
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import (
     PrinterCallback,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2Tokenizer,
     TrainerCallback,
     set_seed,
 )
@@ -46,49 +46,59 @@ from rex_rag.protocol import ALL_TAGS, FEEDBACK_TEXT, PROMPT_TEMPLATE, build_pro
 from rex_rag.retrieval.bm25 import BM25Retriever
 from rex_rag.rollout import RolloutBudget, RolloutEngine
 
-PAD, UNKNOWN, END, USER, ASSISTANT = "<|pad|>", "<|unknown|>", "<|end|>", "<|user|>", "<|assistant|>"
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }} {{ message['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 QUICKSTART_PROMPT = "Question: {question}"
 EVALUATION_BUDGET = RolloutBudget(max_turns=4, max_turn_tokens=48, max_observation_tokens=96, max_sequence_length=512)
-# Words of the demonstrations' thoughts, and of passages as they are shown.
-SCRIPT_WORDS = "I need the of is Doc Title ( ) : 1 2 3 4 5"
-# Transformers' StopStringCriteria encodes this word to learn how a tokenizer joins tokens, and needs it back.
-STOP_STRING_PROBE = "abcdef"
+# More than the merges there are: training the tokenizer ends when every word it saw is one token.
+VOCABULARY_LIMIT = 8192
 
 
-def split_words(text: str) -> list[str]:
-    """The words of a text as the tokenizer's pre-tokenizer cuts them: runs of letters and digits, runs of marks."""
-    return [word for word, _ in pre_tokenizers.Whitespace().pre_tokenize_str(text)]
+def build_tokenizer(prompt_template: str) -> Qwen2Tokenizer:
+    """A Qwen2 tokenizer (byte-level BPE) in which every word of a HopWorld run, and every tag, is one token.
 
-
-def build_tokenizer(prompt_template: str) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over everything a HopWorld run can say; every tag is one ordinary token."""
-    texts = [SCRIPT_WORDS, STOP_STRING_PROBE, FEEDBACK_TEXT, PROMPT_TEMPLATE, prompt_template, *DEFAULT_POOL]
+    It is the same whatever the seed. Loading a Qwen2 model's directory with AutoTokenizer gives this very class, which
+    it would not for a word-level one.
+    """
+    said = "I need the of is \n\n \nDoc Doc 1(Title: 2(Title: 3(Title: 4(Title: 5(Title: ) ). .\n"
+    texts = [said, "user", "assistant", prompt_template, PROMPT_TEMPLATE, FEEDBACK_TEXT, *DEFAULT_POOL]
     tags = re.compile("|".join(map(re.escape, ALL_TAGS)))
-    words = [*hopworld_words(), *(word for text in texts for word in split_words(tags.sub(" ", text)))]
-    vocabulary = {word: index for index, word in enumerate(dict.fromkeys([PAD, UNKNOWN, *words]))}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    # Ordinary tokens, not special ones: a decoded trajectory must show them.
-    backend.add_tokens([AddedToken(tag, normalized=False) for tag in ALL_TAGS])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=PAD,
-        unk_token=UNKNOWN,
-        eos_token=END,
-        additional_special_tokens=[USER, ASSISTANT],
+    corpus = [piece for text in texts for piece in tags.split(text)] + [f" {word}" for word in hopworld_words()]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
+    backend.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY_LIMIT,
+            min_frequency=1,
+            special_tokens=[END_OF_TEXT],
+            # All 256 bytes, so that no character of a text is ever lost.
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    learned = json.loads(backend.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(merge) for merge in learned["merges"]],
+        unk_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        eos_token=TURN_END,
+        additional_special_tokens=[TURN_START],
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_max_length=2048,
     )
+    # Ordinary tokens, not special ones: a decoded trajectory must show them.
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in ALL_TAGS])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int) -> Qwen2ForCausalLM:
+def build_model(tokenizer: Qwen2Tokenizer, hidden_size: int, layers: int) -> Qwen2ForCausalLM:
     """A Qwen2 with random weights; about 0.1 million parameters at hidden size 64 and 2 layers."""
     return Qwen2ForCausalLM(
         Qwen2Config(
@@ -107,7 +117,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: in
     )
 
 
-def training_rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> list[dict]:
+def training_rows(args: argparse.Namespace, tokenizer: Qwen2Tokenizer) -> list[dict]:
     """Tokenised demonstrations over the training worlds, whose seeds follow that of the unseen world."""
     rows = []
     for seed in range(args.seed + 1, args.seed + 1 + args.worlds):
@@ -123,7 +133,7 @@ def training_rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) 
 class Examination:
     """Exact match of a model on questions of the unseen world, by rollouts with the real engine."""
 
-    def __init__(self, args: argparse.Namespace, world, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, args: argparse.Namespace, world, tokenizer: Qwen2Tokenizer) -> None:
         self.retriever = BM25Retriever(world.passages)
         self.tokenizer = tokenizer
         self.template = args.prompt_template
@@ -287,7 +297,6 @@ def run(args: argparse.Namespace) -> dict:
         "parameters": model.num_parameters(),
         "vocabulary": len(tokenizer),
         "demonstrations": len(rows),
-        "unknown_tokens": sum(row["input_ids"].count(tokenizer.unk_token_id) for row in rows),
         "steps": steps,
         "one_hop_em": {"sampled": one_hop, "greedy": examination.exact_match(model, 1, greedy=True)},
         "two_hop_em": {

@@ -64,14 +64,14 @@ def write_demonstration(
     thought = f"I need the {question.relations[0]} of {question.chain[0]}"
     for hop in range(searches):
         query = search_query(question, hop)
-        segments.append((SegmentKind.POLICY, f"<think> {thought} </think> <search> {query} </search>"))
+        segments.append((SegmentKind.POLICY, f"<think> {thought}</think><search> {query}</search>"))
         observation = OBSERVATION_HEAD + render_passages(rankings[hop]) + OBSERVATION_TAIL
         segments.append((SegmentKind.INFORMATION, observation))
         # The thought after a search is the same whether a search or an answer follows: the choice between them, where
         # dead ends arise, falls on one token.
         thought = f"the {question.relations[hop]} of {question.chain[hop]} is {question.chain[hop + 1]}"
     answer = question.chain[searches]
-    segments.append((SegmentKind.POLICY, f"<think> {thought} </think> <answer> {answer} </answer>"))
+    segments.append((SegmentKind.POLICY, f"<think> {thought}</think><answer> {answer}</answer>"))
     return Demonstration(question=question, segments=tuple(segments), answer=answer)
 
 
