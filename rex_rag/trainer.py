@@ -301,6 +301,8 @@ class REXRAGTrainer(GRPOTrainer):
     def _score_probes(self, probes: Sequence[Trajectory]) -> list[float]:
         """Mean log pi_old over the `PROBE` tokens of started probes. A collective: ranks score equally many rows."""
         count = self._max_over_ranks(len(probes))
+        if count == 0:
+            return []
         pad_id = self._tokenizer.pad_token_id
         dummy = Trajectory([pad_id], [Segment(SegmentKind.PROBE, [pad_id], "")])
         rows = [*probes, *[dummy] * (count - len(probes))]

@@ -1,0 +1,474 @@
+"""The trainer against TRL's own: equal without probes, right masks, right numbers with them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from parts import PASSAGES, ScriptedGenerator, make_tiny_model, make_word_tokenizer
+from transformers import Qwen2ForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from rex_rag.config import REXRAGConfig
+from rex_rag.retrieval.base import RetrievalError
+from rex_rag.retrieval.bm25 import BM25Retriever
+from rex_rag.trainer import REXRAGTrainer
+from rex_rag.types import SegmentKind
+
+POOL = "<think> Wait I may be wrong .\n<think> Maybe not so .\n<think> Hold on .\n"
+QUESTIONS = [
+    {"question": f"where is the {thing}", "golden_answers": [answer]}
+    for thing, answer in [("owl", "oak"), ("fox", "red"), ("river", "gold"), ("hill", "green")] * 4
+]
+SEARCH = "<think> owl </think> <search> owl </search>"
+RIGHT, WRONG = "<think> so </think> <answer> oak </answer>", "<think> Maybe </think> <answer> red </answer>"
+COMMON = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "learning_rate": 1e-3,
+    "shuffle_dataset": False,
+    "disable_tqdm": True,
+    "beta": 0.04,
+}
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    tokenizer = make_word_tokenizer()
+    make_tiny_model(tokenizer).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    (path / "pool.txt").write_text(POOL)
+    (path / "prompt.txt").write_text("Question: {question}")
+    return path
+
+
+def config(model_path, tmp_path, **settings) -> REXRAGConfig:
+    values = {
+        **COMMON,
+        "output_dir": str(tmp_path / "out"),
+        "num_generations": 4,
+        "num_probe_slots": 2,
+        "per_device_train_batch_size": 8,
+        "max_steps": 2,
+        "probe_probability": 1.0,
+        "keep_ratio": 0.5,
+        "max_prompt_length": 32,
+        "max_turn_tokens": 40,
+        "max_observation_tokens": 40,
+        "max_sequence_length": 256,
+        "retrieval_top_k": 1,
+        "exploration_prompts": str(model_path / "pool.txt"),
+        "prompt_template": str(model_path / "prompt.txt"),
+        **settings,
+    }
+    return REXRAGConfig(**values)
+
+
+def make_trainer(model_path, tmp_path, turns=None, reward_funcs=None, **settings) -> REXRAGTrainer:
+    tokenizer = make_word_tokenizer()
+    trainer = REXRAGTrainer(
+        model=Qwen2ForCausalLM.from_pretrained(model_path),
+        args=config(model_path, tmp_path, **settings),
+        train_dataset=Dataset.from_list(QUESTIONS),
+        retriever=BM25Retriever(PASSAGES),
+        processing_class=tokenizer,
+        reward_funcs=reward_funcs,
+    )
+    if turns is not None:
+        trainer.sampler.engine.generator = ScriptedGenerator(tokenizer, turns)
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    trainer.model.train()
+    return trainer
+
+
+def generation_batch(trainer) -> list[dict]:
+    group = trainer.num_generations
+    questions = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation // group
+    return [dict(trainer.train_dataset[index]) for index in range(questions) for _ in range(group)]
+
+
+def gradients(trainer, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, inputs)
+    loss.backward()
+    return loss.detach(), {name: value.grad.clone() for name, value in trainer.model.named_parameters()}
+
+
+# Two questions, four rollouts each; some search, some answer at once, some never answer.
+PLAIN_TURNS = [
+    [SEARCH, RIGHT, WRONG, SEARCH, SEARCH, WRONG, RIGHT, "so so so"],
+    [RIGHT, WRONG, SEARCH, RIGHT],
+    [RIGHT],
+]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"steps_per_generation": 2, "per_device_train_batch_size": 4},  # TRL computes log pi_old itself
+        {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    ],
+)
+def test_without_probes_loss_and_gradients_equal_trl_bit_for_bit(model_path, tmp_path, settings):
+    ours = make_trainer(model_path, tmp_path, PLAIN_TURNS, num_probe_slots=0, **settings)
+    captured = {}
+    generate = ours._generate
+
+    def capture(prompts):
+        captured["output"] = generate(prompts)
+        captured["answers"] = [row.answer for row in ours._slots.rows]
+        return captured["output"]
+
+    ours._generate = capture
+    torch.manual_seed(0)
+    our_inputs = ours._prepare_inputs(generation_batch(ours))
+
+    def reward(completions, golden_answers, **_):
+        return [float(a in golds) for a, golds in zip(captured["answers"], golden_answers, strict=True)]
+
+    theirs = GRPOTrainer(
+        model=Qwen2ForCausalLM.from_pretrained(model_path),
+        reward_funcs=reward,
+        args=GRPOConfig(
+            **{**COMMON, "output_dir": str(tmp_path / "trl"), "num_generations": 4, "per_device_train_batch_size": 8}
+            | settings
+            | {"max_completion_length": 256, "max_steps": 2}
+        ),
+        train_dataset=ours.train_dataset,
+        processing_class=make_word_tokenizer(),
+    )
+    theirs.current_gradient_accumulation_steps = theirs.args.gradient_accumulation_steps
+    theirs.model.train()
+    theirs._generate = lambda prompts: captured["output"]
+    torch.manual_seed(0)
+    their_inputs = theirs._prepare_inputs(generation_batch(theirs))
+
+    assert set(their_inputs) < set(our_inputs)
+    for key, value in their_inputs.items():
+        assert torch.equal(value, our_inputs[key]), key
+    for step in range(ours.args.steps_per_generation):
+        ours._step = theirs._step = step
+        our_loss, our_gradients = gradients(ours, ours._prepare_inputs(None) if step else our_inputs)
+        their_loss, their_gradients = gradients(theirs, theirs._prepare_inputs(None) if step else their_inputs)
+        assert torch.equal(our_loss, their_loss)
+        for name, value in their_gradients.items():
+            assert torch.equal(value, our_gradients[name]), name
+    assert any(value.abs().max() > 0 for value in their_gradients.values())
+
+
+def score_by_parent(trainer, scores):
+    trainer.sampler._score_probes = lambda probes: [scores[probe.parent] for probe in probes]
+
+
+@pytest.fixture
+def probed(model_path, tmp_path):
+    """Gold answers: question 0 oak, question 1 red (so the second question's WRONG is right)."""
+    turns = [
+        [RIGHT, WRONG, SEARCH, RIGHT],
+        [RIGHT],
+        ["</think> <answer> oak </answer>", "</think> <answer> green </answer>"],
+    ]
+
+    def build(**settings):
+        trainer = make_trainer(model_path, tmp_path, [list(turn) for turn in turns], **settings)
+        score_by_parent(trainer, {1: -1.0, 2: -3.0, 3: -2.0})
+        return trainer
+
+    return build
+
+
+def scored(trainer):
+    """The scored batch before it is shuffled."""
+    torch.manual_seed(0)
+    return trainer._generate_and_score_completions(generation_batch(trainer))
+
+
+def test_group_advantages_with_probes(probed):
+    """Question 0: originals 1, 0 and a probe 1; question 1: originals 0, 0 and a probe 0 (2 and 3 are wrong).
+
+    The filter keeps parents 1 (-1.0) and 3 (-2.0), drops 2 (-3.0). Group 0: mean 2/3, std sqrt(1/3) = 0.577350,
+    so (1/3) / 0.577450 = 0.577250 and (-2/3) / 0.577450 = -1.154501 (TRL adds 1e-4 to the std).
+    """
+    trainer = probed()
+    output = scored(trainer)
+    batch = trainer._slots.batch
+    assert [probe.parent for probe in batch.probes] == [1, 3]
+    assert (batch.global_originals, batch.global_failed, batch.global_made, batch.global_kept) == (4, 3, 3, 2)
+    # rows: question 0 original, original, probe; question 1 the same; the two empty slots are gone
+    assert output["advantages"].tolist() == pytest.approx([0.577250, -1.154501, 0.577250, 0, 0, 0], abs=1e-5)
+    kinds = output["segment_kinds"]
+    assert [bool((row == SegmentKind.PROBE).any()) for row in kinds] == [False, False, True, False, False, True]
+    assert float(output["mixing_share"]) == 2 / 6 and float(output["failure_rate"]) == 0.75
+
+
+def test_loss_mask_is_policy_and_probe(probed):
+    trainer = probed()
+    output = scored(trainer)
+    filled = [row for row in trainer._slots.rows if row is not None]
+    for index, row in enumerate(filled):
+        length = row.completion_length
+        assert output["completion_ids"][index, :length].tolist() == row.completion_ids
+        assert output["completion_mask"][index].sum() == length
+        assert output["tool_mask"][index, :length].tolist() == row.trained_mask
+        assert output["segment_kinds"][index].tolist() == row.kinds + [-1] * (
+            output["completion_ids"].size(1) - length
+        )
+    assert int(output["num_items_in_batch"]) == sum(sum(row.trained_mask) for row in filled)
+
+
+def token_gradients(trainer, inputs):
+    """d loss / d log pi_theta of every token."""
+    seen = {}
+    forward = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def keep(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        if output[0].requires_grad:
+            output[0].retain_grad()
+            seen["logps"] = output[0]
+        return output
+
+    GRPOTrainer._get_per_token_logps_and_entropies = keep
+    try:
+        trainer.compute_loss(trainer.model, inputs).backward()
+    finally:
+        GRPOTrainer._get_per_token_logps_and_entropies = forward
+    return seen["logps"].detach(), seen["logps"].grad
+
+
+@pytest.mark.parametrize("correction", ["token", "decoupled", "sequence", "none"])
+def test_masked_tokens_have_exactly_zero_gradient(probed, correction):
+    trainer = probed(correction=correction, beta=0.04, epsilon=0.9)
+    inputs = scored(trainer)
+    with torch.no_grad():  # leave the reference model, so that the KL has a gradient on every trained token
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    _, gradient = token_gradients(trainer, inputs)
+    trained = (inputs["segment_kinds"] == SegmentKind.POLICY) | (inputs["segment_kinds"] == SegmentKind.PROBE)
+    assert (inputs["segment_kinds"] == SegmentKind.INFORMATION).any()
+    assert (gradient[~trained] == 0).all()
+    assert (gradient[trained] != 0).all()
+
+
+@pytest.mark.parametrize("correction", ["token", "decoupled", "sequence", "none"])
+def test_correction_forms_weight_the_gradient(probed, correction):
+    """At pi_theta = pi_old without KL, d loss / d log pi of a token is -A * weight / number of trained tokens.
+
+    a = 1/3, z = 3/4. Originals weigh 1 / (1 - a) = 1.5. The probe's prefix has |o'| = 3 tokens ("<think> Maybe
+    </think>"), each weighing 1 / (2/3 + 1/3 * (4/3)^(1/3)); its continuation weighs 1 token by token.
+    """
+    trainer = probed(correction=correction, beta=0.0, epsilon=0.9)
+    inputs = scored(trainer)
+    logps, gradient = token_gradients(trainer, inputs)
+    count = float(inputs["num_items_in_batch"])
+    weight = -gradient * count / inputs["advantages"].unsqueeze(1)
+    kinds = inputs["segment_kinds"]
+    original = weight[1][kinds[1] == SegmentKind.POLICY]
+    inserted = kinds[2] == SegmentKind.PROBE
+    prefix, continuation = weight[2][:3], weight[2][(kinds[2] == SegmentKind.POLICY).nonzero()[3:].squeeze(1)]
+    assert (kinds[2][:3] == SegmentKind.POLICY).all() and inserted[3]
+    pool = inputs["pool_logps"][2][inserted].exp()
+    assert pool.prod().item() == pytest.approx(1 / 3)
+    old = logps[2][inserted].exp()
+    if correction == "none":
+        expected = {"original": 1.0, "prefix": 1.0, "inserted": torch.ones_like(old), "continuation": 1.0}
+    elif correction == "sequence":
+        ratio = (1 / 0.75) * (pool / old).prod()
+        value = (1 / (2 / 3 + ratio / 3)).item()
+        expected = {"original": 1.5, "prefix": value, "inserted": torch.full_like(old, value), "continuation": value}
+    else:
+        expected = {
+            "original": 1.5,
+            "prefix": 1 / (2 / 3 + (4 / 3) ** (1 / 3) / 3),
+            "inserted": old / (2 / 3 * old + pool / 3),
+            "continuation": 1.0,
+        }
+    assert original.tolist() == pytest.approx([expected["original"]] * len(original), rel=1e-4)
+    assert prefix.tolist() == pytest.approx([expected["prefix"]] * 3, rel=1e-4)
+    assert weight[2][inserted].tolist() == pytest.approx(expected["inserted"].tolist(), rel=1e-3)
+    assert continuation.tolist() == pytest.approx([expected["continuation"]] * len(continuation), rel=1e-4)
+
+
+def test_token_form_clips_originals_and_decoupled_does_not(probed):
+    """a = 1/3 lies beyond the clip bound 1/6: eq. 7 starts originals at 1.5 and takes their positive gradient away."""
+    for correction, flows in (("token", False), ("decoupled", True)):
+        trainer = probed(correction=correction, beta=0.0, epsilon=0.2)
+        inputs = scored(trainer)
+        _, gradient = token_gradients(trainer, inputs)
+        assert bool((gradient[0] != 0).any()) is flows
+        assert trainer._metrics["train"]["clip_ratio/policy"][-1] == (0.0 if flows else pytest.approx(6 / 31, abs=0.2))
+
+
+def test_weights_are_truncated(probed):
+    trainer = probed(correction="decoupled", correction_weight_max=1.2, beta=0.0)
+    inputs = scored(trainer)
+    _, gradient = token_gradients(trainer, inputs)
+    weight = -gradient * float(inputs["num_items_in_batch"]) / inputs["advantages"].unsqueeze(1)
+    original = weight[1][inputs["segment_kinds"][1] == SegmentKind.POLICY]
+    assert original.tolist() == pytest.approx([1.2] * len(original), rel=1e-5)
+
+
+def test_metrics_of_a_known_batch(probed):
+    trainer = probed()
+    inputs = scored(trainer)
+    trainer.compute_loss(trainer.model, inputs)
+    metrics = {key: values[-1] for key, values in trainer._metrics["train"].items()}
+    expected = {
+        "em/originals": 1 / 4,
+        "em/probes": 1 / 2,
+        "reward/originals": 1 / 4,
+        "reward/probes": 1 / 2,
+        "dead_end/rate": 1 / 2,  # question 1
+        "dead_end/rescue_rate": 0.0,  # its probe answered green
+        "probes/made": 3.0,
+        "probes/kept": 2.0,
+        "probes/mixing_share": 1 / 3,
+        "probes/failure_rate": 3 / 4,
+        "searches/mean": 1 / 6,  # one original of six rows searched once
+        "invalid_actions/mean": 0.0,
+        "truncations/turn": 0.0,
+    }
+    for key, value in expected.items():
+        assert metrics[key] == pytest.approx(value), key
+    assert metrics["importance_weight/max"] == pytest.approx(1.5, rel=1e-4)
+    assert 0 < metrics["importance_weight/ess"] <= 1
+
+
+def test_completion_table_shows_trajectories_without_empty_slots(probed):
+    trainer = probed()
+    scored(trainer)
+    logs = trainer._logs
+    assert len(logs["prompt"]) == len(logs["completion"]) == len(logs["advantages"]) == 6
+    assert list(logs["extra"]["is_probe"]) == [False, False, True, False, False, True]
+    assert "[PROBE]" in logs["extra"]["trajectory"][2] and "[INFORMATION]" in logs["extra"]["trajectory"][3]
+    assert "<information>" not in logs["completion"][3][0]["content"]
+
+
+def test_real_scores_are_mean_log_probs_of_the_inserted_tokens(model_path, tmp_path):
+    """The filter's forward pass over the inserted tokens alone agrees with a plain forward pass, row by row."""
+    trainer = make_trainer(model_path, tmp_path, [[WRONG, WRONG, SEARCH, "<answer> blue </answer>"], [RIGHT]])
+    originals = trainer.sampler.engine.rollout([[3, 4, 5]] * 4)
+    probes = [
+        trainer.sampler.engine.start_probe(original, row, trainer.sampler.pool, row % 3)
+        for row, original in enumerate(originals)
+    ]
+    scores = trainer._score_probes(probes)
+    for probe, score in zip(probes, scores, strict=True):
+        ids = probe.prompt_ids + probe.completion_ids
+        count = len(probe.segments[-1].ids)
+        with torch.no_grad():
+            logps = trainer.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = [logps[position - 1, ids[position]].item() for position in range(len(ids) - count, len(ids))]
+        assert score == pytest.approx(sum(expected) / count, abs=1e-4)
+    assert trainer._score_probes([]) == []
+
+
+def test_empty_slots_are_not_sent_through_the_model(probed):
+    trainer = probed()
+    sizes = []
+    forward = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def record(self, model, input_ids, *args, **kwargs):
+        sizes.append(input_ids.size(0))
+        return forward(self, model, input_ids, *args, **kwargs)
+
+    GRPOTrainer._get_per_token_logps_and_entropies = record
+    try:
+        scored(trainer)
+    finally:
+        GRPOTrainer._get_per_token_logps_and_entropies = forward
+    assert sizes == [6]  # the reference model's pass, six of eight rows
+
+
+def test_training_with_a_sampling_policy_runs_and_moves(model_path, tmp_path):
+    """A random policy never answers rightly, so shorter completions are rewarded too."""
+
+    def brevity(completions, **_):
+        return [-0.01 * len(completion[0]["content"]) for completion in completions]
+
+    sizes = {"num_generations": 8, "num_probe_slots": 4, "per_device_train_batch_size": 32, "max_steps": 4}
+    trainer = make_trainer(model_path, tmp_path, reward_funcs=brevity, **sizes)
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    history = [row for row in trainer.state.log_history if "em/originals" in row]
+    assert len(history) == 4
+    assert sum(row["probes/kept"] for row in history) > 0
+    for row in history:
+        assert row["probes/kept"] <= math.floor(0.5 * 16)
+        assert row["probes/mixing_share"] == pytest.approx(row["probes/kept"] / (16 + row["probes/kept"]))
+    assert any(not torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
+
+
+def test_further_reward_functions_read_model_text_alone(model_path, tmp_path):
+    seen = []
+
+    def mentions_oak(completions, **kwargs):
+        seen.extend(completion[0]["content"] for completion in completions)
+        return [float("oak" in completion[0]["content"]) for completion in completions]
+
+    trainer = REXRAGTrainer(
+        model=Qwen2ForCausalLM.from_pretrained(model_path),
+        args=config(model_path, tmp_path, num_probe_slots=0, format_reward_weight=0.1, max_steps=1),
+        train_dataset=Dataset.from_list(QUESTIONS),
+        retriever=BM25Retriever(PASSAGES),
+        processing_class=make_word_tokenizer(),
+        reward_funcs=mentions_oak,
+    )
+    assert trainer.reward_weights.tolist() == pytest.approx([1.0, 0.1, 1.0])
+    turns = [[SEARCH] * 4 + [WRONG] * 4, ["<answer> red </answer>"] * 4]  # the passage says oak, the model does not
+    trainer.sampler.engine.generator = ScriptedGenerator(trainer._tokenizer, turns)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    scored(trainer)
+    assert not any("oak" in text for text in seen)
+    assert list(trainer._logs["rewards"]["mentions_oak"]) == [0.0] * 8
+    assert list(trainer._logs["rewards"]["format_reward"]) == [1.0] * 8
+
+
+# Refusals
+
+
+def test_missing_columns_are_refused_before_the_model_loads(model_path, tmp_path):
+    with pytest.raises(ValueError, match="no column 'golden_answers'; it has 'question', 'answer'"):
+        REXRAGTrainer(
+            model="does/not-exist",
+            args=config(model_path, tmp_path),
+            train_dataset=Dataset.from_list([{"question": "q", "answer": "a"}]),
+            retriever=BM25Retriever(PASSAGES),
+        )
+
+
+def test_unreachable_retriever_is_refused_before_the_model_loads(model_path, tmp_path):
+    class Away(BM25Retriever):
+        def check(self):
+            raise RetrievalError("nobody listens at http://127.0.0.1:9")
+
+    with pytest.raises(RetrievalError, match="nobody listens"):
+        REXRAGTrainer(
+            model="does/not-exist",
+            args=config(model_path, tmp_path),
+            train_dataset=Dataset.from_list(QUESTIONS),
+            retriever=Away(PASSAGES),
+        )
+
+
+def test_long_prompt_is_refused_by_name(model_path, tmp_path):
+    rows = [*QUESTIONS, {"question": "where is the hill " * 10, "golden_answers": ["green"]}]
+    with pytest.raises(
+        ValueError, match=r"row 16 \('where is the hill.*has 42 tokens, more than max_prompt_length 32"
+    ):
+        REXRAGTrainer(
+            model=Qwen2ForCausalLM.from_pretrained(model_path),
+            args=config(model_path, tmp_path),
+            train_dataset=Dataset.from_list(rows),
+            retriever=BM25Retriever(PASSAGES),
+            processing_class=make_word_tokenizer(),
+        )
