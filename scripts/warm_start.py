@@ -113,6 +113,7 @@ def build_model(tokenizer: Qwen2Tokenizer, hidden_size: int, layers: int) -> Qwe
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
+            initializer_range=0.06,
         )
     )
 
@@ -261,7 +262,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--test-questions", type=int, nargs=3, default=(100, 100, 100), metavar="N", help="unseen world, by hops")
     add("--wrong-rate", type=float, default=0.9, help="share of two-hop demonstrations that stop at the dead end")
     add("--top-k", type=int, default=1, help="passages a search")
-    add("--prompt-template", default=QUICKSTART_PROMPT, help="with {question}; the rollouts must use the same one")
+    add("--prompt-template", default=QUICKSTART_PROMPT, help="text with {question}, or a file of it, as in the recipe")
     add("--hidden-size", type=int, default=64)
     add("--layers", type=int, default=2)
     add("--learning-rate", type=float, default=4e-3)
@@ -273,6 +274,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--check-questions", type=int, default=64, help="questions a check")
     args = parser.parse_args(argv)
     args.world = args.world or args.output.parent / "world"
+    if "{question}" not in args.prompt_template:
+        if not Path(args.prompt_template).is_file():
+            parser.error(
+                f"--prompt-template {args.prompt_template!r} holds no {{question}} and is not a file; give a "
+                "text with {question} where the question goes, or the path of a file with one"
+            )
+        args.prompt_template = Path(args.prompt_template).read_text(encoding="utf-8")
     return args
 
 

@@ -256,17 +256,26 @@ def _draw_facts(entities: Mapping[EntityType, list[str]], draw: random.Random) -
     facts: dict[tuple[str, str], str] = {}
     for kind in EntityType:
         for name in entities[kind]:
-            # A person's mentor and friend are two different others, so that the two hops never coincide.
-            taken = {name}
+            named = [name]
             for relation in RELATIONS:
-                if relation.subject is not kind:
-                    continue
-                value = draw.choice(entities[relation.object])
-                while value in taken:
-                    value = draw.choice(entities[relation.object])
-                taken.add(value)
-                facts[name, relation.name] = value
+                if relation.subject is kind:
+                    facts[name, relation.name] = _draw_other(entities[relation.object], named, draw)
+                    named.append(facts[name, relation.name])
     return facts
+
+
+def _draw_other(pool: list[str], named: list[str], draw: random.Random) -> str:
+    """An entity that the passage does not name yet; so a person's mentor and friend are two different others.
+
+    If it can be had in a few draws, one that shares no word with those named: a passage that repeats the words of
+    another entity's name could outrank that entity's own.
+    """
+    words = {word for name in named for word in name.split()}
+    for _ in range(20):
+        value = draw.choice(pool)
+        if words.isdisjoint(value.split()):
+            return value
+    return draw.choice([value for value in pool if value not in named])
 
 
 def _passage_text(name: str, kind: EntityType, facts: Mapping[tuple[str, str], str]) -> str:
