@@ -37,9 +37,10 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; margin: 0 0 .4rem; }
 article { border-top: 1px solid #ccc; padding: 1rem 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 .8rem; margin: 0 0 .6rem; } dd { margin: 0; }
 dt { color: #555; }
-.segment { margin: .3rem 0; padding: .3rem .6rem; border-left: 5px solid; white-space: pre-wrap;
-  overflow-wrap: anywhere; }
-.label { display: inline-block; min-width: 7.5rem; font: bold 11px/1.5 ui-monospace, monospace; }
+.segment { display: grid; grid-template-columns: 7.5rem 1fr; margin: .3rem 0; padding: .3rem .6rem;
+  border-left: 5px solid; }
+.label { font: bold 11px/2 ui-monospace, monospace; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; }
 .policy { border-left-style: solid; border-color: #2b6cb0; background: #ebf4fb; }
 .information { border-left-style: dotted; border-color: #5a6b3b; background: #f3f5ec; }
 .feedback { border-left-style: dashed; border-color: #9c4221; background: #fdf1ea; }
@@ -112,7 +113,7 @@ def write_trajectory_text(records: Iterable[Mapping[str, Any]], path: str | os.P
     """
     blocks = []
     for index, record in enumerate(records):
-        facts = "\n".join(f"{name}: {value}" for name, value in _facts(record))
+        facts = "\n".join(f"{name}: {' '.join(str(value).split())}" for name, value in _facts(record))
         segments = "\n".join(
             # Indented, so that no text can pass for the label of a segment.
             f"[{kind.name}]\n" + "\n".join(f"    {line}" for line in text.strip().splitlines())
@@ -139,7 +140,10 @@ def _record_html(index: int, record: Mapping[str, Any], count: int) -> str:
 
 def _segment_html(kind: SegmentKind, text: str) -> str:
     name = kind.name
-    return f'<div class="segment {name.lower()}"><span class="label">{name}</span>{html.escape(text)}</div>\n'
+    return (
+        f'<div class="segment {name.lower()}"><span class="label">{name}</span>'
+        f'<span class="text">{html.escape(text)}</span></div>\n'
+    )
 
 
 def _headline(record: Mapping[str, Any]) -> str:
