@@ -1,0 +1,1 @@
+"""Evaluation of search agents. Knows nothing of trainers."""
