@@ -1,0 +1,106 @@
+"""Trains a few steps under `accelerate launch` and writes down what each rank saw.
+
+    accelerate launch --config_file ... tests/e2e/rank_worker.py MODEL_DIRECTORY OUTPUT_DIRECTORY
+
+Rank 1 answers in its first turn (its sampled ids are replaced behind the real generate call), rank 0 samples freely:
+the ranks finish their rollouts after different numbers of turns.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from rex_rag.config import REXRAGConfig
+from rex_rag.generation import Generation
+from rex_rag.retrieval.bm25 import BM25Retriever
+from rex_rag.trainer import REXRAGTrainer
+from rex_rag.types import Passage
+
+
+def main() -> None:
+    model, output = sys.argv[1], Path(sys.argv[2])
+    trainer = REXRAGTrainer(
+        model=model,
+        args=REXRAGConfig(
+            output_dir=str(output / "run"),
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            logging_steps=1,
+            save_strategy="no",
+            max_steps=3,
+            learning_rate=1e-3,
+            num_generations=6,
+            num_probe_slots=3,
+            per_device_train_batch_size=6,
+            gradient_accumulation_steps=2,
+            probe_probability=0.6,
+            keep_ratio=0.25,
+            max_prompt_length=200,
+            max_turn_tokens=16,
+            max_observation_tokens=60,
+            max_sequence_length=400,
+            max_turns=3,
+            retrieval_top_k=1,
+        ),
+        train_dataset=Dataset.from_list(
+            [{"question": f"who is person {index}", "golden_answers": ["nobody"]} for index in range(16)]
+        ),
+        retriever=BM25Retriever([Passage("0", "One", "person one"), Passage("1", "Two", "person two")]),
+        processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
+        reward_funcs=brevity,
+    )
+    rank = trainer.accelerator.process_index
+    engine, sampler = trainer.sampler.engine, trainer.sampler
+    if rank == 1:
+        answer_at_once(engine)
+    records = []
+    score_probes, sample = sampler._score_probes, sampler.sample
+
+    def recording_score(probes):
+        scores = score_probes(probes)
+        records.append({"scores": [[probe.parent, score] for probe, score in zip(probes, scores, strict=True)]})
+        return scores
+
+    def recording_sample(*args, **kwargs):
+        before = engine.generate_calls
+        batch = sample(*args, **kwargs)
+        record = records[-1] if records and "kept" not in records[-1] else {"scores": []}
+        if record not in records:
+            records.append(record)
+        record |= {
+            "kept": [probe.parent for probe in batch.probes],
+            "global": [batch.global_originals, batch.global_failed, batch.global_made, batch.global_kept],
+            "generate_calls": engine.generate_calls - before,
+            "own_turns": max(trajectory.turns for trajectory in batch.originals),
+        }
+        return batch
+
+    sampler._score_probes, sampler.sample = recording_score, recording_sample
+    trainer.train()
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    checksum = sum(float(value.double().abs().sum()) for value in weights.values()) if weights else None
+    log = [row for row in trainer.state.log_history if "em/originals" in row]
+    (output / f"rank{rank}.json").write_text(json.dumps({"records": records, "checksum": checksum, "log": log}))
+
+
+def brevity(completions, **_):
+    return [-0.01 * len(completion[0]["content"]) for completion in completions]
+
+
+def answer_at_once(engine) -> None:
+    generate = engine.generator.generate
+    ids = engine.tokenizer("<answer> somebody </answer>", add_special_tokens=False)["input_ids"]
+
+    def replaced(prompt_ids, max_new_tokens):
+        return [Generation(list(ids)) for _ in generate(prompt_ids, max_new_tokens)]
+
+    engine.generator.generate = replaced
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Two real processes on CPU: DDP and DeepSpeed ZeRO-3 train without a hang and agree on the filter."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from parts import make_bpe_tokenizer, make_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = make_bpe_tokenizer(320)
+    make_tiny_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["ddp_cpu", "zero3_cpu"])
+def test_ranks_finish_together_and_agree(name, model, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", f"recipes/accelerate_configs/{name}.yaml"]
+    result = subprocess.run(
+        [*launch, "tests/e2e/rank_worker.py", str(model), str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    first, second = (rank["records"] for rank in ranks)
+    assert len(first) == len(second) == 3
+    for one, two in zip(first, second, strict=True):
+        assert one["generate_calls"] == two["generate_calls"]
+        assert two["own_turns"] == 1 < one["own_turns"]
+        assert one["global"] == two["global"]
+        originals, _, made, kept = one["global"]
+        assert originals == 12 and made == len(one["scores"]) + len(two["scores"])
+        assert kept == min(made, math.floor(0.25 * originals)) == len(one["kept"]) + len(two["kept"])
+        scores = [
+            (-score, rank, parent) for rank, record in ((0, one), (1, two)) for parent, score in record["scores"]
+        ]
+        best = sorted((rank, parent) for _, rank, parent in sorted(scores)[:kept])
+        assert best == sorted([(0, parent) for parent in one["kept"]] + [(1, parent) for parent in two["kept"]])
+    assert any(record["global"][3] for record in first)
+    checksums = [rank["checksum"] for rank in ranks if rank["checksum"] is not None]
+    assert checksums and len(set(checksums)) == 1
+    log = ranks[0]["log"]
+    assert len(log) == 3 and all(row["grad_norm"] > 0 for row in log)
