@@ -123,7 +123,8 @@ def test_modules_stay_readable_in_one_sitting(module: str):
 
 
 def light_modules() -> list[str]:
-    names = ["rex_rag", "rex_rag.types", "rex_rag.protocol", "rex_rag.answers", "rex_rag.exploration", "rex_rag.cli"]
+    names = ["rex_rag"]
+    names += [f"rex_rag.{name}" for name in ("types", "protocol", "answers", "exploration", "visualization", "cli")]
     return names + [name for name in MODULES if within(name, "rex_rag.retrieval") or within(name, "rex_rag.data")]
 
 
