@@ -262,6 +262,14 @@ def _batch_lines(config: REXRAGConfig, processes: int) -> dict[str, str]:
         f"{questions * config.num_iterations / updates:g} questions each, in micro-batches of "
         f"{config.per_device_train_batch_size} rows{dropping}",
     }
+    if config.num_probe_slots and config.probe_filter != "none":
+        from rex_rag.policy_correction import keep_count
+
+        originals = questions * config.num_originals
+        kept = keep_count(config.keep_ratio, originals)
+        lines["filter"] = f"at most {kept} probes kept of {originals} originals a generation" + (
+            "" if kept else ": NONE, enlarge the generation batch"
+        )
     if config.max_steps > 0:
         lines["training"] = f"{config.max_steps} updates = {config.max_steps / updates:g} generations"
     else:

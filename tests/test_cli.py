@@ -162,6 +162,7 @@ def test_check_works_the_batch_out(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "paper, equation 7" in text
     assert "512 questions x 10 rows = 5120 rows over 8 processes" in text
     assert "2 updates a generation, 256 questions each" in text
+    assert "at most 307 probes kept of 2560 originals a generation" in text  # floor(0.12 x 2560 = 307.2)
     assert "2010 updates = 1005 generations" in text
 
 
@@ -172,6 +173,18 @@ def test_check_says_that_probes_are_off(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "off: Search-R1's GRPO" in text
     assert "16 questions x 5 rows = 80 rows over 1 process" in text
     assert "correction" not in text
+
+
+def test_check_says_when_a_batch_is_too_small_to_keep_a_probe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "300")
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text("retriever: http://127.0.0.1:8000\noutput_dir: out\nbf16: false\n", encoding="utf-8")
+    assert main(["check", str(recipe)]) == 0
+    # One question of five originals: floor(0.12 x 5) = 0.
+    assert "at most 0 probes kept of 5 originals a generation: NONE" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
