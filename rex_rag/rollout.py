@@ -250,4 +250,6 @@ class RolloutEngine:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def _decode(self, ids: list[list[int]]) -> list[str]:
+        if not ids:  # a rank that only joins in; batch_decode takes an empty batch for one empty row
+            return []
         return self.tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -46,6 +46,7 @@ def main() -> None:
             max_sequence_length=400,
             max_turns=3,
             retrieval_top_k=1,
+            prompt_template=f"{model}/prompt.txt",
         ),
         train_dataset=Dataset.from_list(
             [{"question": f"who is person {index}", "golden_answers": ["nobody"]} for index in range(16)]

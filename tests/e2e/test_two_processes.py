@@ -20,6 +20,7 @@ def model(tmp_path_factory):
     tokenizer = make_bpe_tokenizer(320)
     make_tiny_model(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "prompt.txt").write_text("Question: {question}")
     return folder
 
 
