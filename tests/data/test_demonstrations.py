@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
+from transformers import AutoTokenizer
 
 from rex_rag.answers import exact_match
 from rex_rag.data.demonstrations import build_demonstrations, tokenize_demonstrations, write_demonstration
-from rex_rag.data.hopworld import HopQuestion, HopWorldConfig, build_hopworld
-from rex_rag.protocol import OBSERVATION_HEAD, build_prompt, parse_action
+from rex_rag.data.hopworld import HopQuestion, HopWorldConfig, build_hopworld, hopworld_words
+from rex_rag.protocol import ALL_TAGS, OBSERVATION_HEAD, build_prompt, parse_action
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25 import BM25Retriever
 from rex_rag.types import Passage, SegmentKind
@@ -178,3 +182,34 @@ def test_ids_are_those_of_separately_encoded_pieces(bpe_tokenizer, world, retrie
 
 def test_no_demonstrations_no_rows(word_tokenizer):
     assert tokenize_demonstrations([], word_tokenizer) == []
+
+
+@pytest.fixture(scope="module")
+def warm_start():
+    path = Path(__file__).resolve().parents[2] / "scripts" / "warm_start.py"
+    spec = importlib.util.spec_from_file_location("warm_start", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_warm_starts_tokenizer_survives_autotokenizer(warm_start, world, retriever, tmp_path):
+    tokenizer = warm_start.build_tokenizer("Question: {question}")
+    warm_start.build_model(tokenizer, hidden_size=32, layers=1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    demonstrations = build_demonstrations(world.train[:50], retriever, wrong_rate=0.5)
+    rows = tokenize_demonstrations(demonstrations, loaded, "Question: {question}")
+    assert rows == tokenize_demonstrations(demonstrations, tokenizer, "Question: {question}")
+    for demonstration, row in zip(demonstrations, rows, strict=True):
+        # Nothing is lost: the completion decodes to the very text of its segments.
+        text = loaded.decode(row["input_ids"], skip_special_tokens=False)
+        assert text.endswith("assistant\n" + "".join(text for _, text in demonstration.segments))
+
+
+def test_the_warm_starts_tokenizer_gives_every_word_and_tag_one_token(warm_start):
+    tokenizer = warm_start.build_tokenizer("Question: {question}")
+    assert [word for word in hopworld_words() if word[0].isalpha() and len(tokenizer.tokenize(f" {word}")) != 1] == []
+    assert [tag for tag in ALL_TAGS if tokenizer.tokenize(tag) != [tag]] == []
+    assert set(tokenizer.all_special_tokens).isdisjoint(ALL_TAGS)
+    assert tokenizer.decode(tokenizer("Zoë?")["input_ids"]) == "Zoë?"
