@@ -10,7 +10,7 @@ from trl import GRPOConfig
 
 from rex_rag.exploration import load_pool
 from rex_rag.mixed_sampling import MixedSamplingConfig
-from rex_rag.policy_correction import clip_bound
+from rex_rag.policy_correction import clip_bound, keep_count
 from rex_rag.protocol import PROMPT_TEMPLATE, STOP_STRINGS, build_prompt
 from rex_rag.rollout import RolloutBudget
 
@@ -84,6 +84,7 @@ class REXRAGConfig(GRPOConfig):
     > - `num_generations_eval`: Defaults to `1`.
     > - `max_completion_length`: Defaults to `max_sequence_length`.
     > - `beta`: Defaults to `0.001` instead of `0.0` (paper section 4.1).
+    > - `use_bias_correction_kl`: Defaults to `False` instead of `True` (the plain k3 estimator, as in the paper).
     > - `per_device_train_batch_size`: Defaults to `10`, one question a micro-batch.
     """
 
@@ -101,6 +102,9 @@ class REXRAGConfig(GRPOConfig):
         metadata={"help": "Follows from max_sequence_length; leave it unset."},
     )
     beta: float = field(default=0.001, metadata={"help": "KL coefficient against the initial model (k3 estimator)."})
+    use_bias_correction_kl: bool = field(
+        default=False, metadata={"help": "Weight the KL estimate by the importance ratio."}
+    )
 
     num_probe_slots: int = field(
         default=5, metadata={"help": "Probe slots per question among num_generations; 0 switches probes off."}
@@ -304,6 +308,14 @@ class REXRAGConfig(GRPOConfig):
             logger.warning(
                 "loss_type is %r; the method averages over the tokens of the whole batch, which is loss_type 'dapo'",
                 self.loss_type,
+            )
+        originals = self.generation_batch_size // self.num_generations * self.num_originals
+        if self.num_probe_slots and self.probe_filter != "none" and keep_count(self.keep_ratio, originals) == 0:
+            logger.warning(
+                "keep_ratio %s of %d originals a batch is less than one probe, so none is ever kept; raise keep_ratio "
+                "or the generation batch (per_device_train_batch_size, steps_per_generation)",
+                self.keep_ratio,
+                originals,
             )
         epsilon = self.epsilon if self.epsilon_high is None else self.epsilon_high
         ratio = self.probe_probability if self.probe_filter == "none" else self.keep_ratio

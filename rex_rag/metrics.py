@@ -1,4 +1,4 @@
-"""What a generation batch is reported as: counts summed on each process, rates over the global batch."""
+"""What a batch is reported as: sums on each process, rates over the global batch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from rex_rag.mixed_sampling import MixedBatch
-from rex_rag.types import Trajectory, Truncation
+from rex_rag.types import SegmentKind, Trajectory, Truncation
 
 
 def rollout_counts(trajectories: Sequence[Trajectory]) -> Counter:
@@ -73,3 +75,42 @@ def summarize(counts: Iterable[Counter]) -> dict[str, float]:
 
 def _rate(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
+
+
+_SEGMENTS = (("policy", SegmentKind.POLICY), ("probe", SegmentKind.PROBE))
+
+
+def segment_sums(kinds: torch.Tensor, mask: torch.Tensor, clipped: torch.Tensor, kl: torch.Tensor) -> torch.Tensor:
+    """Token count, clipped tokens and KL of sampled and of inserted tokens, to be added up over processes.
+
+    Args:
+        kinds, mask, clipped, kl: (B, T).
+
+    Returns:
+        (6,) float32.
+    """
+    chosen = [(kinds == kind) & mask.bool() for _, kind in _SEGMENTS]
+    return torch.stack(
+        [value.float() for where in chosen for value in (where.sum(), clipped[where].sum(), kl[where].sum())]
+    )
+
+
+def segment_metrics(totals: torch.Tensor) -> dict[str, float]:
+    """Clip fraction and KL per segment kind, for the kinds that occur."""
+    metrics = {}
+    for (name, _), (count, clipped, kl) in zip(_SEGMENTS, totals.view(-1, 3).tolist(), strict=True):
+        if count:
+            metrics |= {f"clip_ratio/{name}": clipped / count, f"kl/{name}": kl / count}
+    return metrics
+
+
+def weight_metrics(statistics: torch.Tensor) -> dict[str, float]:
+    """Mean, maximum and effective sample size (as a share) from every process's `weight_statistics`, (ranks, 4)."""
+    total, squares, count = statistics[:, :3].sum(dim=0).tolist()
+    if not count:
+        return {}
+    return {
+        "importance_weight/mean": total / count,
+        "importance_weight/max": statistics[:, 3].max().item(),
+        "importance_weight/ess": total**2 / (squares * count),
+    }

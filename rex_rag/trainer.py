@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,37 +29,21 @@ from rex_rag.answers import exact_match
 from rex_rag.config import REXRAGConfig
 from rex_rag.exploration import ExplorationPool
 from rex_rag.generation import TransformersGenerator, VLLMGenerator
-from rex_rag.metrics import mixed_counts, rollout_counts, summarize
+from rex_rag.metrics import mixed_counts, rollout_counts, segment_metrics, segment_sums, summarize, weight_metrics
 from rex_rag.mixed_sampling import MixedBatch, MixedSampler
 from rex_rag.model_card import PAPER, append_method_section
-from rex_rag.policy_correction import (
-    PADDING_KIND,
-    KeepRatio,
-    behavior_log_probs,
-    clip_bound,
-    decoupled_log_weights,
-    probe_log_density,
-    sequence_log_weights,
-    weight_statistics,
-)
+from rex_rag.policy_correction import KeepRatio, clip_bound, weight_statistics
 from rex_rag.prompts import add_prompts
+from rex_rag.realignment import Realignment, loss_mask, realign
 from rex_rag.retrieval.base import Retriever
 from rex_rag.rewards import exact_match_reward, format_reward
 from rex_rag.rollout import RolloutEngine, RolloutSeconds
+from rex_rag.slots import Slots, describe_rows, lay_out, live_rows, original_rows
 from rex_rag.types import Segment, SegmentKind, Trajectory
 
 logger = get_logger(__name__)
 
 _STATE_FILE = "rex_rag_state.json"
-
-
-@dataclass(slots=True)
-class _Slots:
-    """One process's generation batch: a trajectory per row, `None` in an empty probe slot."""
-
-    rows: list[Trajectory | None]
-    batch: MixedBatch
-    live: torch.Tensor | None  # indices of the rows to optimise, equally many on every process; None for all rows
 
 
 class REXRAGTrainer(GRPOTrainer):
@@ -138,7 +121,7 @@ class REXRAGTrainer(GRPOTrainer):
         self.retriever = retriever
         self.recipe = recipe
         self._keep_ratio = KeepRatio(args.keep_ratio, args.keep_ratio_schedule)
-        self._slots: _Slots | None = None
+        self._slots: Slots | None = None
         self._loss_inputs: dict[str, Any] | None = None
         self._correction_seconds = 0.0
         self._warned_beyond_clip = False
@@ -239,44 +222,28 @@ class REXRAGTrainer(GRPOTrainer):
             return count
         return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
 
-    def _sample(self, prompt_ids: list[list[int]]) -> _Slots:
+    def _sample(self, prompt_ids: list[list[int]]) -> Slots:
         """Run the rollouts of this process's rows and lay the trajectories into the rows."""
         if not self.model.training:
             rows = self.sampler.engine.rollout(prompt_ids)
             correct = [self._is_correct(row, trajectory) for row, trajectory in enumerate(rows)]
-            return _Slots(rows, MixedBatch(rows, correct, [], [], 0, len(rows), 0, 0, 0), None)
+            return Slots(rows, MixedBatch(rows, correct, [], [], 0, len(rows), 0, 0, 0))
         group, n = self.num_generations, self.args.num_originals
-        original_rows = [row for row in range(len(prompt_ids)) if row % group < n]
-        step = (self.state.global_step, self._step % self.current_gradient_accumulation_steps)
+        chosen = original_rows(len(prompt_ids), group, n)
         batch = self.sampler.sample(
-            [prompt_ids[row] for row in original_rows],
-            lambda index, trajectory: self._is_correct(original_rows[index], trajectory),
-            step=step,
-            first_row=self.accelerator.process_index * len(original_rows),
+            [prompt_ids[row] for row in chosen],
+            lambda index, trajectory: self._is_correct(chosen[index], trajectory),
+            step=(self.state.global_step, self._step % self.current_gradient_accumulation_steps),
+            first_row=self.accelerator.process_index * len(chosen),
             keep_ratio=self._keep_ratio.value,
         )
-        rows: list[Trajectory | None] = [None] * len(prompt_ids)
-        for row, original in zip(original_rows, batch.originals, strict=True):
-            rows[row] = original
-        for probe in batch.probes:
-            slot = probe.parent // n * group + n
-            while rows[slot] is not None:
-                slot += 1
-            rows[slot] = probe
-        return _Slots(rows, batch, self._live_rows(rows))
+        slots = Slots(lay_out(batch, len(prompt_ids), group, n), batch)
+        largest = self._max_over_ranks(len(slots.filled))
+        slots.live = live_rows(slots.rows, largest, self.args.steps_per_generation)
+        return slots
 
     def _is_correct(self, row: int, trajectory: Trajectory) -> bool:
         return exact_match(trajectory.answer, self._batch_inputs[row]["golden_answers"])
-
-    def _live_rows(self, rows: list[Trajectory | None]) -> torch.Tensor | None:
-        """Filled rows, topped up with empty ones to the largest count over processes that splits into mini-batches."""
-        steps = self.args.steps_per_generation
-        filled = [index for index, row in enumerate(rows) if row is not None]
-        count = -(-self._max_over_ranks(len(filled)) // steps) * steps
-        if count >= len(rows):
-            return None
-        empty = [index for index, row in enumerate(rows) if row is None]
-        return torch.tensor(sorted(filled + empty[: count - len(filled)]), device=self.accelerator.device)
 
     def _generate(self, prompts: list):
         """Search rollouts instead of single completions; the one change to what TRL expects back is empty slots.
@@ -289,7 +256,7 @@ class REXRAGTrainer(GRPOTrainer):
         engine = self.sampler.engine
         engine.seconds = RolloutSeconds()
         slots = self._slots = self._sample(prompt_ids)
-        self._log_rollouts(slots, prompt_ids)
+        self._log_rollouts(slots)
         pad_id = self._tokenizer.pad_token_id
         completion_ids = [row.completion_ids if row else [pad_id] for row in slots.rows]
         tool_mask = [row.trained_mask if row else [0] for row in slots.rows]
@@ -348,9 +315,8 @@ class REXRAGTrainer(GRPOTrainer):
         self._log_completion_extra("is_probe", is_probe.tolist())
         rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
         all_empty, all_probe = self.accelerator.gather(empty), self.accelerator.gather(is_probe)
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["reward/originals"].append(rewards[~all_empty & ~all_probe].mean().item())
-        self._metrics[mode]["reward/probes"].append(rewards[all_probe].mean().item())
+        self._log("reward/originals", rewards[~all_empty & ~all_probe].mean().item())
+        self._log("reward/probes", rewards[all_probe].mean().item())
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
@@ -360,7 +326,7 @@ class REXRAGTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         slots = self._slots
         started = time.perf_counter()
-        output |= self._correction_inputs(slots, output["completion_ids"])
+        output |= describe_rows(slots, output["completion_ids"].shape, self.accelerator.device)
         if slots.live is not None:
             height = len(slots.rows)
             output = {
@@ -369,29 +335,8 @@ class REXRAGTrainer(GRPOTrainer):
             }
         self._drop_empty_log_rows(gather_object([row is None for row in slots.rows]))
         self._correction_seconds += time.perf_counter() - started
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["seconds/correction"].append(self._correction_seconds)
+        self._log("seconds/correction", self._correction_seconds)
         return output
-
-    def _correction_inputs(self, slots: _Slots, completion_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        kinds = torch.full(completion_ids.shape, PADDING_KIND, dtype=torch.int8)
-        pool_logps = torch.zeros(completion_ids.shape, dtype=torch.float32)
-        for index, row in enumerate(slots.rows):
-            if row is None:
-                continue
-            row_kinds = torch.tensor(row.kinds, dtype=torch.int8)
-            kinds[index, : len(row_kinds)] = row_kinds
-            if row.is_probe:
-                inserted = kinds[index] == SegmentKind.PROBE
-                pool_logps[index, inserted] = torch.tensor(row.pool_logprobs)
-        batch = slots.batch
-        device = completion_ids.device
-        return {
-            "segment_kinds": kinds.to(device),
-            "pool_logps": pool_logps.to(device),
-            "failure_rate": torch.tensor(batch.failure_rate, dtype=torch.float64),
-            "mixing_share": torch.tensor(batch.mixing_share, dtype=torch.float64),
-        }
 
     def _drop_empty_log_rows(self, empty: list[bool]) -> None:
         """TRL's completion table shows trajectories, not the slots that no probe filled."""
@@ -440,75 +385,50 @@ class REXRAGTrainer(GRPOTrainer):
             self._loss_inputs = None
 
     def _realign(self, per_token_logps: torch.Tensor) -> None:
-        """Put log mu into the place of log pi_old, or the correction weights into the advantages.
+        """Replace what the correction form replaces in the loss's inputs, and log what it did.
 
         Args:
             per_token_logps: (B, T) log pi_theta, detached.
         """
         started = time.perf_counter()
         inputs = self._loss_inputs
-        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        old = inputs.get("old_per_token_logps")
-        old = per_token_logps if old is None else old
-        share = float(inputs["mixing_share"])
-        advantages = inputs["advantages"]
-        denominator = old
-        if share > 0 and self.args.correction != "none":
-            density = probe_log_density(
-                old, inputs["segment_kinds"], inputs["pool_logps"], float(inputs["failure_rate"])
-            )
-            behavior = behavior_log_probs(old, density, share)
-            if self.args.correction == "sequence":
-                log_weights = sequence_log_weights(old, density, mask, share)
-            else:
-                log_weights = decoupled_log_weights(old, behavior)
-            if self.args.correction == "token":
-                inputs["old_per_token_logps"] = denominator = behavior
-            else:
-                if self.args.correction_weight_max is not None:
-                    log_weights = log_weights.clamp(max=torch.tensor(self.args.correction_weight_max).log().item())
-                inputs["advantages"] = advantages.unsqueeze(1) * log_weights.exp()
-            self._log_weights(log_weights, mask)
-        self._log_segments(per_token_logps, denominator, advantages, mask)
-        self._metrics["train" if self.model.training else "eval"]["seconds/realignment"].append(
-            time.perf_counter() - started
-        )
+        realignment = realign(inputs, per_token_logps, self.args.correction, self.args.correction_weight_max)
+        self._log_loss(realignment, per_token_logps)
+        inputs |= realignment.inputs
+        self._log("seconds/realignment", time.perf_counter() - started)
 
     # Metrics
 
-    def _log_rollouts(self, slots: _Slots, prompt_ids: list[list[int]]) -> None:
+    def _log_rollouts(self, slots: Slots) -> None:
         """Everything known once the rollouts are done, over the filled rows of all processes."""
-        mode = "train" if self.model.training else "eval"
-        metrics = self._metrics[mode]
-        filled = [(row, ids) for row, ids in zip(slots.rows, prompt_ids, strict=True) if row is not None]
-        originals = self.args.num_originals if mode == "train" else self.num_generations_eval
-        counts = rollout_counts([row for row, _ in filled]) + mixed_counts(slots.batch, originals)
-        lengths = [sum(row.trained_mask) for row, _ in filled]
-        tokens = sum(len(ids) for _, ids in filled) + sum(lengths)
+        training, filled = self.model.training, slots.filled
+        counts = rollout_counts(filled)
+        counts += mixed_counts(slots.batch, self.args.num_originals if training else self.num_generations_eval)
+        lengths = [sum(row.trained_mask) for row in filled]
+        tokens = sum(len(row.prompt_ids) for row in filled) + sum(lengths)
         seconds = self.sampler.engine.seconds
         gathered = gather_object([(counts, lengths, tokens, (seconds.generation, seconds.retrieval, seconds.engine))])
-        all_lengths = [length for part in gathered for length in part[1]]
-        if mode == "train":
-            self.state.num_input_tokens_seen += sum(part[2] for part in gathered)
-            metrics["probes/mixing_share"].append(slots.batch.mixing_share)
-            metrics["probes/failure_rate"].append(slots.batch.failure_rate)
-            metrics["probes/keep_ratio"].append(self._keep_ratio.value)
-        metrics["num_tokens"] = [self.state.num_input_tokens_seen]
-        metrics["completions/mean_length"].append(sum(all_lengths) / len(all_lengths))
-        metrics["completions/min_length"].append(min(all_lengths))
-        metrics["completions/max_length"].append(max(all_lengths))
-        for index, name in enumerate(("generation", "retrieval", "engine")):
-            metrics[f"seconds/{name}"].append(sum(part[3][index] for part in gathered) / len(gathered))
+        lengths = [length for part in gathered for length in part[1]]
         summary = summarize(part[0] for part in gathered)
-        for name, value in summary.items():
-            metrics[name].append(value)
-        if mode == "train" and slots.batch.global_kept:
-            self._keep_ratio.update(summary["em/probes"])
-            if self.args.correction == "token":
+        self._log_all(summary)
+        self._log("completions/mean_length", sum(lengths) / len(lengths))
+        self._log("completions/min_length", min(lengths))
+        self._log("completions/max_length", max(lengths))
+        for index, name in enumerate(("generation", "retrieval", "engine")):
+            self._log(f"seconds/{name}", sum(part[3][index] for part in gathered) / len(gathered))
+        if training:
+            self.state.num_input_tokens_seen += sum(part[2] for part in gathered)
+            self._log("probes/mixing_share", slots.batch.mixing_share)
+            self._log("probes/failure_rate", slots.batch.failure_rate)
+            self._log("probes/keep_ratio", self._keep_ratio.value)
+            if slots.batch.global_kept:
+                self._keep_ratio.update(summary["em/probes"])
                 self._warn_beyond_clip(slots.batch.mixing_share)
+        self._metrics["train" if training else "eval"]["num_tokens"] = [self.state.num_input_tokens_seen]
 
     def _warn_beyond_clip(self, mixing_share: float) -> None:
-        if mixing_share > clip_bound(self.epsilon_high) and not self._warned_beyond_clip:
+        beyond = self.args.correction == "token" and mixing_share > clip_bound(self.epsilon_high)
+        if beyond and not self._warned_beyond_clip:
             self._warned_beyond_clip = True
             logger.warning(
                 f"step {self.state.global_step}: probes are {mixing_share:.3f} of the batch, beyond the clip bound "
@@ -516,38 +436,27 @@ class REXRAGTrainer(GRPOTrainer):
                 "positive advantage get no gradient. Lower keep_ratio or use correction='decoupled'. Said once"
             )
 
-    def _log_weights(self, log_weights: torch.Tensor, mask: torch.Tensor) -> None:
-        """Mean, maximum and effective sample size (a share of the weighted tokens or trajectories) of the weights."""
-        counted = mask if log_weights.size(1) == mask.size(1) else mask.any(dim=1, keepdim=True)
-        statistics = self.accelerator.gather(weight_statistics(log_weights, counted).unsqueeze(0))  # (ranks, 4)
-        total, squares, count = statistics[:, :3].sum(dim=0).tolist()
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        if count:
-            metrics["importance_weight/mean"].append(total / count)
-            metrics["importance_weight/max"].append(statistics[:, 3].max().item())
-            metrics["importance_weight/ess"].append(total**2 / (squares * count))
-
-    def _log_segments(
-        self, per_token_logps: torch.Tensor, denominator: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor
-    ) -> None:
-        """Clip fraction and KL (k3) of sampled and of inserted tokens apart."""
-        inputs = self._loss_inputs
-        kinds = [(inputs["segment_kinds"] == kind) & mask.bool() for kind in (SegmentKind.POLICY, SegmentKind.PROBE)]
-        ratio = torch.exp(per_token_logps - denominator)
-        signs = advantages.unsqueeze(1)
+    def _log_loss(self, realignment: Realignment, per_token_logps: torch.Tensor) -> None:
+        """Importance weights; clip fraction and KL of sampled and of inserted tokens apart."""
+        inputs, log_weights = self._loss_inputs, realignment.log_weights
+        mask = loss_mask(inputs)
+        if log_weights is not None:
+            counted = mask if log_weights.size(1) == mask.size(1) else mask.any(dim=1, keepdim=True)
+            statistics = self.accelerator.gather(weight_statistics(log_weights, counted).unsqueeze(0))
+            self._log_all(weight_metrics(statistics))
+        ratio, signs = torch.exp(per_token_logps - realignment.denominator), inputs["advantages"].unsqueeze(1)
         clipped = ((ratio < 1 - self.epsilon_low) & (signs < 0)) | ((ratio > 1 + self.epsilon_high) & (signs > 0))
-        per_token_kl = torch.zeros_like(ratio)
-        if self.beta:
-            log_ratio = inputs["ref_per_token_logps"] - per_token_logps
-            per_token_kl = log_ratio.exp() - log_ratio - 1
-        sums = [value for kind in kinds for value in (kind.sum(), clipped[kind].sum(), per_token_kl[kind].sum())]
-        totals = self.accelerator.reduce(torch.stack([value.float() for value in sums]), reduction="sum").tolist()
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, (count, num_clipped, kl) in (("policy", totals[:3]), ("probe", totals[3:])):
-            if count:
-                metrics[f"clip_ratio/{name}"].append(num_clipped / count)
-                if self.beta:
-                    metrics[f"kl/{name}"].append(kl / count)
+        log_ratio = inputs.get("ref_per_token_logps", per_token_logps) - per_token_logps
+        per_token_kl = log_ratio.exp() - log_ratio - 1
+        sums = segment_sums(inputs["segment_kinds"], mask, clipped, per_token_kl)
+        self._log_all(segment_metrics(self.accelerator.reduce(sums, reduction="sum")))
+
+    def _log(self, name: str, value: float) -> None:
+        self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def _log_all(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._log(name, value)
 
     # Checkpoints and cards
 

@@ -1,7 +1,7 @@
 """Train with REX-RAG from a recipe.
 
-accelerate launch --config_file recipes/accelerate_configs/NAME.yaml scripts/train.py --config recipes/MODEL/METHOD.yaml
-    [--key value ...]
+accelerate launch --config_file recipes/accelerate_configs/NAME.yaml \\
+    scripts/train.py --config recipes/MODEL/METHOD.yaml [--key value ...]
 
 Every key of the recipe can be overridden on the command line; an unknown key is refused. Questions, retriever and
 configuration are checked before the model is loaded.
@@ -12,8 +12,8 @@ import sys
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-from transformers import AutoTokenizer
-from trl import ModelConfig, TrlParser, get_kbit_device_map, get_peft_config, get_quantization_config
+from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from rex_rag.config import REXRAGConfig
 from rex_rag.data.qa import QuestionArguments, load_questions
@@ -40,7 +40,6 @@ def main() -> None:
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
-        **({"device_map": get_kbit_device_map()} if quantization is not None else {}),
     }
     trainer = REXRAGTrainer(
         model=model.model_name_or_path,
@@ -58,7 +57,10 @@ def main() -> None:
         peft_config=get_peft_config(model),
         recipe=recipe,
     )
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    for noisy in (ProgressCallback, PrinterCallback):  # they print every metric at every step
+        trainer.remove_callback(noisy)
+    checkpoint = config.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
     trainer.save_model(config.output_dir)
     trainer.save_state()
     if config.push_to_hub:

@@ -35,6 +35,7 @@ COMMON = {
     "shuffle_dataset": False,
     "disable_tqdm": True,
     "beta": 0.04,
+    "use_bias_correction_kl": False,
 }
 
 
@@ -88,6 +89,14 @@ def make_trainer(model_path, tmp_path, turns=None, reward_funcs=None, **settings
     return trainer
 
 
+def leave_reference(trainer) -> None:
+    """Move the policy a little, the same way every time, so that the KL to the reference model has a gradient."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+
+
 def generation_batch(trainer) -> list[dict]:
     group = trainer.num_generations
     questions = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation // group
@@ -128,6 +137,7 @@ def test_without_probes_loss_and_gradients_equal_trl_bit_for_bit(model_path, tmp
         return captured["output"]
 
     ours._generate = capture
+    leave_reference(ours)
     torch.manual_seed(0)
     our_inputs = ours._prepare_inputs(generation_batch(ours))
 
@@ -147,6 +157,7 @@ def test_without_probes_loss_and_gradients_equal_trl_bit_for_bit(model_path, tmp
     )
     theirs.current_gradient_accumulation_steps = theirs.args.gradient_accumulation_steps
     theirs.model.train()
+    leave_reference(theirs)
     theirs._generate = lambda prompts: captured["output"]
     torch.manual_seed(0)
     their_inputs = theirs._prepare_inputs(generation_batch(theirs))
@@ -248,9 +259,7 @@ def token_gradients(trainer, inputs):
 def test_masked_tokens_have_exactly_zero_gradient(probed, correction):
     trainer = probed(correction=correction, beta=0.04, epsilon=0.9)
     inputs = scored(trainer)
-    with torch.no_grad():  # leave the reference model, so that the KL has a gradient on every trained token
-        for parameter in trainer.model.parameters():
-            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    leave_reference(trainer)
     _, gradient = token_gradients(trainer, inputs)
     trained = (inputs["segment_kinds"] == SegmentKind.POLICY) | (inputs["segment_kinds"] == SegmentKind.PROBE)
     assert (inputs["segment_kinds"] == SegmentKind.INFORMATION).any()

@@ -1,0 +1,88 @@
+"""Originals and probes laid into the fixed rows of a question's group, and the tensors that describe them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rex_rag.mixed_sampling import MixedBatch
+from rex_rag.policy_correction import PADDING_KIND
+from rex_rag.types import SegmentKind, Trajectory
+
+
+@dataclass(slots=True)
+class Slots:
+    """One process's generation batch: a trajectory per row, `None` in a probe slot that no probe filled.
+
+    `live` holds the indices of the rows to score and optimise, equally many on every process; `None` means all.
+    """
+
+    rows: list[Trajectory | None]
+    batch: MixedBatch
+    live: torch.Tensor | None = None
+
+    @property
+    def filled(self) -> list[Trajectory]:
+        return [row for row in self.rows if row is not None]
+
+
+def original_rows(num_rows: int, group: int, originals: int) -> list[int]:
+    """The rows of originals: the first `originals` of every group of `group` adjacent rows."""
+    return [row for row in range(num_rows) if row % group < originals]
+
+
+def lay_out(batch: MixedBatch, num_rows: int, group: int, originals: int) -> list[Trajectory | None]:
+    """Originals first, then the question's kept probes, then empty slots."""
+    rows: list[Trajectory | None] = [None] * num_rows
+    for row, original in zip(original_rows(num_rows, group, originals), batch.originals, strict=True):
+        rows[row] = original
+    for probe in batch.probes:
+        slot = probe.parent // originals * group + originals
+        while rows[slot] is not None:
+            slot += 1
+        rows[slot] = probe
+    return rows
+
+
+def live_rows(rows: list[Trajectory | None], largest_count: int, steps: int) -> torch.Tensor | None:
+    """Filled rows, topped up with empty ones so that every process has equally many and they split evenly.
+
+    Args:
+        rows: one process's rows.
+        largest_count: the number of filled rows of the process that has most.
+        steps: the number of mini-batches that the rows are split into.
+
+    Returns:
+        Sorted row indices, or `None` where that would be every row.
+    """
+    count = -(-largest_count // steps) * steps
+    if count >= len(rows):
+        return None
+    filled = [index for index, row in enumerate(rows) if row is not None]
+    empty = [index for index, row in enumerate(rows) if row is None]
+    return torch.tensor(sorted(filled + empty[: count - len(filled)]))
+
+
+def describe_rows(slots: Slots, shape: torch.Size, device: torch.device) -> dict[str, torch.Tensor]:
+    """What the correction needs beside log-probabilities.
+
+    Returns:
+        `segment_kinds` (B, T) int8 and `pool_logps` (B, T) float32, row by row, and the scalars `failure_rate` (z)
+        and `mixing_share` (a) of the global batch.
+    """
+    kinds = torch.full(shape, PADDING_KIND, dtype=torch.int8)
+    pool_logps = torch.zeros(shape, dtype=torch.float32)
+    for index, row in enumerate(slots.rows):
+        if row is None:
+            continue
+        row_kinds = torch.tensor(row.kinds, dtype=torch.int8)
+        kinds[index, : len(row_kinds)] = row_kinds
+        if row.is_probe:
+            pool_logps[index, kinds[index] == SegmentKind.PROBE] = torch.tensor(row.pool_logprobs)
+    return {
+        "segment_kinds": kinds.to(device),
+        "pool_logps": pool_logps.to(device),
+        "failure_rate": torch.tensor(slots.batch.failure_rate, dtype=torch.float64),
+        "mixing_share": torch.tensor(slots.batch.mixing_share, dtype=torch.float64),
+    }

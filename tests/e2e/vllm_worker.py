@@ -1,0 +1,85 @@
+"""Trains a recipe with a colocated vLLM on CPU and writes down how its tokens line up with the trainer's.
+
+python tests/e2e/vllm_worker.py OUTPUT.json --config RECIPE [--key value ...]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import vllm._custom_ops as ops
+from transformers import AutoTokenizer
+from trl import ModelConfig, TrlParser
+from vllm.triton_utils import dispatcher
+
+from rex_rag.config import REXRAGConfig
+from rex_rag.data.qa import QuestionArguments, load_questions
+from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+from rex_rag.trainer import REXRAGTrainer
+from rex_rag.types import SegmentKind
+
+
+def prepare_vllm_on_cpu() -> None:
+    """Two things that only vLLM's CPU build needs, before its engine starts."""
+    # Without this it repacks the weights, and TRL's weight sync cannot find their loaders.
+    ops._supports_onednn = False
+
+    # It reads the __dict__ of every object in every module, and llvmlite's library handle (loaded by bm25s through
+    # numba) answers that with a function.
+    def instance_dict(value):
+        namespace = vars(value)
+        return namespace if hasattr(namespace, "get") else {}
+
+    dispatcher.vars = instance_dict
+
+
+def main() -> None:
+    prepare_vllm_on_cpu()
+    output, arguments = Path(sys.argv[1]), sys.argv[2:]
+    parser = TrlParser((QuestionArguments, RetrieverArguments, REXRAGConfig, ModelConfig))
+    questions, retrieval, config, model = parser.parse_args_and_config(arguments)
+    trainer = REXRAGTrainer(
+        model=model.model_name_or_path,
+        retriever=load_retriever(retrieval),
+        args=config,
+        train_dataset=load_questions(questions),
+        processing_class=AutoTokenizer.from_pretrained(model.model_name_or_path, padding_side="left"),
+    )
+    comparisons = []
+    score = trainer._generate_and_score_completions
+
+    def compare(inputs):
+        result = score(inputs)
+        trajectories = [row for row in trainer._slots.rows if row is not None]
+        comparisons.append([compare_row(trainer.model, row) for row in trajectories])
+        return result
+
+    trainer._generate_and_score_completions = compare
+    trainer.train()
+    log = [row for row in trainer.state.log_history if "em/originals" in row]
+    output.write_text(json.dumps({"log": log, "comparisons": comparisons}))
+
+
+@torch.no_grad()
+def compare_row(model, row) -> dict:
+    """The engine's log-probability of every sampled token against a plain forward pass over the same ids."""
+    ids = torch.tensor([row.prompt_ids + row.completion_ids])
+    logps = model(ids).logits[0].float().log_softmax(-1)
+    first = len(row.prompt_ids)
+    largest, sampled, silent = 0.0, 0, 0
+    for position, (token, value, kind) in enumerate(
+        zip(row.completion_ids, row.sampling_logprobs, row.kinds, strict=True)
+    ):
+        if value is None:
+            silent += 1
+            assert kind != SegmentKind.POLICY, "a sampled token came without a log-probability"
+            continue
+        assert kind == SegmentKind.POLICY, "an inserted token came with a log-probability"
+        sampled += 1
+        largest = max(largest, abs(value - logps[first + position - 1, token].item()))
+    return {"is_probe": row.is_probe, "sampled": sampled, "inserted": silent, "largest_difference": largest}
+
+
+if __name__ == "__main__":
+    main()
