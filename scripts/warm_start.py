@@ -128,7 +128,13 @@ def training_rows(args: argparse.Namespace, tokenizer: Qwen2Tokenizer) -> list[d
         questions = (args.questions_per_world // 3, 2 * args.questions_per_world // 3, 0)
         world = build_hopworld(HopWorldConfig(seed=seed, train_questions=questions, test_questions=(0, 0, 0)))
         demonstrations = build_demonstrations(
-            world.train, BM25Retriever(world.passages), wrong_rate=args.wrong_rate, top_k=args.top_k, seed=seed
+            world.train,
+            BM25Retriever(world.passages),
+            wrong_rate=args.wrong_rate,
+            top_k=args.top_k,
+            seed=seed,
+            doubts=DEFAULT_POOL,
+            doubt_rate=args.doubt_rate,
         )
         rows += tokenize_demonstrations(demonstrations, tokenizer, args.prompt_template)
     return rows
@@ -271,6 +277,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train-questions", type=int, nargs=3, default=(400, 800, 0), metavar="N", help="unseen world, by hops")
     add("--test-questions", type=int, nargs=3, default=(100, 100, 100), metavar="N", help="unseen world, by hops")
     add("--wrong-rate", type=float, default=0.9, help="share of two-hop demonstrations that stop at the dead end")
+    add("--doubt-rate", type=float, default=0.0, help="share of demonstrations with an exploration prompt in them")
     add("--top-k", type=int, default=1, help="passages a search")
     add("--prompt-template", default=QUICKSTART_PROMPT, help="text with {question}, or a file of it, as in the recipe")
     add("--hidden-size", type=int, default=64)

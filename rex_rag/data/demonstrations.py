@@ -48,7 +48,10 @@ class TokenizedDemonstration(TypedDict):
 
 
 def write_demonstration(
-    question: HopQuestion, rankings: Sequence[Sequence[Passage]], searches: int | None = None
+    question: HopQuestion,
+    rankings: Sequence[Sequence[Passage]],
+    searches: int | None = None,
+    doubt: str | None = None,
 ) -> Demonstration:
     """Script the walk of a question's chain, one search a hop, and answer with the entity reached.
 
@@ -56,6 +59,7 @@ def write_demonstration(
         question: the question and its chain.
         rankings: what the retriever returned for each hop's query (`search_query`), best first.
         searches: how many hops to search before answering; all of them by default. Fewer give a wrong answer.
+        doubt: an exploration prompt to insert (`PROBE`, no loss) where the walk goes on or ends after its first search.
     """
     searches = question.hops if searches is None else searches
     if not 1 <= searches <= question.hops:
@@ -64,15 +68,25 @@ def write_demonstration(
     thought = f"I need the {question.relations[0]} of {question.chain[0]}"
     for hop in range(searches):
         query = search_query(question, hop)
-        segments.append((SegmentKind.POLICY, f"<think> {thought}</think><search> {query}</search>"))
+        segments += _turn(thought, f"<search> {query}</search>", doubt if hop == 1 else None)
         observation = OBSERVATION_HEAD + render_passages(rankings[hop]) + OBSERVATION_TAIL
         segments.append((SegmentKind.INFORMATION, observation))
         # The thought after a search is the same whether a search or an answer follows: the choice between them, where
         # dead ends arise, falls on one token.
         thought = f"the {question.relations[hop]} of {question.chain[hop]} is {question.chain[hop + 1]}"
     answer = question.chain[searches]
-    segments.append((SegmentKind.POLICY, f"<think> {thought}</think><answer> {answer}</answer>"))
+    segments += _turn(thought, f"<answer> {answer}</answer>", doubt if searches == 1 else None)
     return Demonstration(question=question, segments=tuple(segments), answer=answer)
+
+
+def _turn(thought: str, action: str, doubt: str | None) -> list[tuple[SegmentKind, str]]:
+    if doubt is None:
+        return [(SegmentKind.POLICY, f"<think> {thought}</think>{action}")]
+    return [
+        (SegmentKind.POLICY, f"<think> {thought}</think>"),
+        (SegmentKind.PROBE, doubt),
+        (SegmentKind.POLICY, f"</think>{action}"),
+    ]
 
 
 def search_query(question: HopQuestion, hop: int) -> str:
@@ -81,7 +95,14 @@ def search_query(question: HopQuestion, hop: int) -> str:
 
 
 def build_demonstrations(
-    questions: Sequence[HopQuestion], retriever: Retriever, *, wrong_rate: float = 0.9, top_k: int = 1, seed: int = 0
+    questions: Sequence[HopQuestion],
+    retriever: Retriever,
+    *,
+    wrong_rate: float = 0.9,
+    top_k: int = 1,
+    seed: int = 0,
+    doubts: Sequence[str] = (),
+    doubt_rate: float = 0.0,
 ) -> list[Demonstration]:
     """Script one demonstration a question, in order, with what the retriever really returns.
 
@@ -91,30 +112,36 @@ def build_demonstrations(
         wrong_rate: probability that a multi-hop question is answered after its first search, with the first
             intermediate entity.
         top_k: passages an observation.
-        seed: of the draws between right and wrong.
+        seed: of the draws.
+        doubts: exploration prompts that some demonstrations contain, so that a policy can read on after one.
+        doubt_rate: share of demonstrations with one, drawn apart from right and wrong: what a doubt should lead to is
+            not taught. Off by default.
 
     Returns:
         The demonstrations. A question one of whose passages the retriever did not return is left out: its
         demonstration would state facts that nobody read. How many were left out is logged.
 
     Raises:
-        ValueError: when `wrong_rate` is not a probability.
+        ValueError: when a rate is not a probability, or there are no doubts to draw from.
         RetrievalError: when the retriever fails.
     """
     if not 0.0 <= wrong_rate <= 1.0:
         raise ValueError(f"wrong_rate={wrong_rate} is not a probability; choose a number from 0 to 1")
+    if not 0.0 <= doubt_rate <= 1.0 or (doubt_rate > 0 and not doubts):
+        raise ValueError(f"doubt_rate={doubt_rate} with {len(doubts)} doubts; choose 0 to 1, and give doubts above 0")
     queries = list(dict.fromkeys(search_query(item, hop) for item in questions for hop in range(item.hops)))
     found = dict(zip(queries, checked_search(retriever, queries, top_k), strict=True)) if queries else {}
-    draw = random.Random(f"demonstrations/{seed}")
+    draw, draw_doubt = random.Random(f"demonstrations/{seed}"), random.Random(f"demonstrations/{seed}/doubts")
     demonstrations = []
     for question in questions:
         searches = 1 if question.hops > 1 and draw.random() < wrong_rate else question.hops
+        doubt = draw_doubt.choice(doubts) if draw_doubt.random() < doubt_rate else None
         rankings = [found[search_query(question, hop)] for hop in range(searches)]
         if all(
             any(passage.title == entity for passage in ranking)
             for entity, ranking in zip(question.chain, rankings, strict=False)
         ):
-            demonstrations.append(write_demonstration(question, rankings, searches))
+            demonstrations.append(write_demonstration(question, rankings, searches, doubt))
     if len(demonstrations) < len(questions):
         logger.info(
             "left out %d of %d demonstrations whose passage was not among the %d retrieved",

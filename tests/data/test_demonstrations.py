@@ -138,6 +138,31 @@ def test_an_empty_ranking_is_an_error(world):
         build_demonstrations(world.train[:1], Silent())
 
 
+def test_doubts_come_with_right_and_wrong_alike_and_are_not_learnt(world, retriever, word_tokenizer):
+    doubt = "<think> Wait I may be wrong ."
+    assert write_demonstration(QUESTION, RANKINGS, 1, doubt).segments[2:] == (
+        (SegmentKind.POLICY, "<think> the mentor of oak is elm</think>"),
+        (SegmentKind.PROBE, doubt),
+        (SegmentKind.POLICY, "</think><answer> elm</answer>"),
+    )
+    assert write_demonstration(QUESTION, RANKINGS, 2, doubt).segments[2:5] == (
+        (SegmentKind.POLICY, "<think> the mentor of oak is elm</think>"),
+        (SegmentKind.PROBE, doubt),
+        (SegmentKind.POLICY, "</think><search> friend of elm</search>"),
+    )
+    plain = build_demonstrations(world.train, retriever, wrong_rate=0.5)
+    doubting = build_demonstrations(world.train, retriever, wrong_rate=0.5, doubts=[doubt], doubt_rate=0.5)
+    # The draws of doubts change no answer.
+    assert [item.answer for item in doubting] == [item.answer for item in plain]
+    doubted = [any(kind is SegmentKind.PROBE for kind, _ in item.segments) for item in doubting]
+    assert 0.4 < sum(doubted) / len(doubted) < 0.6
+    (row,) = tokenize_demonstrations([write_demonstration(QUESTION, RANKINGS, 1, doubt)], word_tokenizer)
+    assert word_tokenizer.convert_tokens_to_ids("Wait") in row["input_ids"]
+    assert word_tokenizer.convert_tokens_to_ids("Wait") not in row["labels"]
+    with pytest.raises(ValueError, match="with 0 doubts"):
+        build_demonstrations(world.train, retriever, doubt_rate=0.5)
+
+
 def test_ids_and_labels_of_a_small_case(word_tokenizer):
     question = HopQuestion("q", "where is red oak ?", ("tree",), ("oak", "elm"))
     demonstration = write_demonstration(question, [[Passage("0", "oak", "tree elm")]])
