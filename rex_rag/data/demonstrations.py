@@ -59,7 +59,7 @@ def write_demonstration(
         question: the question and its chain.
         rankings: what the retriever returned for each hop's query (`search_query`), best first.
         searches: how many hops to search before answering; all of them by default. Fewer give a wrong answer.
-        doubt: an exploration prompt to insert (`PROBE`, no loss) where the walk goes on or ends after its first search.
+        doubt: an exploration prompt to insert (`PROBE`, no loss) after the first search, before the next action.
     """
     searches = question.hops if searches is None else searches
     if not 1 <= searches <= question.hops:
