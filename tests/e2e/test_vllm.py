@@ -46,11 +46,12 @@ def test_vllm_trains_the_quickstart_recipe(warm_start, tmp_path):
     assert len(log) == len(comparisons) == 5
     rows = [row for step in comparisons for row in step]
     assert len(rows) >= 5 * 40 and sum(row["is_probe"] for row in rows) > 0
-    # float32 on both sides: an off-by-one in ids or masks would show as differences of order 1
-    assert max(row["largest_difference"] for row in rows) < 1e-3
+    # vLLM computes in bfloat16 what the trainer computes in float32; ids or masks off by one would differ by nats
+    assert sum(row["mean"] for row in rows) / len(rows) < 0.02
+    assert sum(row["shifted"] for row in rows) / len(rows) > 1.0
     assert sum(row["inserted"] for row in rows) > 0
     for row in log:
-        assert row["sampling/sampling_logp_difference/max"] < 1e-3
-        assert row["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=1e-2)
+        assert row["sampling/sampling_logp_difference/mean"] < 0.02
+        assert row["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=0.05)
     assert sum(row["probes/kept"] for row in log) > 0
     assert all(row["grad_norm"] > 0 for row in log)

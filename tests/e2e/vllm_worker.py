@@ -63,22 +63,30 @@ def main() -> None:
 
 @torch.no_grad()
 def compare_row(model, row) -> dict:
-    """The engine's log-probability of every sampled token against a plain forward pass over the same ids."""
+    """The engine's log-probability of every sampled token against a plain forward pass over the same ids.
+
+    `shifted` is what the mean difference would be if the ids were off by one.
+    """
     ids = torch.tensor([row.prompt_ids + row.completion_ids])
     logps = model(ids).logits[0].float().log_softmax(-1)
     first = len(row.prompt_ids)
-    largest, sampled, silent = 0.0, 0, 0
+    differences, shifted, inserted = [], [], 0
     for position, (token, value, kind) in enumerate(
         zip(row.completion_ids, row.sampling_logprobs, row.kinds, strict=True)
     ):
+        assert (value is None) == (kind != SegmentKind.POLICY), "log-probabilities belong to sampled tokens alone"
         if value is None:
-            silent += 1
-            assert kind != SegmentKind.POLICY, "a sampled token came without a log-probability"
+            inserted += 1
             continue
-        assert kind == SegmentKind.POLICY, "an inserted token came with a log-probability"
-        sampled += 1
-        largest = max(largest, abs(value - logps[first + position - 1, token].item()))
-    return {"is_probe": row.is_probe, "sampled": sampled, "inserted": silent, "largest_difference": largest}
+        differences.append(abs(value - logps[first + position - 1, token].item()))
+        if position:
+            shifted.append(abs(value - logps[first + position - 2, token].item()))
+    return {
+        "is_probe": row.is_probe,
+        "inserted": inserted,
+        "mean": sum(differences) / len(differences),
+        "shifted": sum(shifted) / len(shifted),
+    }
 
 
 if __name__ == "__main__":
