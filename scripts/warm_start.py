@@ -135,6 +135,7 @@ def training_rows(args: argparse.Namespace, tokenizer: Qwen2Tokenizer) -> list[d
             seed=seed,
             doubts=DEFAULT_POOL,
             doubt_rate=args.doubt_rate,
+            doubt_wrong_rate=args.doubt_wrong_rate,
         )
         rows += tokenize_demonstrations(demonstrations, tokenizer, args.prompt_template)
     return rows
@@ -277,7 +278,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train-questions", type=int, nargs=3, default=(400, 800, 0), metavar="N", help="unseen world, by hops")
     add("--test-questions", type=int, nargs=3, default=(100, 100, 100), metavar="N", help="unseen world, by hops")
     add("--wrong-rate", type=float, default=0.9, help="share of two-hop demonstrations that stop at the dead end")
-    add("--doubt-rate", type=float, default=0.0, help="share of demonstrations with an exploration prompt in them")
+    add("--doubt-rate", type=float, default=0.2, help="share of demonstrations with an exploration prompt in them")
+    add("--doubt-wrong-rate", type=float, default=0.5, help="--wrong-rate of the demonstrations with one")
     add("--top-k", type=int, default=1, help="passages a search")
     add("--prompt-template", default=QUICKSTART_PROMPT, help="text with {question}, or a file of it, as in the recipe")
     add("--hidden-size", type=int, default=64)

@@ -103,6 +103,7 @@ def build_demonstrations(
     seed: int = 0,
     doubts: Sequence[str] = (),
     doubt_rate: float = 0.0,
+    doubt_wrong_rate: float | None = None,
 ) -> list[Demonstration]:
     """Script one demonstration a question, in order, with what the retriever really returns.
 
@@ -114,8 +115,10 @@ def build_demonstrations(
         top_k: passages an observation.
         seed: of the draws.
         doubts: exploration prompts that some demonstrations contain, so that a policy can read on after one.
-        doubt_rate: share of demonstrations with one, drawn apart from right and wrong: what a doubt should lead to is
-            not taught. Off by default.
+        doubt_rate: share of demonstrations with one. Off by default.
+        doubt_wrong_rate: the `wrong_rate` of multi-hop demonstrations with a doubt. By default the same, so that what
+            a doubt should lead to is not taught; a lower one stands in for what a pretrained model has read, that a
+            doubt is often followed by a second look.
 
     Returns:
         The demonstrations. A question one of whose passages the retriever did not return is left out: its
@@ -125,8 +128,10 @@ def build_demonstrations(
         ValueError: when a rate is not a probability, or there are no doubts to draw from.
         RetrievalError: when the retriever fails.
     """
-    if not 0.0 <= wrong_rate <= 1.0:
-        raise ValueError(f"wrong_rate={wrong_rate} is not a probability; choose a number from 0 to 1")
+    doubt_wrong_rate = wrong_rate if doubt_wrong_rate is None else doubt_wrong_rate
+    for name, rate in (("wrong_rate", wrong_rate), ("doubt_wrong_rate", doubt_wrong_rate)):
+        if not 0.0 <= rate <= 1.0:
+            raise ValueError(f"{name}={rate} is not a probability; choose a number from 0 to 1")
     if not 0.0 <= doubt_rate <= 1.0 or (doubt_rate > 0 and not doubts):
         raise ValueError(f"doubt_rate={doubt_rate} with {len(doubts)} doubts; choose 0 to 1, and give doubts above 0")
     queries = list(dict.fromkeys(search_query(item, hop) for item in questions for hop in range(item.hops)))
@@ -134,8 +139,9 @@ def build_demonstrations(
     draw, draw_doubt = random.Random(f"demonstrations/{seed}"), random.Random(f"demonstrations/{seed}/doubts")
     demonstrations = []
     for question in questions:
-        searches = 1 if question.hops > 1 and draw.random() < wrong_rate else question.hops
         doubt = draw_doubt.choice(doubts) if draw_doubt.random() < doubt_rate else None
+        stops = question.hops > 1 and draw.random() < (wrong_rate if doubt is None else doubt_wrong_rate)
+        searches = 1 if stops else question.hops
         rankings = [found[search_query(question, hop)] for hop in range(searches)]
         if all(
             any(passage.title == entity for passage in ranking)

@@ -155,6 +155,9 @@ def test_doubts_come_with_right_and_wrong_alike_and_are_not_learnt(world, retrie
     # The draws of doubts change no answer.
     assert [item.answer for item in doubting] == [item.answer for item in plain]
     doubted = [any(kind is SegmentKind.PROBE for kind, _ in item.segments) for item in doubting]
+    rates = {"wrong_rate": 1.0, "doubts": [doubt], "doubt_rate": 0.5, "doubt_wrong_rate": 0.0}
+    for item, has_doubt in zip(build_demonstrations(world.train, retriever, **rates), doubted, strict=True):
+        assert item.is_correct == (has_doubt or item.question.hops == 1)
     assert 0.4 < sum(doubted) / len(doubted) < 0.6
     (row,) = tokenize_demonstrations([write_demonstration(QUESTION, RANKINGS, 1, doubt)], word_tokenizer)
     assert word_tokenizer.convert_tokens_to_ids("Wait") in row["input_ids"]
