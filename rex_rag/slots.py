@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,4 +87,15 @@ def describe_rows(slots: Slots, shape: torch.Size, device: torch.device) -> dict
         "pool_logps": pool_logps.to(device),
         "failure_rate": torch.tensor(slots.batch.failure_rate, dtype=torch.float64),
         "mixing_share": torch.tensor(slots.batch.mixing_share, dtype=torch.float64),
+    }
+
+
+def completion_columns(rows: Sequence[Trajectory | None], inputs: Sequence[Mapping]) -> dict[str, list]:
+    """What TRL's completion table says of every row beside its own columns; `segments` as JSON, for `rex-rag view`."""
+    return {
+        "question": [example["question"] for example in inputs],
+        "golden_answers": [list(example["golden_answers"]) for example in inputs],
+        "trajectory": [row.render() if row else None for row in rows],
+        "segments": [json.dumps(row.segment_texts()) if row else None for row in rows],
+        "predicted_answer": [row.answer if row else None for row in rows],
     }

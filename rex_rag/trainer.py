@@ -38,7 +38,7 @@ from rex_rag.realignment import Realignment, loss_mask, realign
 from rex_rag.retrieval.base import Retriever
 from rex_rag.rewards import exact_match_reward, format_reward
 from rex_rag.rollout import RolloutEngine, RolloutSeconds
-from rex_rag.slots import Slots, describe_rows, lay_out, live_rows, original_rows
+from rex_rag.slots import Slots, completion_columns, describe_rows, lay_out, live_rows, original_rows
 from rex_rag.types import Segment, SegmentKind, Trajectory
 
 logger = get_logger(__name__)
@@ -309,8 +309,8 @@ class REXRAGTrainer(GRPOTrainer):
             del example["predicted_answer"], example["trajectory"]
         empty = torch.tensor([row is None for row in rows], device=self.accelerator.device)
         rewards_per_func[self.accelerator.gather(empty)] = torch.nan
-        self._log_completion_extra("trajectory", [row.render() if row else None for row in rows])
-        self._log_completion_extra("predicted_answer", [row.answer if row else None for row in rows])
+        for name, column in completion_columns(rows, inputs).items():
+            self._log_completion_extra(name, column)
         is_probe = torch.tensor([bool(row and row.is_probe) for row in rows], device=self.accelerator.device)
         self._log_completion_extra("is_probe", is_probe.tolist())
         rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)

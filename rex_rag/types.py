@@ -141,3 +141,7 @@ class Trajectory:
     def render(self) -> str:
         """The whole completion with segment kinds made visible, for people and for completion tables."""
         return "\n".join(f"[{segment.kind.name}] {segment.text.strip()}" for segment in self.segments)
+
+    def segment_texts(self) -> list[dict[str, str]]:
+        """The completion as plain data that keeps its segments apart: `{"kind", "text"}` of each, in order."""
+        return [{"kind": segment.kind.name, "text": segment.text} for segment in self.segments]

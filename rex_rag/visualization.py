@@ -7,6 +7,7 @@ the page is one static file without scripts. Every text in it is escaped, since 
 from __future__ import annotations
 
 import html
+import json
 import logging
 import math
 import os
@@ -78,9 +79,79 @@ def trajectory_record(
         "kind": "probe" if trajectory.is_probe else "original",
         "rescue": bool(rescue),
         "parent": trajectory.parent,
-        "segments": [{"kind": segment.kind.name, "text": segment.text} for segment in trajectory.segments],
+        "segments": trajectory.segment_texts(),
         "step": step,
     }
+
+
+def read_completion_tables(path: str | os.PathLike, step: int | None = None) -> list[dict[str, Any]]:
+    """Trajectory records from the completion tables that training writes with `log_completions`.
+
+    Args:
+        path: one table (parquet), a folder of them, or a run's output directory.
+        step: only rows of this training step; all by default.
+
+    Returns:
+        The records in the order of steps and rows: a question's originals, then its probes. `reward` is exact match.
+
+    Raises:
+        FileNotFoundError: where there is no table.
+        ValueError: for a table that was not written by this package's trainer, or none with the step.
+    """
+    rows = [row for file in _completion_files(Path(path)) for row in _completion_rows(file)]
+    steps = sorted({row["step"] for row in rows})
+    if step is not None:
+        rows = [row for row in rows if row["step"] == step]
+        if not rows:
+            known = f"{steps[0]} to {steps[-1]}" if steps else "none"
+            raise ValueError(f"{path} has no completions of step {step}; it has those of steps {known}")
+    reached = {(row["step"], row["question"]) for row in rows if not row["is_probe"] and row["exact_match_reward"]}
+    return [
+        {
+            "question": row["question"],
+            "golden_answers": row["golden_answers"],
+            "answer": row["predicted_answer"],
+            "reward": row["exact_match_reward"],
+            "kind": "probe" if row["is_probe"] else "original",
+            "rescue": bool(
+                row["is_probe"] and row["exact_match_reward"] and (row["step"], row["question"]) not in reached
+            ),
+            "parent": None,
+            "segments": json.loads(row["segments"]),
+            "step": row["step"],
+        }
+        for row in rows
+    ]
+
+
+def _completion_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    for folder in (path / "completions", path):
+        if files := sorted(folder.glob("completions_*.parquet")):
+            return files
+    raise FileNotFoundError(
+        f"there are no completion tables at {path}; name a completions_*.parquet or a run's output directory. "
+        "Training writes them with log_completions: true"
+    )
+
+
+def _completion_rows(file: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # Not read_table: it would take `step=1` in a folder's name for a column.
+        table = pyarrow.parquet.ParquetFile(file).read()
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{file} is not a parquet file ({error}); name a completion table") from None
+    columns = ["step", "question", "golden_answers", "predicted_answer", "is_probe", "exact_match_reward", "segments"]
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise ValueError(
+            f"{file} has no column {', '.join(missing)}; only tables written by this package's trainer can be shown"
+        )
+    return table.select(columns).to_pylist()
 
 
 def write_trajectory_page(records: Iterable[Mapping[str, Any]], path: str | os.PathLike, title: str) -> Path:

@@ -15,7 +15,7 @@ import rex_rag
 from rex_rag.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("check", "search", "hopworld", "prompts")
+COMMANDS = ("check", "search", "hopworld", "view", "prompts")
 
 
 @pytest.fixture
@@ -231,3 +231,82 @@ def test_check_of_a_wrong_type_is_short(
     message = capsys.readouterr().err
     assert "num_generations" in message
     assert len(message.splitlines()) <= 2
+
+
+def segments_of(*texts: str) -> str:
+    kinds = ("POLICY", "INFORMATION", "POLICY", "PROBE", "POLICY")
+    return json.dumps([{"kind": kind, "text": text} for kind, text in zip(kinds, texts, strict=False)])
+
+
+@pytest.fixture
+def run_directory(tmp_path: Path) -> Path:
+    """Two steps of one question each, two originals and a right probe: both originals wrong, then one right."""
+    import pyarrow
+    import pyarrow.parquet
+
+    original = segments_of("<search> isle </search>", "<information>Doc 1(Title: Isle) <b>sea</b></information>", "no")
+    probe = segments_of(
+        "<search> isle </search>", "<information>Doc 1(Title: Isle)</information>", "so", "<think> Hm", ""
+    )
+    for step, question, rights in ((1, "Which isle?", (0.0, 0.0, 1.0)), (2, "Whose isle?", (1.0, 0.0, 1.0))):
+        table = pyarrow.table(
+            {
+                "step": [step] * 3,
+                "question": [question] * 3,
+                "golden_answers": [["Man", "Isle of Man"]] * 3,
+                "exact_match_reward": list(rights),
+                "predicted_answer": ["Wight", None, "Man"],
+                "is_probe": [False, False, True],
+                "segments": [original, original, probe],
+            }
+        )
+        folder = tmp_path / "run" / "completions"
+        folder.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(table, folder / f"completions_{step:05d}.parquet")
+    return tmp_path / "run"
+
+
+def test_view_shows_every_trajectory_of_a_run(run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    page = tmp_path / "page.html"
+    assert main(["view", str(run_directory), "--output", str(page)]) == 0
+    assert capsys.readouterr().out == f"{page}: 6 of 6 trajectories, 2 of them probes\n"
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<article") == 6
+    assert text.count('<div class="segment probe">') == 1 + 2  # the legend's and one a probe
+    assert "<b>" not in text and "&lt;b&gt;sea&lt;/b&gt;" in text
+    assert "Man | Isle of Man" in text
+    # A right probe rescues only where every original of its question was wrong: in step 1, not in step 2.
+    assert text.count("a rescue") == 1
+    assert text.index("a rescue") < text.index("Whose isle?")
+
+
+def test_view_takes_one_table_a_step_and_a_limit(run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    page = tmp_path / "page.html"
+    table = run_directory / "completions" / "completions_00001.parquet"
+    for source, options, counts in (
+        (table, (), "3 of 3 trajectories, 1 of them probes"),
+        (table.parent, ("--limit", "4"), "4 of 6 trajectories, 1 of them probes"),
+        (run_directory, ("--step", "2", "--limit", "2"), "2 of 3 trajectories, 0 of them probes"),
+    ):
+        assert main(["view", str(source), "--output", str(page), *options]) == 0
+        assert counts in capsys.readouterr().out
+    text = page.read_text(encoding="utf-8")
+    assert "Whose isle?" in text and "Which isle?" not in text
+
+
+def test_view_says_what_it_cannot_show(run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    import pyarrow
+    import pyarrow.parquet
+
+    def message(source: Path, *options: str) -> str:
+        return failure(capsys, "view", str(source), "--output", str(tmp_path / "page.html"), *options)
+
+    assert "log_completions: true" in message(tmp_path / "nowhere")
+    assert "no completions of step 9; it has those of steps 1 to 2" in message(run_directory, "--step", "9")
+    text = tmp_path / "text.parquet"
+    text.write_text("not a table", encoding="utf-8")
+    assert "is not a parquet file" in message(text)
+    foreign = tmp_path / "foreign.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"step": [1], "question": ["q"]}), foreign)
+    assert "has no column golden_answers, predicted_answer" in message(foreign)
+    assert not (tmp_path / "page.html").exists()
