@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin starve whatever else is running
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is made here
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

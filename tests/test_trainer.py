@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from parts import PASSAGES, ScriptedGenerator, make_tiny_model, make_word_tokenizer
+from peft import LoraConfig
 from transformers import Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
@@ -440,6 +441,40 @@ def test_further_reward_functions_read_model_text_alone(model_path, tmp_path):
     assert not any("oak" in text for text in seen)
     assert list(trainer._logs["rewards"]["mentions_oak"]) == [0.0] * 8
     assert list(trainer._logs["rewards"]["format_reward"]) == [1.0] * 8
+
+
+def test_lora_trains_the_adapter_alone(model_path, tmp_path):
+    trainer = REXRAGTrainer(
+        model=Qwen2ForCausalLM.from_pretrained(model_path),
+        args=config(model_path, tmp_path, num_generations=6, num_probe_slots=2, per_device_train_batch_size=12),
+        train_dataset=Dataset.from_list(QUESTIONS),
+        retriever=BM25Retriever(PASSAGES),
+        processing_class=make_word_tokenizer(),
+        reward_funcs=lambda completions, **_: [-0.01 * len(item[0]["content"]) for item in completions],
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    )
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+    assert changed and all("lora_" in name for name in changed)
+    assert any(row.get("kl", 0) > 0 for row in trainer.state.log_history)  # against the model without the adapter
+
+
+def test_evaluation_samples_and_never_probes(model_path, tmp_path):
+    trainer = REXRAGTrainer(
+        model=Qwen2ForCausalLM.from_pretrained(model_path),
+        args=config(model_path, tmp_path, per_device_eval_batch_size=8, num_generations_eval=2),
+        train_dataset=Dataset.from_list(QUESTIONS),
+        eval_dataset=Dataset.from_list(QUESTIONS),
+        retriever=BM25Retriever(PASSAGES),
+        processing_class=make_word_tokenizer(),
+    )
+    turns = [[RIGHT] * 8] * 4  # oak, which is right for one question in four
+    trainer.sampler.engine.generator = ScriptedGenerator(trainer._tokenizer, turns)
+    metrics = trainer.evaluate()
+    assert metrics["eval_em/originals"] == pytest.approx(1 / 4)
+    assert metrics["eval_dead_end/rate"] == pytest.approx(3 / 4)
+    assert "eval_probes/mixing_share" not in metrics and metrics["eval_probes/kept"] == 0
 
 
 # Refusals
