@@ -51,11 +51,15 @@ RECIPE = Path("recipes/hotpotqa_sample/rex_rag.yaml")
 SECOND_SEARCH_RATE = 0.25
 QUERY_WORDS = 16
 YES_NO_OPENINGS = ("Are ", "Is ", "Was ", "Were ", "Do ", "Does ", "Did ", "Have ", "Has ")
+LOOK_UP = "<think> I do not know this yet, so I look it up.</think><search> {query}</search>"
+LOOK_AGAIN = "<think> I found {title}. I look for more.</think><search> {title}</search>"
+ANSWER = "<think> I found {title}. I can answer.</think><answer> {answer}</answer>"
+DEMONSTRATED_TURNS = (LOOK_UP, LOOK_AGAIN, ANSWER)
 
 
 def train_tokenizer(corpus: Sequence[str], questions: Sequence[str], template: str, size: int) -> Qwen2Tokenizer:
     """A Qwen2 tokenizer (byte-level BPE) trained on real text, in which every tag is one token."""
-    protocol = [template, FEEDBACK_TEXT, *DEFAULT_POOL, *_DEMONSTRATED]
+    protocol = [template, FEEDBACK_TEXT, *DEFAULT_POOL, *DEMONSTRATED_TURNS]
     for tag in ALL_TAGS:
         protocol = [text.replace(tag, "") for text in protocol]
     # The protocol's own words recur in every rollout, so they are made to count.
@@ -64,12 +68,6 @@ def train_tokenizer(corpus: Sequence[str], questions: Sequence[str], template: s
     tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in ALL_TAGS])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
-
-
-LOOK_UP = "<think> I do not know this yet, so I look it up.</think><search> {query}</search>"
-LOOK_AGAIN = "<think> I found {title}. I look for more.</think><search> {title}</search>"
-ANSWER = "<think> I found {title}. I can answer.</think><answer> {answer}</answer>"
-_DEMONSTRATED = (LOOK_UP, LOOK_AGAIN, ANSWER)
 
 
 class ScriptedTurns:
