@@ -290,7 +290,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=48)
     add("--max-steps", type=int, default=1800, help="end here even if the target is not reached, with a warning")
     add("--target", type=float, default=0.95, help="sampled one-hop exact match that ends training")
-    add("--check-from", type=int, default=600, help="first step at which the target is checked")
+    add("--check-from", type=int, default=675, help="first step at which the target is checked")
     add("--check-every", type=int, default=75, help="steps between checks")
     add("--check-questions", type=int, default=128, help="questions a check")
     args = parser.parse_args(argv)
