@@ -63,6 +63,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
     trainer.save_model(config.output_dir)
     trainer.save_state()
+    trainer.create_model_card()
     if config.push_to_hub:
         trainer.push_to_hub()
 
