@@ -226,6 +226,7 @@ def main() -> None:
     before, before_runs = timed("evaluation_before", examine, "before", warm_start)
     say(f"3/4 REX-RAG: {config.max_steps} steps through scripts/train.py and {RECIPE}")
     launch = ["-m", "accelerate.commands.launch", "--config_file", ACCELERATE]
+    launch += ["--num_cpu_threads_per_process", str(torch.get_num_threads())]  # else it warns that it chose this
     timed("training", run, sys.executable, *launch, "scripts/train.py", "--config", RECIPE, *overrides)
     say("4/4 after")
     after, after_runs = timed("evaluation_after", examine, "after", Path(config.output_dir))

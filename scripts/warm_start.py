@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -220,32 +221,33 @@ def train(args: argparse.Namespace, model, tokenizer, rows: list[dict], examinat
     callback = StopWhenGood(args, examination)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, args.decay_steps))
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(
-            output_dir=str(args.output.parent / ".warm_start"),
-            max_steps=args.max_steps,
-            per_device_train_batch_size=args.batch_size,
-            max_grad_norm=1.0,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            max_length=None,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            save_strategy="no",
-            logging_steps=25,
-            report_to=[],
-            disable_tqdm=True,
-            seed=args.seed,
-            dataloader_pin_memory=False,
-        ),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=[callback],
-        optimizers=(optimizer, schedule),
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    with tempfile.TemporaryDirectory() as scratch:  # nothing is saved there, but the trainer makes it
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(
+                output_dir=scratch,
+                max_steps=args.max_steps,
+                per_device_train_batch_size=args.batch_size,
+                max_grad_norm=1.0,
+                bf16=False,
+                use_cpu=True,
+                gradient_checkpointing=False,
+                max_length=None,
+                dataset_kwargs={"skip_prepare_dataset": True},
+                save_strategy="no",
+                logging_steps=25,
+                report_to=[],
+                disable_tqdm=True,
+                seed=args.seed,
+                dataloader_pin_memory=False,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[callback],
+            optimizers=(optimizer, schedule),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     if trainer.state.global_step == args.max_steps:
         callback.score = examination.exact_match(model, hops=1)
     return trainer.state.global_step, callback.score
