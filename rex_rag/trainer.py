@@ -123,7 +123,6 @@ class REXRAGTrainer(GRPOTrainer):
         self._keep_ratio = KeepRatio(args.keep_ratio, args.keep_ratio_schedule)
         self._slots: Slots | None = None
         self._loss_inputs: dict[str, Any] | None = None
-        self._correction_seconds = 0.0
         self._warned_beyond_clip = False
         template = args.prompt_text()
         super().__init__(
@@ -287,7 +286,7 @@ class REXRAGTrainer(GRPOTrainer):
                 batch_size=self.args.per_device_train_batch_size,
             )
         scores = (logps.float() * inserted_mask).sum(dim=1) / inserted_mask.sum(dim=1)
-        self._correction_seconds += time.perf_counter() - started
+        self._log("seconds/scoring", time.perf_counter() - started)
         return scores[: len(probes)].tolist()
 
     def _padded(self, rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -322,7 +321,6 @@ class REXRAGTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         """As in the parent, plus what the correction needs, minus the empty slots."""
         self._batch_inputs = inputs
-        self._correction_seconds = 0.0
         output = super()._generate_and_score_completions(inputs)
         slots = self._slots
         started = time.perf_counter()
@@ -334,8 +332,7 @@ class REXRAGTrainer(GRPOTrainer):
                 for key, value in output.items()
             }
         self._drop_empty_log_rows(gather_object([row is None for row in slots.rows]))
-        self._correction_seconds += time.perf_counter() - started
-        self._log("seconds/correction", self._correction_seconds)
+        self._log("seconds/correction", time.perf_counter() - started)
         return output
 
     def _drop_empty_log_rows(self, empty: list[bool]) -> None:

@@ -28,6 +28,7 @@ from rex_rag.data.qa import QuestionArguments, load_questions
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
 from rex_rag.trainer import REXRAGTrainer
 
+# Of the cost of probes, what belongs to the method (more rows, longer ones) and what to the code can be told apart.
 AIMS = {"rex_over_grpo": 1.15, "correction_share": 0.01, "engine_share": 0.02}
 
 
@@ -62,8 +63,10 @@ def one_step(trainer: REXRAGTrainer, questions: list[int], seed: int) -> dict[st
     trainer.compute_loss(trainer.model, inputs).backward()
     seconds = {"step": time.perf_counter() - started}
     trainer.model.zero_grad()
-    for name in ("generation", "retrieval", "engine", "correction", "realignment"):
-        seconds[name] = trainer._metrics["train"][f"seconds/{name}"][-1]
+    for name in ("generation", "retrieval", "engine", "scoring", "correction", "realignment"):
+        values = trainer._metrics["train"][f"seconds/{name}"]
+        seconds[name] = values[-1] if values else 0.0
+    seconds["rows"], seconds["length"] = inputs["completion_ids"].shape
     seconds["kept"] = trainer._metrics["train"]["probes/kept"][-1]
     seconds["originals"] = [row.completion_ids for row in trainer._slots.batch.originals]
     return seconds
@@ -109,8 +112,13 @@ def summarize(pairs: list[tuple[dict, dict]]) -> dict:
         "rex_over_grpo": total / sum(grpo["step"] for _, grpo in pairs),
         "rex_over_grpo_quartiles": [ratios[len(ratios) // 4], ratios[len(ratios) // 2], ratios[3 * len(ratios) // 4]],
         "probes_kept_per_step": statistics.mean(rex["kept"] for rex, _ in pairs),
+        "rows_rex_over_grpo": sum(rex["rows"] for rex, _ in pairs) / sum(grpo["rows"] for _, grpo in pairs),
+        "padded_length_rex_over_grpo": sum(rex["length"] for rex, _ in pairs) / sum(g["length"] for _, g in pairs),
+        "generation_rex_over_grpo": sum(rex["generation"] for rex, _ in pairs)
+        / sum(grpo["generation"] for _, grpo in pairs),
         "generation_share": share("generation"),
         "retrieval_share": share("retrieval"),
+        "filter_scoring_share": share("scoring"),
         "correction_share": share("correction", "realignment"),
         "engine_share": share("engine"),
         "aims": AIMS,
