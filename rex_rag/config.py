@@ -309,6 +309,15 @@ class REXRAGConfig(GRPOConfig):
                 "loss_type is %r; the method averages over the tokens of the whole batch, which is loss_type 'dapo'",
                 self.loss_type,
             )
+        window = self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps
+        if window > 1 and self.save_strategy == "steps" and self.save_steps >= 1 and self.save_steps % window:
+            logger.warning(
+                "save_steps is %s, but a generation batch serves %d updates: a run resumed from inside one generates "
+                "anew and differs from an uninterrupted one. Use a multiple of %d",
+                self.save_steps,
+                window,
+                window,
+            )
         originals = self.generation_batch_size // self.num_generations * self.num_originals
         if self.num_probe_slots and self.probe_filter != "none" and keep_count(self.keep_ratio, originals) == 0:
             logger.warning(

@@ -117,3 +117,10 @@ def test_vllm_stops_at_our_tags(tmp_path):
     config = make(tmp_path, use_vllm=True)
     assert config.generation_kwargs == {"stop": ["</search>", "</answer>"], "include_stop_str_in_output": True}
     assert config.vllm_max_model_length == 4096
+
+
+@pytest.mark.parametrize(("save_steps", "warns"), [(100, False), (101, True)])
+def test_warning_when_checkpoints_fall_inside_a_generation_batch(tmp_path, caplog, save_steps, warns):
+    with caplog.at_level(logging.WARNING, logger="rex_rag.config"):
+        make(tmp_path, steps_per_generation=4, gradient_accumulation_steps=2, save_steps=save_steps)
+    assert ("Use a multiple of 2" in caplog.text) is warns
