@@ -16,6 +16,9 @@ from rex_rag.rollout import RolloutBudget
 
 logger = logging.getLogger(__name__)
 
+# TRL averages these over rows (or divides by their number), dapo, cispo and vespo over tokens.
+_ROW_MEAN_LOSSES = ("grpo", "sapo", "luspo", "dr_grpo")
+
 _CHOICES = {
     "correction": ("token", "decoupled", "sequence", "none"),
     "probe_filter": ("likelihood", "random", "none"),
@@ -211,6 +214,11 @@ class REXRAGConfig(GRPOConfig):
         problems = []
         if self.num_probe_slots < 0:
             problems.append(f"num_probe_slots is {self.num_probe_slots}; use 0 to switch probes off")
+        if self.num_generations is None:
+            return [
+                *problems,
+                "num_generations is None; give the rows per question, originals and probe slots",
+            ]
         if self.num_generations - max(self.num_probe_slots, 0) < 1:
             problems.append(
                 f"num_generations is {self.num_generations} with num_probe_slots {self.num_probe_slots}, which leaves "
@@ -236,6 +244,18 @@ class REXRAGConfig(GRPOConfig):
                 f"max_completion_length is {self.max_completion_length}, but a search rollout is limited by "
                 f"max_sequence_length ({self.max_sequence_length}, prompt included); set that one and leave "
                 "max_completion_length unset"
+            )
+        if self.num_probe_slots and self.loss_type in _ROW_MEAN_LOSSES:
+            problems.append(
+                f"loss_type is {self.loss_type!r}, which averages over rows, so the rows that level the ranks' counts "
+                "of probes would dilute it; use 'dapo', the method's mean over tokens"
+            )
+        if self.remove_unused_columns:
+            problems.append("remove_unused_columns is on, which would remove the gold answers; switch it off")
+        if self.format_reward_weight and self.reward_weights is not None:
+            problems.append(
+                f"format_reward_weight is {self.format_reward_weight} beside reward_weights {self.reward_weights}; "
+                "set one of them: reward_weights counts exact match first, then your own functions"
             )
         if self.format_reward_weight < 0:
             problems.append(f"format_reward_weight is {self.format_reward_weight}; use 0 (off) or a positive weight")
@@ -301,6 +321,13 @@ class REXRAGConfig(GRPOConfig):
                 f"per_device_train_batch_size * steps_per_generation is {self.per_device_train_batch_size} * "
                 f"{self.steps_per_generation} = {rows}, not a multiple of num_generations {self.num_generations}: a "
                 "question's originals and probes would be split over processes; make it a multiple"
+            )
+
+        samples = self.num_generations_eval or self.num_generations
+        if self.eval_strategy != "no" and self.per_device_eval_batch_size % samples:
+            raise ValueError(
+                f"per_device_eval_batch_size is {self.per_device_eval_batch_size}, not a multiple of "
+                f"num_generations_eval {samples}: a question's rollouts would be split over processes; make it one"
             )
 
     def _warn(self) -> None:

@@ -193,5 +193,6 @@ def draw_probe(probability: float, pool_size: int, *, seed: int, step: tuple[int
     and a run on another number of processes make the same choices. The prompt is drawn whether or not the original
     is probed.
     """
-    generator = np.random.default_rng([seed, *step, row])
+    # The last number tells this use of the seed from others; numpy takes missing trailing numbers for zeros.
+    generator = np.random.default_rng([seed, *step, row, 1])
     return ProbeDraw(probed=bool(generator.random() < probability), prompt=int(generator.integers(pool_size)))

@@ -7,7 +7,7 @@ character or two past the stop string where a token straddles it: they were samp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -55,6 +55,21 @@ class _StopAtTag(StoppingCriteria):
         first = stopped & (self.stopped_at == 0)
         self.stopped_at[first] = input_ids.size(1)
         return self.stopped_at > 0
+
+
+@contextmanager
+def _bare_generation_config(model: PreTrainedModel):
+    """Hide the model's own generation settings, from which `generate` fills whatever a given config leaves open.
+
+    A model that ships a repetition penalty would otherwise sample from another distribution than log-probabilities
+    are computed for.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class TransformersGenerator:
@@ -108,7 +123,7 @@ class TransformersGenerator:
         for index, row in enumerate(prompt_ids):
             input_ids[index, width - len(row) :] = torch.tensor(row)
             attention_mask[index, width - len(row) :] = 1
-        with self._model_context() as model:
+        with self._model_context() as model, _bare_generation_config(model):
             output = model.generate(
                 input_ids=input_ids.to(model.device),
                 attention_mask=attention_mask.to(model.device),

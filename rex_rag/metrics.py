@@ -95,12 +95,14 @@ def segment_sums(kinds: torch.Tensor, mask: torch.Tensor, clipped: torch.Tensor,
     )
 
 
-def segment_metrics(totals: torch.Tensor) -> dict[str, float]:
-    """Clip fraction and KL per segment kind, for the kinds that occur."""
+def segment_metrics(totals: torch.Tensor, *, clip_ratio: bool, kl: bool) -> dict[str, float]:
+    """Clip fraction and KL per segment kind, of what applies, for the kinds that occur."""
     metrics = {}
-    for (name, _), (count, clipped, kl) in zip(_SEGMENTS, totals.view(-1, 3).tolist(), strict=True):
-        if count:
-            metrics |= {f"clip_ratio/{name}": clipped / count, f"kl/{name}": kl / count}
+    for (name, _), (count, clipped, divergence) in zip(_SEGMENTS, totals.view(-1, 3).tolist(), strict=True):
+        if count and clip_ratio:
+            metrics[f"clip_ratio/{name}"] = clipped / count
+        if count and kl:
+            metrics[f"kl/{name}"] = divergence / count
     return metrics
 
 

@@ -142,7 +142,8 @@ def keep_best(scores: Sequence[float], count: int) -> list[bool]:
 
 def keep_random(total: int, count: int, *, seed: int, step: tuple[int, ...]) -> list[bool]:
     """Keep `count` of `total` at random, from a generator seeded by (seed, step): the same subset on every process."""
-    chosen = np.random.default_rng([seed, *step]).permutation(total)[: max(count, 0)]
+    # The last number tells this use of the seed from others; numpy takes missing trailing numbers for zeros.
+    chosen = np.random.default_rng([seed, *step, 2]).permutation(total)[: max(count, 0)]
     kept = set(chosen.tolist())
     return [row in kept for row in range(total)]
 

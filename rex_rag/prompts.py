@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING
 from rex_rag.protocol import build_prompt
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from datasets import Dataset, IterableDataset
+
+    from rex_rag.config import REXRAGConfig
 
 REQUIRED_COLUMNS = ("question", "golden_answers")
 
@@ -33,3 +37,24 @@ def add_prompts(dataset: Dataset | IterableDataset | dict | None, template: str,
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(f"{name} has no rows; nothing can be trained on it")
     return dataset.map(lambda row: {"prompt": build_prompt(row["question"], template)})
+
+
+def refuse_long_prompt(length: int, prompt: list[dict[str, str]], args: REXRAGConfig) -> None:
+    """The question is never what gets truncated: raise a ValueError that names it where its prompt is too long."""
+    if length > args.max_prompt_length:
+        raise ValueError(
+            f"the prompt that ends in {prompt[-1]['content'][-80:]!r} has {length} tokens, more than "
+            f"max_prompt_length {args.max_prompt_length}; raise it or remove the question"
+        )
+
+
+def refuse_long_prompts(
+    dataset: Dataset, encode: Callable[[list[dict[str, str]]], list[int]], args: REXRAGConfig
+) -> None:
+    """Check every prompt of a dataset, before GPU hours are spent on it."""
+    overhead = len(encode(dataset[0]["prompt"]))
+    for index, question in enumerate(dataset["question"]):
+        # A token holds at least one byte, so most questions need no tokenizer to be known short enough.
+        if len(question.encode()) + overhead > args.max_prompt_length:
+            prompt = dataset[index]["prompt"]
+            refuse_long_prompt(len(encode(prompt)), prompt, args)

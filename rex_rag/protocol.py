@@ -36,7 +36,8 @@ FEEDBACK_TEXT = (
     "To give the final answer, write it between <answer> and </answer>. Try again.\n\n"
 )
 
-_ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
+# From the last opening tag before the closing one: a tag mentioned in a thought opens nothing.
+_ACTION = re.compile(r"<(search|answer)>((?:(?!<\1>).)*?)</\1>", re.DOTALL)
 _TAG = re.compile("|".join(re.escape(tag) for tag in ALL_TAGS), re.IGNORECASE)
 
 

@@ -171,8 +171,11 @@ class RolloutEngine:
         limits = [self._limit(trajectory) for trajectory in live]
         dummies = (rows if self.generator.equal_rows else max(1, len(live))) - len(live)
         dummy = prompts[0] if prompts else self._feedback_ids
+        limit = max(limits, default=1)
+        if self.generator.equal_rows:  # one engine serves all ranks, and takes one rank's limit for all of them
+            limit = self.max_over_ranks(limit)
         started = time.perf_counter()
-        output = self.generator.generate(prompts + [dummy] * dummies, max_new_tokens=max(limits, default=1))
+        output = self.generator.generate(prompts + [dummy] * dummies, max_new_tokens=limit)
         self.seconds.generation += time.perf_counter() - started
         self.generate_calls += 1
         return [

@@ -19,7 +19,6 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
@@ -33,10 +32,10 @@ from rex_rag.metrics import mixed_counts, rollout_counts, segment_metrics, segme
 from rex_rag.mixed_sampling import MixedBatch, MixedSampler
 from rex_rag.model_card import PAPER, append_method_section
 from rex_rag.policy_correction import KeepRatio, clip_bound, weight_statistics
-from rex_rag.prompts import add_prompts
+from rex_rag.prompts import add_prompts, refuse_long_prompt, refuse_long_prompts
 from rex_rag.realignment import Realignment, loss_mask, realign
 from rex_rag.retrieval.base import Retriever
-from rex_rag.rewards import exact_match_reward, format_reward
+from rex_rag.rewards import compose_rewards
 from rex_rag.rollout import RolloutEngine, RolloutSeconds
 from rex_rag.slots import Slots, completion_columns, describe_rows, lay_out, live_rows, original_rows
 from rex_rag.types import Segment, SegmentKind, Trajectory
@@ -44,6 +43,7 @@ from rex_rag.types import Segment, SegmentKind, Trajectory
 logger = get_logger(__name__)
 
 _STATE_FILE = "rex_rag_state.json"
+_CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
 
 class REXRAGTrainer(GRPOTrainer):
@@ -123,11 +123,14 @@ class REXRAGTrainer(GRPOTrainer):
         self._keep_ratio = KeepRatio(args.keep_ratio, args.keep_ratio_schedule)
         self._slots: Slots | None = None
         self._loss_inputs: dict[str, Any] | None = None
-        self._warned_beyond_clip = False
+        self._warned: set[str] = set()
+        self._last_draw = (-1, 0)
         template = args.prompt_text()
+        given_weights = args.reward_weights
+        functions, args.reward_weights = compose_rewards(reward_funcs, given_weights, args.format_reward_weight)
         super().__init__(
             model=model,
-            reward_funcs=self._reward_functions(args, reward_funcs),
+            reward_funcs=functions,
             args=args,
             train_dataset=add_prompts(train_dataset, template, "train_dataset"),
             eval_dataset=add_prompts(eval_dataset, template, "eval_dataset"),
@@ -137,6 +140,7 @@ class REXRAGTrainer(GRPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        args.reward_weights = given_weights  # `args` is the caller's, and may serve another trainer
         self._refuse_long_prompts()
         pool = ExplorationPool(args.exploration_pool(), self._tokenizer, args.probe_density)
         engine = RolloutEngine(
@@ -155,34 +159,11 @@ class REXRAGTrainer(GRPOTrainer):
             rank=self.accelerator.process_index,
         )
 
-    @staticmethod
-    def _reward_functions(args: REXRAGConfig, further) -> list:
-        functions: list = [exact_match_reward]
-        weights = [1.0]
-        if args.format_reward_weight:
-            functions.append(format_reward)
-            weights.append(args.format_reward_weight)
-        further = [] if further is None else list(further) if isinstance(further, list | tuple) else [further]
-        if args.reward_weights is None:
-            args.reward_weights = weights + [1.0] * len(further)
-        return functions + further
-
     def _refuse_long_prompts(self) -> None:
-        """The question is never what gets truncated: a prompt beyond the limit is refused before training."""
-        for dataset in (self.train_dataset, self.eval_dataset):
-            if not isinstance(dataset, Dataset):
-                continue
-            overhead = len(self._tokenize_prompts([dataset[0]["prompt"]])[0][0])
-            for index, question in enumerate(dataset["question"]):
-                # A token holds at least one byte, so most questions need no tokenizer to be known short enough.
-                if len(question.encode()) + overhead <= self.args.max_prompt_length:
-                    continue
-                length = len(self._tokenize_prompts([dataset[index]["prompt"]])[0][0])
-                if length > self.args.max_prompt_length:
-                    raise ValueError(
-                        f"the prompt of row {index} ({question[:80]!r}) has {length} tokens, more than "
-                        f"max_prompt_length {self.args.max_prompt_length}; raise it or remove the row"
-                    )
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        for dataset in (self.train_dataset, *evaluated):
+            if isinstance(dataset, Dataset):  # a stream's prompts are checked as they come, in `_generate`
+                refuse_long_prompts(dataset, lambda prompt: self._tokenize_prompts([prompt])[0][0], self.args)
 
     # Generation
 
@@ -232,7 +213,7 @@ class REXRAGTrainer(GRPOTrainer):
         batch = self.sampler.sample(
             [prompt_ids[row] for row in chosen],
             lambda index, trajectory: self._is_correct(chosen[index], trajectory),
-            step=(self.state.global_step, self._step % self.current_gradient_accumulation_steps),
+            step=self._draw_step(),
             first_row=self.accelerator.process_index * len(chosen),
             keep_ratio=self._keep_ratio.value,
         )
@@ -240,6 +221,12 @@ class REXRAGTrainer(GRPOTrainer):
         largest = self._max_over_ranks(len(slots.filled))
         slots.live = live_rows(slots.rows, largest, self.args.steps_per_generation)
         return slots
+
+    def _draw_step(self) -> tuple[int, int]:
+        """Optimiser step and number of the generation within it: the same in a resumed run."""
+        step, count = self._last_draw
+        self._last_draw = (self.state.global_step, count + 1 if step == self.state.global_step else 0)
+        return self._last_draw
 
     def _is_correct(self, row: int, trajectory: Trajectory) -> bool:
         return exact_match(trajectory.answer, self._batch_inputs[row]["golden_answers"])
@@ -252,6 +239,8 @@ class REXRAGTrainer(GRPOTrainer):
         hold model-written text only, since that is what reward functions may read.
         """
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
+        for ids, prompt in zip(prompt_ids, prompts, strict=True):
+            refuse_long_prompt(len(ids), prompt, self.args)
         engine = self.sampler.engine
         engine.seconds = RolloutSeconds()
         slots = self._slots = self._sample(prompt_ids)
@@ -286,8 +275,9 @@ class REXRAGTrainer(GRPOTrainer):
                 batch_size=self.args.per_device_train_batch_size,
             )
         scores = (logps.float() * inserted_mask).sum(dim=1) / inserted_mask.sum(dim=1)
+        result = scores[: len(probes)].tolist()
         self._log("seconds/scoring", time.perf_counter() - started)
-        return scores[: len(probes)].tolist()
+        return result
 
     def _padded(self, rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
         device = self.accelerator.device
@@ -337,13 +327,14 @@ class REXRAGTrainer(GRPOTrainer):
 
     def _drop_empty_log_rows(self, empty: list[bool]) -> None:
         """TRL's completion table shows trajectories, not the slots that no probe filled."""
+        if not any(empty):
+            return
         columns = [self._logs["prompt"], self._logs["completion"], self._logs["advantages"]]
         columns += [*self._logs["rewards"].values(), *self._logs["extra"].values()]
-        for column in columns:
-            newest = [column.pop() for _ in empty][::-1]
-            if self.model.training:
-                column.clear()
-            column.extend(value for value, is_empty in zip(newest, empty, strict=True) if not is_empty)
+        for column in columns:  # each holds a generation batch; one that a reward function fills now and then, less
+            newest = list(column)[-len(empty) :] if len(column) >= len(empty) else []
+            column.clear()
+            column.extend(value for value, is_empty in zip(newest, empty, strict=False) if not is_empty)
 
     # Loss
 
@@ -418,20 +409,32 @@ class REXRAGTrainer(GRPOTrainer):
             self._log("probes/mixing_share", slots.batch.mixing_share)
             self._log("probes/failure_rate", slots.batch.failure_rate)
             self._log("probes/keep_ratio", self._keep_ratio.value)
+            self._watch_probes(slots.batch)
             if slots.batch.global_kept:
                 self._keep_ratio.update(summary["em/probes"])
-                self._warn_beyond_clip(slots.batch.mixing_share)
         self._metrics["train" if training else "eval"]["num_tokens"] = [self.state.num_input_tokens_seen]
 
-    def _warn_beyond_clip(self, mixing_share: float) -> None:
-        beyond = self.args.correction == "token" and mixing_share > clip_bound(self.epsilon_high)
-        if beyond and not self._warned_beyond_clip:
-            self._warned_beyond_clip = True
-            logger.warning(
-                f"step {self.state.global_step}: probes are {mixing_share:.3f} of the batch, beyond the clip bound "
+    def _watch_probes(self, batch: MixedBatch) -> None:
+        """Say once where probes take the originals' gradient away, or where the filter has come to drop them all."""
+        if self.args.correction == "token" and batch.mixing_share > clip_bound(self.epsilon_high):
+            self._warn_once(
+                f"probes are {batch.mixing_share:.3f} of the batch, beyond the clip bound "
                 f"{clip_bound(self.epsilon_high):.3f}: originals start outside the clip range, and those with "
-                "positive advantage get no gradient. Lower keep_ratio or use correction='decoupled'. Said once"
+                "positive advantage get no gradient. Lower keep_ratio or use correction='decoupled'",
+                key="clip",
             )
+        if batch.global_made and not batch.global_kept and self._keep_ratio.value < self.args.keep_ratio:
+            self._warn_once(
+                f"keep_ratio followed probe accuracy down to {self._keep_ratio.value:.4f}, which keeps none of "
+                f"{batch.global_made} probes of {batch.global_originals} originals and so stays there. Use "
+                "keep_ratio_schedule='constant' or a larger generation batch",
+                key="filter",
+            )
+
+    def _warn_once(self, message: str, *, key: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            logger.warning(f"step {self.state.global_step}: {message}. Said once")
 
     def _log_loss(self, realignment: Realignment, per_token_logps: torch.Tensor) -> None:
         """Importance weights; clip fraction and KL of sampled and of inserted tokens apart."""
@@ -446,7 +449,9 @@ class REXRAGTrainer(GRPOTrainer):
         log_ratio = inputs.get("ref_per_token_logps", per_token_logps) - per_token_logps
         per_token_kl = log_ratio.exp() - log_ratio - 1
         sums = segment_sums(inputs["segment_kinds"], mask, clipped, per_token_kl)
-        self._log_all(segment_metrics(self.accelerator.reduce(sums, reduction="sum")))
+        totals = self.accelerator.reduce(sums, reduction="sum")
+        clips = self.loss_type in _CLIPPED_LOSSES and self.importance_sampling_level == "token"
+        self._log_all(segment_metrics(totals, clip_ratio=clips, kl="ref_per_token_logps" in inputs))
 
     def _log(self, name: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value)
@@ -457,14 +462,13 @@ class REXRAGTrainer(GRPOTrainer):
 
     # Checkpoints and cards
 
-    def _save_checkpoint(self, model, trial) -> None:
-        """As in the parent, plus the keep ratio's moving average."""
-        super()._save_checkpoint(model, trial)
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As in the parent, plus the keep ratio's moving average, written before the checkpoint can be pushed."""
+        super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            partial = folder / f"{_STATE_FILE}.partial"
+            partial = Path(output_dir) / f"{_STATE_FILE}.partial"
             partial.write_text(json.dumps({"keep_ratio": self._keep_ratio.state_dict()}))
-            partial.replace(folder / _STATE_FILE)
+            partial.replace(Path(output_dir) / _STATE_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         """As in the parent, plus the keep ratio's moving average."""

@@ -506,9 +506,7 @@ def test_unreachable_retriever_is_refused_before_the_model_loads(model_path, tmp
 
 def test_long_prompt_is_refused_by_name(model_path, tmp_path):
     rows = [*QUESTIONS, {"question": "where is the hill " * 10, "golden_answers": ["green"]}]
-    with pytest.raises(
-        ValueError, match=r"row 16 \('where is the hill.*has 42 tokens, more than max_prompt_length 32"
-    ):
+    with pytest.raises(ValueError, match=r"ends in '.*the hill.*has 42 tokens, more than max_prompt_length 32"):
         REXRAGTrainer(
             model=Qwen2ForCausalLM.from_pretrained(model_path),
             args=config(model_path, tmp_path),
