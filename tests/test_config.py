@@ -52,6 +52,15 @@ def test_defaults_are_the_papers(tmp_path):
             r"exploration_prompts is 'no/such/file.txt', which is not a file",
         ),
         ({"prompt_template": "no/such/file.txt"}, r"prompt_template is 'no/such/file.txt'"),
+        ({"loss_type": "grpo"}, r"loss_type is 'grpo', which averages over rows.*use 'dapo'"),
+        ({"loss_type": "grpo", "num_generations": 5, "num_probe_slots": 0}, None),
+        ({"remove_unused_columns": True}, r"would remove the gold answers"),
+        ({"num_generations": None}, r"num_generations is None"),
+        ({"format_reward_weight": 0.1, "reward_weights": [1.0, 0.5]}, r"format_reward_weight is 0.1 beside"),
+        (
+            {"eval_strategy": "steps", "per_device_eval_batch_size": 6, "num_generations_eval": 4},
+            r"per_device_eval_batch_size is 6, not a multiple of num_generations_eval 4|divisible",
+        ),
         ({"per_device_train_batch_size": 4, "steps_per_generation": 5, "num_generations": 10}, None),
         (
             {"per_device_train_batch_size": 15, "steps_per_generation": 2, "num_generations": 6, "num_probe_slots": 3},

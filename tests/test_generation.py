@@ -61,3 +61,15 @@ def test_missing_pad_token_is_refused():
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="no pad token"):
         TransformersGenerator(make_tiny_model(make_word_tokenizer()), tokenizer)
+
+
+def test_a_models_own_generation_settings_are_hidden_and_restored():
+    """A repetition penalty shipped with a model would make samples and log-probabilities disagree."""
+    tokenizer = make_word_tokenizer()
+    model = make_tiny_model(tokenizer)
+    plain = TransformersGenerator(model, tokenizer, temperature=0).generate([[5, 6]], 30)
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.no_repeat_ngram_size = 1
+    assert TransformersGenerator(model, tokenizer, temperature=0).generate([[5, 6]], 30) == plain
+    assert len(set(plain[0].ids)) < len(plain[0].ids)  # what the penalties would have forbidden
+    assert model.generation_config.repetition_penalty == 5.0

@@ -121,11 +121,7 @@ def test_filter_over_two_ranks(word_tokenizer, retriever):
         )
         batches[rank] = run(sampler, 4, keep_ratio=0.4, first_row=4 * rank)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    run_on_both(work)
     assert [[probe.parent for probe in batch.probes] for batch in batches] == [[1], [0, 2]]
     for batch in batches:
         assert (batch.global_originals, batch.global_failed, batch.global_made, batch.global_kept) == (8, 6, 6, 3)
@@ -139,3 +135,36 @@ def test_random_subset_has_the_filters_size(word_tokenizer, retriever):
         kept.append(tuple(probe.parent for probe in run(sampler, 4, keep_ratio=0.5, step=(step, 0)).probes))
     assert {len(parents) for parents in kept} == {2}
     assert len(set(kept)) > 1
+
+
+def test_served_engines_get_one_token_limit_and_equally_many_rows(word_tokenizer, retriever):
+    """One engine takes the main process's limit for all ranks, so an idle rank 0 must not ask for a single token."""
+    ranks = TwoRanks()
+    calls = [[], []]
+
+    def work(rank):
+        turns = [[RIGHT, RIGHT], ["x"]] if rank == 0 else [["so so", WRONG], [WRONG]]
+        gather = ranks.gather(rank)
+        generator = ScriptedGenerator(word_tokenizer, turns)
+        generator.equal_rows = True
+        generate = generator.generate
+
+        def recording(prompt_ids, max_new_tokens):
+            calls[rank].append((len(prompt_ids), max_new_tokens))
+            return generate(prompt_ids, max_new_tokens)
+
+        generator.generate = recording
+        engine = RolloutEngine(generator, retriever, word_tokenizer, BUDGET, lambda count: max(gather(count)))
+        engine.rollout([[5], [6]])
+
+    run_on_both(work)
+    # turn 1: two rows each; turn 2: rank 1 has one live row, rank 0 joins with as many rows and the same limit
+    assert calls[0] == calls[1] == [(2, 40), (1, 40)]
+
+
+def run_on_both(work) -> None:
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)

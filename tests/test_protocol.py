@@ -132,3 +132,11 @@ def test_a_question_is_inserted_as_it_is(question):
 def test_a_template_without_place_for_the_question_is_refused():
     with pytest.raises(ValueError, match=r"no '\{question\}' placeholder: 'Answer this'"):
         build_prompt("Who?", template="Answer this")
+
+
+def test_a_tag_mentioned_in_a_thought_opens_nothing():
+    text = "<think> maybe <answer> later </think> <answer> Paris </answer>"
+    action = parse_action(text)
+    assert (action.kind, action.content) == ("answer", "Paris")
+    assert text[action.start :] == "<answer> Paris </answer>"
+    assert parse_action("<search> a <search> b </search>").content == "b"

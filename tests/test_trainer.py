@@ -176,21 +176,23 @@ def test_without_probes_loss_and_gradients_equal_trl_bit_for_bit(model_path, tmp
     assert any(value.abs().max() > 0 for value in their_gradients.values())
 
 
+# Question 0 oak, question 1 red: originals 1 to 3 are wrong, and two of their probes are kept.
+PROBED_TURNS = [
+    [RIGHT, WRONG, SEARCH, RIGHT],
+    [RIGHT],
+    ["</think> <answer> oak </answer>", "</think> <answer> green </answer>"],
+]
+
+
 def score_by_parent(trainer, scores):
     trainer.sampler._score_probes = lambda probes: [scores[probe.parent] for probe in probes]
 
 
 @pytest.fixture
 def probed(model_path, tmp_path):
-    """Gold answers: question 0 oak, question 1 red (so the second question's WRONG is right)."""
-    turns = [
-        [RIGHT, WRONG, SEARCH, RIGHT],
-        [RIGHT],
-        ["</think> <answer> oak </answer>", "</think> <answer> green </answer>"],
-    ]
 
     def build(**settings):
-        trainer = make_trainer(model_path, tmp_path, [list(turn) for turn in turns], **settings)
+        trainer = make_trainer(model_path, tmp_path, PROBED_TURNS, **settings)
         score_by_parent(trainer, {1: -1.0, 2: -3.0, 3: -2.0})
         return trainer
 
@@ -441,6 +443,52 @@ def test_further_reward_functions_read_model_text_alone(model_path, tmp_path):
     assert not any("oak" in text for text in seen)
     assert list(trainer._logs["rewards"]["mentions_oak"]) == [0.0] * 8
     assert list(trainer._logs["rewards"]["format_reward"]) == [1.0] * 8
+
+
+def test_further_reward_functions_never_see_an_empty_slot(model_path, tmp_path):
+    seen = []
+
+    def searches(completions, trajectory, question, log_extra, **_):
+        seen.append(len(trajectory))
+        if len(seen) == 2:  # a column that is filled now and then
+            log_extra("searches", [len(item.searches) for item in trajectory])
+        assert len(completions) == len(trajectory) == len(question)
+        return [float(len(item.searches)) for item in trajectory]
+
+    trainer = make_trainer(model_path, tmp_path, PROBED_TURNS * 3, reward_funcs=searches)
+    score_by_parent(trainer, {1: -1.0, 2: -3.0, 3: -2.0})
+    for step in range(3):
+        trainer.state.global_step = step
+        output = scored(trainer)
+        assert output["advantages"].size(0) == seen[-1] == 6
+        assert list(trainer._logs["rewards"]["searches"]) == [0.0, 0.0, 0.0, 1.0, 0.0, 0.0]
+    assert len(seen) == 3
+
+
+def test_evaluation_may_hold_more_rows_than_a_generation_batch(model_path, tmp_path):
+    trainer = make_trainer(model_path, tmp_path, per_device_eval_batch_size=16)
+    trainer.eval_dataset = trainer.train_dataset
+    assert trainer.evaluate()["eval_em/originals"] >= 0
+
+
+def test_long_prompts_are_refused_in_every_dataset(model_path, tmp_path):
+    long = [{"question": "where is the hill " * 10, "golden_answers": ["green"]}]
+    shared = {
+        "args": config(model_path, tmp_path),
+        "retriever": BM25Retriever(PASSAGES),
+        "processing_class": make_word_tokenizer(),
+    }
+    with pytest.raises(ValueError, match="more than max_prompt_length 32"):
+        REXRAGTrainer(
+            model=Qwen2ForCausalLM.from_pretrained(model_path),
+            train_dataset=Dataset.from_list(QUESTIONS),
+            eval_dataset={"far": Dataset.from_list(long)},
+            **shared,
+        )
+    stream = Dataset.from_list(long * 8).to_iterable_dataset()
+    trainer = REXRAGTrainer(model=Qwen2ForCausalLM.from_pretrained(model_path), train_dataset=stream, **shared)
+    with pytest.raises(ValueError, match="more than max_prompt_length 32"):
+        trainer.train()
 
 
 def test_lora_trains_the_adapter_alone(model_path, tmp_path):
