@@ -298,10 +298,11 @@ class REXRAGTrainer(GRPOTrainer):
             del example["predicted_answer"], example["trajectory"]
         empty = torch.tensor([row is None for row in rows], device=self.accelerator.device)
         rewards_per_func[self.accelerator.gather(empty)] = torch.nan
-        for name, column in completion_columns(rows, inputs).items():
-            self._log_completion_extra(name, column)
         is_probe = torch.tensor([bool(row and row.is_probe) for row in rows], device=self.accelerator.device)
-        self._log_completion_extra("is_probe", is_probe.tolist())
+        if self.log_completions:  # every column is gathered from all processes
+            for name, column in completion_columns(rows, inputs).items():
+                self._log_completion_extra(name, column)
+            self._log_completion_extra("is_probe", is_probe.tolist())
         rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
         all_empty, all_probe = self.accelerator.gather(empty), self.accelerator.gather(is_probe)
         self._log("reward/originals", rewards[~all_empty & ~all_probe].mean().item())
@@ -321,14 +322,13 @@ class REXRAGTrainer(GRPOTrainer):
                 key: value[slots.live] if isinstance(value, torch.Tensor) and value.shape[:1] == (height,) else value
                 for key, value in output.items()
             }
-        self._drop_empty_log_rows(gather_object([row is None for row in slots.rows]))
+        if self.model.training and self.args.num_probe_slots:
+            self._drop_empty_log_rows(gather_object([row is None for row in slots.rows]))
         self._log("seconds/correction", time.perf_counter() - started)
         return output
 
     def _drop_empty_log_rows(self, empty: list[bool]) -> None:
         """TRL's completion table shows trajectories, not the slots that no probe filled."""
-        if not any(empty):
-            return
         columns = [self._logs["prompt"], self._logs["completion"], self._logs["advantages"]]
         columns += [*self._logs["rewards"].values(), *self._logs["extra"].values()]
         for column in columns:  # each holds a generation batch; one that a reward function fills now and then, less

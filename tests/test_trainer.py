@@ -355,7 +355,7 @@ def test_metrics_of_a_known_batch(probed):
 
 
 def test_completion_table_shows_trajectories_without_empty_slots(probed):
-    trainer = probed()
+    trainer = probed(log_completions=True)
     scored(trainer)
     logs = trainer._logs
     assert len(logs["prompt"]) == len(logs["completion"]) == len(logs["advantages"]) == 6
