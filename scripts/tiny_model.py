@@ -19,7 +19,6 @@ import logging
 import os
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,12 +28,11 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
-from datasets import Dataset
 from tokenizers import AddedToken
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, Qwen2ForCausalLM, Qwen2Tokenizer, TrainerCallback, set_seed
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
-from warm_start import CHAT_TEMPLATE, build_model, build_tokenizer, learning_rate_factor, save
+from transformers import Qwen2ForCausalLM, Qwen2Tokenizer, TrainerCallback, set_seed
+from trl import ModelConfig, SFTTrainer, TrlParser
+from warm_start import CHAT_TEMPLATE, build_model, build_tokenizer, save, supervise
 
 from rex_rag.config import REXRAGConfig
 from rex_rag.data.corpus import read_corpus
@@ -194,36 +192,20 @@ class Phase:
 
 def train(args: argparse.Namespace, model: Qwen2ForCausalLM, tokenizer, rows: list[dict], phase: Phase) -> float:
     """Supervised training on model-written tokens; returns the last logged loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, phase.steps))
     progress = ProgressBar(phase.name)
-    with tempfile.TemporaryDirectory() as folder:  # nothing is saved on the way, but the trainer wants one
-        trainer = DemonstrationTrainer(
-            model=model,
-            args=SFTConfig(
-                output_dir=folder,
-                max_steps=phase.steps,
-                per_device_train_batch_size=phase.batch_size,
-                max_grad_norm=1.0,
-                bf16=False,
-                use_cpu=True,
-                gradient_checkpointing=False,
-                max_length=None,
-                dataset_kwargs={"skip_prepare_dataset": True},
-                save_strategy="no",
-                logging_steps=min(10, phase.steps),
-                report_to=[],
-                disable_tqdm=True,
-                seed=args.seed,
-                dataloader_pin_memory=False,
-            ),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-            callbacks=[progress],
-            optimizers=(optimizer, schedule),
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+    supervise(
+        model,
+        tokenizer,
+        rows,
+        progress,
+        steps=phase.steps,
+        batch_size=phase.batch_size,
+        learning_rate=phase.learning_rate,
+        decay_steps=phase.steps,
+        logging_steps=min(10, phase.steps),
+        seed=args.seed,
+        trainer_class=DemonstrationTrainer,
+    )
     return progress.loss
 
 

@@ -216,18 +216,30 @@ def learning_rate_factor(step: int, decay_steps: int) -> float:
     return min((step + 1) / 50, max(0.1, 1 - step / decay_steps))
 
 
-def train(args: argparse.Namespace, model, tokenizer, rows: list[dict], examination: Examination) -> tuple[int, float]:
-    """Supervised training; returns the steps taken and the sampled one-hop exact match at the last check."""
-    callback = StopWhenGood(args, examination)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, args.decay_steps))
+def supervise(
+    model,
+    tokenizer,
+    rows: list[dict],
+    callback: TrainerCallback,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    decay_steps: int,
+    logging_steps: int,
+    seed: int,
+    trainer_class: type[SFTTrainer] = SFTTrainer,
+) -> int:
+    """Train on rows of `input_ids` and `labels` on the CPU; returns the steps taken."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, decay_steps))
     with tempfile.TemporaryDirectory() as scratch:  # nothing is saved there, but the trainer makes it
-        trainer = SFTTrainer(
+        trainer = trainer_class(
             model=model,
             args=SFTConfig(
                 output_dir=scratch,
-                max_steps=args.max_steps,
-                per_device_train_batch_size=args.batch_size,
+                max_steps=steps,
+                per_device_train_batch_size=batch_size,
                 max_grad_norm=1.0,
                 bf16=False,
                 use_cpu=True,
@@ -235,10 +247,10 @@ def train(args: argparse.Namespace, model, tokenizer, rows: list[dict], examinat
                 max_length=None,
                 dataset_kwargs={"skip_prepare_dataset": True},
                 save_strategy="no",
-                logging_steps=25,
+                logging_steps=logging_steps,
                 report_to=[],
                 disable_tqdm=True,
-                seed=args.seed,
+                seed=seed,
                 dataloader_pin_memory=False,
             ),
             train_dataset=Dataset.from_list(rows),
@@ -248,9 +260,27 @@ def train(args: argparse.Namespace, model, tokenizer, rows: list[dict], examinat
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    if trainer.state.global_step == args.max_steps:
+    return trainer.state.global_step
+
+
+def train(args: argparse.Namespace, model, tokenizer, rows: list[dict], examination: Examination) -> tuple[int, float]:
+    """Supervised training; returns the steps taken and the sampled one-hop exact match at the last check."""
+    callback = StopWhenGood(args, examination)
+    steps = supervise(
+        model,
+        tokenizer,
+        rows,
+        callback,
+        steps=args.max_steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        decay_steps=args.decay_steps,
+        logging_steps=25,
+        seed=args.seed,
+    )
+    if steps == args.max_steps:
         callback.score = examination.exact_match(model, hops=1)
-    return trainer.state.global_step, callback.score
+    return steps, callback.score
 
 
 def save(model, tokenizer, figures: dict, output: Path) -> None:
