@@ -49,22 +49,22 @@ def on_filled_rows(function: Callable) -> Callable:
     """
 
     def chosen(kwargs: dict) -> tuple[list[int], dict]:
-        trajectories = kwargs["trajectory"]
+        trajectories, log_extra = kwargs["trajectory"], kwargs["log_extra"]
         filled = [row for row, trajectory in enumerate(trajectories) if trajectory is not None]
         return filled, {
             key: [value[row] for row in filled]
             if isinstance(value, list) and len(value) == len(trajectories)
             else value
             for key, value in kwargs.items()
-        }
+        } | {"log_extra": lambda column, values: log_extra(column, spread(filled, values, len(trajectories)))}
 
-    def spread(filled: list[int], rewards: Sequence, count: int) -> list:
-        if len(rewards) != len(filled):
+    def spread(filled: list[int], values: Sequence, count: int) -> list:
+        if len(values) != len(filled):
             raise ValueError(
-                f"the reward function {function_name} returned {len(rewards)} rewards for {len(filled)} completions; "
-                "it must return one for each"
+                f"the reward function {function_name} gave {len(values)} values for {len(filled)} completions; it "
+                "must return, and log, one for each"
             )
-        by_row = dict(zip(filled, rewards, strict=True))
+        by_row = dict(zip(filled, values, strict=True))
         return [by_row.get(row) for row in range(count)]
 
     # TRL names metrics after the function, which functools.wraps keeps.

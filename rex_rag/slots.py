@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -99,3 +100,17 @@ def completion_columns(rows: Sequence[Trajectory | None], inputs: Sequence[Mappi
         "segments": [json.dumps(row.segment_texts()) if row else None for row in rows],
         "predicted_answer": [row.answer if row else None for row in rows],
     }
+
+
+def table_columns(logs: Mapping) -> list[deque]:
+    """The columns of TRL's completion table, whose rows are those of the newest generation batch."""
+    columns = [logs["prompt"], logs["completion"], logs["advantages"]]
+    return [*columns, *logs["rewards"].values(), *logs["extra"].values()]
+
+
+def drop_empty_rows(columns: Sequence[deque], empty: Sequence[bool]) -> None:
+    """Leave trajectories in the table, and not the slots that no probe filled; in place."""
+    for column in columns:
+        values = list(column) or [None] * len(empty)  # a reward function may log a column now and then only
+        column.clear()
+        column.extend(value for value, is_empty in zip(values, empty, strict=True) if not is_empty)

@@ -37,7 +37,16 @@ from rex_rag.realignment import Realignment, loss_mask, realign
 from rex_rag.retrieval.base import Retriever
 from rex_rag.rewards import compose_rewards
 from rex_rag.rollout import RolloutEngine, RolloutSeconds
-from rex_rag.slots import Slots, completion_columns, describe_rows, lay_out, live_rows, original_rows
+from rex_rag.slots import (
+    Slots,
+    completion_columns,
+    describe_rows,
+    drop_empty_rows,
+    lay_out,
+    live_rows,
+    original_rows,
+    table_columns,
+)
 from rex_rag.types import Segment, SegmentKind, Trajectory
 
 logger = get_logger(__name__)
@@ -294,8 +303,6 @@ class REXRAGTrainer(GRPOTrainer):
             example["predicted_answer"] = row.answer if row else None
             example["trajectory"] = row
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        for example in inputs:
-            del example["predicted_answer"], example["trajectory"]
         empty = torch.tensor([row is None for row in rows], device=self.accelerator.device)
         rewards_per_func[self.accelerator.gather(empty)] = torch.nan
         is_probe = torch.tensor([bool(row and row.is_probe) for row in rows], device=self.accelerator.device)
@@ -312,6 +319,10 @@ class REXRAGTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         """As in the parent, plus what the correction needs, minus the empty slots."""
         self._batch_inputs = inputs
+        has_slots = self.model.training and self.args.num_probe_slots
+        if has_slots:
+            for column in table_columns(self._logs):
+                column.clear()  # TRL's table holds the newest generation batch, which is rid of empty slots below
         output = super()._generate_and_score_completions(inputs)
         slots = self._slots
         started = time.perf_counter()
@@ -322,19 +333,10 @@ class REXRAGTrainer(GRPOTrainer):
                 key: value[slots.live] if isinstance(value, torch.Tensor) and value.shape[:1] == (height,) else value
                 for key, value in output.items()
             }
-        if self.model.training and self.args.num_probe_slots:
-            self._drop_empty_log_rows(gather_object([row is None for row in slots.rows]))
+        if has_slots:
+            drop_empty_rows(table_columns(self._logs), gather_object([row is None for row in slots.rows]))
         self._log("seconds/correction", time.perf_counter() - started)
         return output
-
-    def _drop_empty_log_rows(self, empty: list[bool]) -> None:
-        """TRL's completion table shows trajectories, not the slots that no probe filled."""
-        columns = [self._logs["prompt"], self._logs["completion"], self._logs["advantages"]]
-        columns += [*self._logs["rewards"].values(), *self._logs["extra"].values()]
-        for column in columns:  # each holds a generation batch; one that a reward function fills now and then, less
-            newest = list(column)[-len(empty) :] if len(column) >= len(empty) else []
-            column.clear()
-            column.extend(value for value, is_empty in zip(newest, empty, strict=False) if not is_empty)
 
     # Loss
 

@@ -316,7 +316,10 @@ def test_token_form_clips_originals_and_decoupled_does_not(probed):
         inputs = scored(trainer)
         _, gradient = token_gradients(trainer, inputs)
         assert bool((gradient[0] != 0).any()) is flows
-        assert trainer._metrics["train"]["clip_ratio/policy"][-1] == (0.0 if flows else pytest.approx(6 / 31, abs=0.2))
+        sampled = inputs["segment_kinds"] == SegmentKind.POLICY
+        assert int(sampled[0].sum()) == 6  # the one right original: <think> so </think> <answer> oak </answer>
+        clipped = 0.0 if flows else 6 / int(sampled.sum())
+        assert trainer._metrics["train"]["clip_ratio/policy"][-1] == pytest.approx(clipped)
 
 
 def test_weights_are_truncated(probed):
@@ -450,18 +453,23 @@ def test_further_reward_functions_never_see_an_empty_slot(model_path, tmp_path):
 
     def searches(completions, trajectory, question, log_extra, **_):
         seen.append(len(trajectory))
+        log_extra("asked", list(question))
         if len(seen) == 2:  # a column that is filled now and then
             log_extra("searches", [len(item.searches) for item in trajectory])
         assert len(completions) == len(trajectory) == len(question)
         return [float(len(item.searches)) for item in trajectory]
 
-    trainer = make_trainer(model_path, tmp_path, PROBED_TURNS * 3, reward_funcs=searches)
+    trainer = make_trainer(model_path, tmp_path, PROBED_TURNS * 3, reward_funcs=searches, log_completions=True)
     score_by_parent(trainer, {1: -1.0, 2: -3.0, 3: -2.0})
     for step in range(3):
         trainer.state.global_step = step
         output = scored(trainer)
         assert output["advantages"].size(0) == seen[-1] == 6
         assert list(trainer._logs["rewards"]["searches"]) == [0.0, 0.0, 0.0, 1.0, 0.0, 0.0]
+        assert len(trainer._logs["prompt"]) == len(trainer._logs["extra"]["asked"]) == 6
+        trainer.log({})  # writes the table, whose columns must be equally long
+        if step == 1:
+            assert list(trainer._logs["extra"]["searches"]) == [0, 0, 0, 1, 0, 0]
     assert len(seen) == 3
 
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag.data.corpus import read_corpus
-from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.requests import check_request
+from rex_rag.retrieval.base import RetrievalError, check_request
 from rex_rag.types import Passage
 
 if TYPE_CHECKING:

@@ -22,8 +22,7 @@ import httpx
 
 from rex_rag.data.corpus import CorpusError, passage_from_row
 from rex_rag.data.jsonl import shorten
-from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.requests import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_SECONDS, check_request
+from rex_rag.retrieval.base import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_SECONDS, RetrievalError, check_request
 from rex_rag.types import Passage
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rex_rag.retrieval.base import Retriever
-from rex_rag.retrieval.requests import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_SECONDS
+from rex_rag.retrieval.base import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_SECONDS, Retriever
 
 BM25 = "bm25"
 
