@@ -1,0 +1,109 @@
+"""What an index build will take, said before it starts, and whether this machine can give it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_CGROUP_USAGE = (Path("/sys/fs/cgroup/memory.current"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"))
+# Pages of a memory map count as used until the kernel needs them; below this margin a build would start to swap.
+HEADROOM = 1.1
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+class NotEnoughRoom(RuntimeError):
+    """The machine cannot hold what a build needs; the message gives need, supply and way out."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes and seconds that a stage of a build takes. Stages run one after the other."""
+
+    peak_ram: int  # while building, besides the interpreter and its libraries
+    serving_ram: int  # what a server needs resident; memory-mapped parts that may stay on disk are left out
+    work_disk: int  # written while building and gone at the end
+    final_disk: int  # what stays
+    seconds: float
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+    def then(self, later: Estimate) -> Estimate:
+        """This stage and a later one of the same build."""
+        return Estimate(
+            max(self.peak_ram, later.peak_ram),
+            max(self.serving_ram, later.serving_ram),
+            self.work_disk + later.work_disk,
+            self.final_disk + later.final_disk,
+            self.seconds + later.seconds,
+            self.notes + later.notes,
+        )
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a machine can give a build, in bytes."""
+
+    ram: int
+    disk: int
+
+
+def measure_room(directory: str | Path) -> Room:
+    """Free memory of this machine (or of the container around it) and free disk where `directory` will lie."""
+    ram = _available_ram()
+    existing = Path(directory).resolve()
+    while not existing.exists():
+        existing = existing.parent
+    return Room(ram, shutil.disk_usage(existing).free)
+
+
+def check_room(estimate: Estimate, room: Room) -> None:
+    """Refuse a build that the machine cannot hold.
+
+    Raises:
+        NotEnoughRoom: naming what is needed, what is there and what to do.
+    """
+    lacking = []
+    if estimate.peak_ram * HEADROOM > room.ram:
+        lacking.append(
+            f"{human_bytes(estimate.peak_ram * HEADROOM)} of memory ({human_bytes(estimate.peak_ram)} and a tenth to "
+            f"spare), and {human_bytes(room.ram)} are free"
+        )
+    disk = estimate.work_disk + estimate.final_disk
+    if disk * HEADROOM > room.disk:
+        lacking.append(
+            f"{human_bytes(disk * HEADROOM)} of disk ({human_bytes(estimate.final_disk)} for the index, "
+            f"{human_bytes(estimate.work_disk)} while building), and {human_bytes(room.disk)} are free"
+        )
+    if lacking:
+        raise NotEnoughRoom(
+            f"the build needs {'; '.join(lacking)}. Take a smaller index (flat-fp16 halves flat; bm25 needs the least "
+            "memory), a larger machine, a smaller corpus, or --force if these figures are wrong"
+        )
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in binary units, three figures: 1536 -> '1.50 KiB'."""
+    power = 0
+    while count >= 1024 and power < len(_UNITS) - 1:
+        count /= 1024
+        power += 1
+    return f"{count:.0f} B" if power == 0 else f"{count:.3g} {_UNITS[power]}"
+
+
+def human_seconds(seconds: float) -> str:
+    """Seconds as people say them: '45 s', '12 min', '3.5 h'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _available_ram() -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    for limit, usage in zip(_CGROUP_LIMITS, _CGROUP_USAGE, strict=True):
+        if limit.is_file() and usage.is_file() and limit.read_text().strip().isdigit():
+            available = min(available, max(0, int(limit.read_text()) - int(usage.read_text())))
+    return available

@@ -1,0 +1,74 @@
+"""Search over a passage store in three stages, so that a server can time them, overlap them and batch them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rex_rag.retrieval.base import check_request
+from rex_rag.retrieval.passages import PassageSource
+from rex_rag.types import Passage
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# What fills a ranking that an approximate index could not fill.
+NO_ROW = -1
+
+
+class IndexedRetriever(ABC):
+    """A retriever over `passages` whose search is fetch(rank(encode(queries))). Safe to share between threads.
+
+    The stages answer queries independently: a batch gives what its queries give one by one (up to rounding in an
+    encoder), so a server may merge and split batches as it likes.
+    """
+
+    def __init__(self, passages: PassageSource, description: str) -> None:
+        self.passages = passages
+        self._description = description
+
+    @property
+    def description(self) -> str:
+        return self._description
+
+    def __len__(self) -> int:
+        return len(self.passages)
+
+    @abstractmethod
+    def encode(self, queries: Sequence[str]) -> Any:
+        """Turn n checked queries into what `rank` takes: token ids, or an array (n, dimension)."""
+
+    @abstractmethod
+    def rank(self, encoded: Any, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (scores, rows), float32 and int64 of shape (n, min(top_k, corpus size)), best first.
+
+        Higher scores are better whatever the index. `NO_ROW` fills the end of a ranking that could not be filled.
+        """
+
+    def fetch(self, scores: np.ndarray, rows: np.ndarray) -> list[list[Passage]]:
+        """Read the ranked passages, their scores attached."""
+        return [
+            [self._scored(int(row), float(score)) for score, row in zip(*ranking, strict=True) if row != NO_ROW]
+            for ranking in zip(scores, rows, strict=True)
+        ]
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
+        """Return at most `min(top_k, corpus size)` passages a query, best first.
+
+        Raises:
+            RetrievalError: for a blank query or a `top_k` below 1.
+        """
+        check_request(queries, top_k)
+        if not queries:
+            return []
+        return self.fetch(*self.rank(self.encode(queries), top_k))
+
+    def check(self) -> None:
+        """Search for the first passage's own words."""
+        first = self.passages[0]
+        self.search([first.title.strip() or first.text.strip()[:200]], top_k=1)
+
+    def _scored(self, row: int, score: float) -> Passage:
+        passage = self.passages[row]
+        return Passage(id=passage.id, title=passage.title, text=passage.text, score=score)

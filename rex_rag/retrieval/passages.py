@@ -1,0 +1,107 @@
+"""Passages by row number: held in memory, or memory-mapped from an index directory.
+
+On disk a store is `passages.jsonl`, one `{"id", "contents"}` object a line in corpus order, and `offsets.u64`, the
+byte position of every line and the end of the last: 8 bytes a passage besides its own text, none of it held in memory.
+The bytes of a line are what the server puts on the wire: fetching a passage there neither parses nor renders it.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from rex_rag.data.corpus import join_contents, passage_from_row
+from rex_rag.retrieval.base import RetrievalError
+from rex_rag.types import Passage
+
+PASSAGES_FILE = "passages.jsonl"
+OFFSETS_FILE = "offsets.u64"
+OFFSET_BYTES = 8
+
+
+class PassageSource(Protocol):
+    """A corpus that an index points into by row number, from 0."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> Passage: ...
+
+    def __iter__(self) -> Iterator[Passage]: ...
+
+    def json(self, row: int) -> bytes:
+        """The passage as a UTF-8 JSON object `{"id", "contents"}`."""
+        ...
+
+
+def passage_json(passage: Passage) -> bytes:
+    """A passage as it lies in a store and goes over the wire, without a line break.
+
+    White space in the title is reduced to single blanks: `contents` keeps the title on its first line.
+    """
+    title = " ".join(passage.title.split())
+    row = {"id": passage.id, "contents": join_contents(Passage(passage.id, title, passage.text))}
+    return json.dumps(row, ensure_ascii=False).encode()
+
+
+class PassageList:
+    """Passages held as Python objects: for corpora that fit."""
+
+    def __init__(self, passages: Sequence[Passage]) -> None:
+        self._passages = list(passages)
+
+    def __len__(self) -> int:
+        return len(self._passages)
+
+    def __getitem__(self, row: int) -> Passage:
+        return self._passages[row]
+
+    def __iter__(self) -> Iterator[Passage]:
+        return iter(self._passages)
+
+    def json(self, row: int) -> bytes:
+        return passage_json(self._passages[row])
+
+
+class PassageStore:
+    """The passages of an index directory, memory-mapped: opening takes no time, however large. Safe between threads.
+
+    Raises:
+        RetrievalError: for a file that is missing or whose size contradicts the other's.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        import numpy as np
+
+        directory = Path(directory)
+        text, offsets = directory / PASSAGES_FILE, directory / OFFSETS_FILE
+        for path in (text, offsets):
+            if not path.is_file() or not path.stat().st_size:
+                raise RetrievalError(f"{path} is missing or empty; build the index again with `rex-rag index`")
+        size = offsets.stat().st_size
+        if size % OFFSET_BYTES or size < 2 * OFFSET_BYTES:
+            raise RetrievalError(f"{offsets} has {size} bytes, no whole number of offsets; build the index again")
+        self._offsets = np.memmap(offsets, dtype="<u8", mode="r")
+        if int(self._offsets[-1]) != text.stat().st_size:
+            raise RetrievalError(
+                f"{text} has {text.stat().st_size:,} bytes, but {OFFSETS_FILE} ends at {int(self._offsets[-1]):,}: "
+                "the two do not belong together; build the index again"
+            )
+        with text.open("rb") as file:
+            self._text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, row: int) -> Passage:
+        return passage_from_row(json.loads(self.json(row)), default_id=str(row))
+
+    def __iter__(self) -> Iterator[Passage]:
+        return (self[row] for row in range(len(self)))
+
+    def json(self, row: int) -> bytes:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of a store of {len(self)} passages")
+        return self._text[int(self._offsets[row]) : int(self._offsets[row + 1]) - 1]
