@@ -58,26 +58,42 @@ def join_contents(passage: Passage) -> str:
     return f'"{passage.title}"\n{passage.text}'
 
 
-def iter_corpus(path: str | Path) -> Iterator[Passage]:
-    """Yield the passages of one JSON lines file; a row without an id gets its line number as id.
+def iter_passages(path: str | Path) -> Iterator[tuple[int, Passage]]:
+    """Yield (line number, passage) of one JSON lines file; a row without an id gets its line number as id.
+
+    Ids are not compared with each other, so that memory does not grow with the file.
 
     Raises:
         CorpusError: for a missing or empty file, text that is not UTF-8, broken JSON, a row that is not an object,
-            missing fields, an empty text, an id that occurs twice.
+            missing fields, an empty text.
     """
-    lines_of_ids: dict[str, int] = {}
     for number, row in iter_json_objects(path, CorpusError):
         try:
-            passage = passage_from_row(row, default_id=str(number))
+            yield number, passage_from_row(row, default_id=str(number))
         except CorpusError as error:
             raise CorpusError(f"{path}, line {number}: {error}") from None
+
+
+def iter_corpus(path: str | Path) -> Iterator[Passage]:
+    """Yield the passages of one JSON lines file, see `iter_passages`.
+
+    Raises:
+        CorpusError: as there, and for an id that occurs twice.
+    """
+    lines_of_ids: dict[str, int] = {}
+    for number, passage in iter_passages(path):
         first = lines_of_ids.setdefault(passage.id, number)
         if first != number:
-            raise CorpusError(
-                f"{path}, line {number}: the id {passage.id!r} already occurs on line {first}; "
-                "make ids unique, or leave them all out to number rows by line"
-            )
+            raise CorpusError(repeated_id(path, number, passage.id, first))
         yield passage
+
+
+def repeated_id(path: str | Path, number: int, passage_id: str, first: int) -> str:
+    """What to say of an id that two lines of a file share."""
+    return (
+        f"{path}, line {number}: the id {passage_id!r} already occurs on line {first}; "
+        "make ids unique, or leave them all out to number rows by line"
+    )
 
 
 def read_corpus(paths: str | Path | Sequence[str | Path]) -> list[Passage]:
@@ -88,23 +104,41 @@ def read_corpus(paths: str | Path | Sequence[str | Path]) -> list[Passage]:
     Raises:
         CorpusError: see `iter_corpus`; also for no file at all or a file named twice.
     """
-    files = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-    if not files:
-        raise CorpusError("no corpus file was given; name at least one JSON lines file of passages")
-    repeated = [str(path) for path, count in Counter(path.resolve() for path in files).items() if count > 1]
-    if repeated:
-        raise CorpusError(f"corpus files named twice: {', '.join(repeated)}; name each once")
+    files = corpus_files(paths)
     corpora = [list(iter_corpus(path)) for path in files]
     counts = Counter(passage.id for corpus in corpora for passage in corpus)
     merged = [
         replace(passage, id=f"{prefix}:{passage.id}") if counts[passage.id] > 1 else passage
-        for prefix, corpus in zip(_prefixes(files), corpora, strict=True)
+        for prefix, corpus in zip(id_prefixes(files), corpora, strict=True)
         for passage in corpus
     ]
     clash, count = Counter(passage.id for passage in merged).most_common(1)[0]
     if count > 1:
         raise CorpusError(f"the id {clash!r} still occurs {count} times after prefixing; rename it in its file")
     return merged
+
+
+def corpus_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files that a corpus is made of, in the order given.
+
+    Raises:
+        CorpusError: for no file at all or a file named twice.
+    """
+    files = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    if not files:
+        raise CorpusError("no corpus file was given; name at least one JSON lines file of passages")
+    repeated = [str(path) for path, count in Counter(path.resolve() for path in files).items() if count > 1]
+    if repeated:
+        raise CorpusError(f"corpus files named twice: {', '.join(repeated)}; name each once")
+    return files
+
+
+def id_prefixes(files: Sequence[Path]) -> list[str]:
+    """What tells equal ids of different files apart: `folder/stem`, or the whole path where that is not enough."""
+    short = [f"{path.resolve().parent.name}/{path.stem}" for path in files]
+    if len(set(short)) == len(short):
+        return short
+    return [path.resolve().with_suffix("").as_posix() for path in files]
 
 
 def write_corpus(passages: Iterable[Passage], path: str | Path) -> None:
@@ -171,10 +205,3 @@ def _row_id(row: Mapping[str, Any], default_id: str) -> str:
             f"field 'id' must be a non-blank string or an integer, found {shorten(value)}; or leave it out"
         )
     return str(value)
-
-
-def _prefixes(files: Sequence[Path]) -> list[str]:
-    short = [f"{path.resolve().parent.name}/{path.stem}" for path in files]
-    if len(set(short)) == len(short):
-        return short
-    return [path.resolve().with_suffix("").as_posix() for path in files]

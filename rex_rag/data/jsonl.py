@@ -1,11 +1,13 @@
-"""JSON lines, read strictly: whatever is wrong is reported with file, line number, reason and way out."""
+"""JSON lines, plain or gzipped, read strictly: what is wrong is reported with file, line, reason and way out."""
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def iter_json_objects(path: str | Path, error_type: type[ValueError]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -20,15 +22,28 @@ def iter_json_objects(path: str | Path, error_type: type[ValueError]) -> Iterato
     if path.is_dir():
         raise error_type(f"{path}: this is a folder; name the JSON lines file inside it")
     found = False
-    # Binary mode splits at "\n" alone; text mode would also hide which line a decoding error comes from.
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            row = _parse_line(line, f"{path}, line {number}", error_type, first=number == 1)
-            if row is not None:
-                found = True
-                yield number, row
+    number = 0
+    with open_lines(path) as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                row = _parse_line(line, f"{path}, line {number}", error_type, first=number == 1)
+                if row is not None:
+                    found = True
+                    yield number, row
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise error_type(
+                f"{path}, after line {number}: broken gzip data ({error}); fetch or compress the file again"
+            ) from error
     if not found:
         raise error_type(f"{path}: the file is empty; it needs one JSON object a line")
+
+
+def open_lines(path: Path) -> IO[bytes]:
+    """Open a file, decompressed if its name ends in `.gz`, for reading by lines of bytes.
+
+    Binary mode splits at "\n" alone; text mode would also hide which line a decoding error comes from.
+    """
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 
 def _parse_line(line: bytes, where: str, error_type: type[ValueError], first: bool) -> dict[str, Any] | None:
