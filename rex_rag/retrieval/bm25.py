@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag.data.corpus import read_corpus
-from rex_rag.retrieval.base import RetrievalError, check_request
+from rex_rag.retrieval.base import RetrievalError
+from rex_rag.retrieval.indexed import IndexedRetriever
+from rex_rag.retrieval.passages import PassageList
 from rex_rag.types import Passage
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ BM25_DEFAULT_STEMMER = "english"
 BM25_DEFAULT_STOPWORDS = "english"
 
 
-class BM25Retriever:
+class BM25Retriever(IndexedRetriever):
     """Ranks the passages of a corpus by BM25 over title and text. Safe to share between threads.
 
     Args:
@@ -62,11 +64,12 @@ class BM25Retriever:
             raise RetrievalError(f"BM25 k1={k1} is negative; use 0 or more, {BM25_DEFAULT_K1} by default")
         if not 0 <= b <= 1:
             raise RetrievalError(f"BM25 b={b} is outside [0, 1]; the default is {BM25_DEFAULT_B}")
-        self._passages = list(passages)
+        super().__init__(
+            PassageList(passages), description or f"BM25 (k1={k1}, b={b}) over {len(passages):,} passages"
+        )
         self._stopwords = [] if stopwords is None else stopwords
         self._stemmer = _make_stemmer(stemmer)
         self._stemmer_lock = threading.Lock()
-        self._description = description or f"BM25 (k1={k1}, b={b}) over {len(self._passages):,} passages"
         self._index = self._build_index(k1, b)
 
     @classmethod
@@ -82,46 +85,33 @@ class BM25Retriever:
         options.setdefault("description", f"BM25 over {len(passages):,} passages of {names}")
         return cls(passages, **options)
 
-    @property
-    def description(self) -> str:
-        return self._description
+    def encode(self, queries: Sequence[str]) -> list[list[int]]:
+        """The ids of each query's terms that the corpus has, in the order of the query."""
+        return [self._index.get_tokens_ids(tokens) for tokens in self._tokenize(list(queries))]
 
-    def __len__(self) -> int:
-        return len(self._passages)
+    def rank(self, encoded: list[list[int]], top_k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores are BM25 sums, >= 0; see `IndexedRetriever.rank`."""
+        import numpy as np
 
-    def check(self) -> None:
-        """Search for the first passage's own words."""
-        self.search([self._passages[0].title.strip() or self._passages[0].text.strip()], top_k=1)
-
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
-        """Return `min(top_k, corpus size)` passages a query, best first; scores are BM25 sums, >= 0.
-
-        Raises:
-            RetrievalError: for a blank query or a `top_k` below 1.
-        """
-        check_request(queries, top_k)
-        rankings = []
-        for tokens in self._tokenize(list(queries)) if queries else []:
-            ids = self._index.get_tokens_ids(tokens)
+        shape = (len(encoded), min(top_k, len(self)))
+        scores, rows = np.zeros(shape, np.float32), np.zeros(shape, np.int64)
+        for query, ids in enumerate(encoded):
+            rows[query] = np.arange(shape[1])
             if ids:
-                scores = self._index.get_scores_from_ids(ids)
-                rankings.append(self._ranking(scores, top_k))
-            else:
-                rankings.append([_scored(passage, 0.0) for passage in self._passages[:top_k]])
-        return rankings
-
-    def _ranking(self, scores: np.ndarray, top_k: int) -> list[Passage]:
-        return [_scored(self._passages[row], float(scores[row])) for row in best_rows(scores, top_k)]
+                of_all = self._index.get_scores_from_ids(ids)
+                rows[query] = best_rows(of_all, top_k)
+                scores[query] = of_all[rows[query]]
+        return scores, rows
 
     def _build_index(self, k1: float, b: float):
         import bm25s
 
         # bm25s sets its logger to DEBUG on import, so its messages would reach the root handlers whatever their level.
         logging.getLogger("bm25s").setLevel(logging.WARNING)
-        tokens = self._tokenize([f"{passage.title}\n{passage.text}" for passage in self._passages])
+        tokens = self._tokenize([f"{passage.title}\n{passage.text}" for passage in self.passages])
         if not any(tokens):
             raise RetrievalError(
-                f"none of the {len(self._passages)} passages holds an indexable word (two or more letters or digits, "
+                f"none of the {len(self)} passages holds an indexable word (two or more letters or digits, "
                 "no stop word); check the corpus, or pass stopwords=None"
             )
         index = bm25s.BM25(k1=k1, b=b, method=BM25_METHOD)
@@ -157,10 +147,6 @@ def best_rows(scores: np.ndarray, top_k: int) -> np.ndarray:
     above = rows[matched > threshold]
     level = rows[matched == threshold][: count - len(above)]
     return np.concatenate([above[np.argsort(-scores[above], kind="stable")], level])
-
-
-def _scored(passage: Passage, score: float) -> Passage:
-    return Passage(id=passage.id, title=passage.title, text=passage.text, score=score)
 
 
 def _make_stemmer(name: str | None):
