@@ -1,0 +1,114 @@
+"""The Search-R1 wire format, for both ends of the wire.
+
+Request: POST {url}/retrieve with `{"queries": [str], "topk": int, "return_scores": bool}`. Answer: one ranking a
+query, `{"result": [[{"document": {...}, "score": float}, ...], ...]}`, or the bare documents without scores. A document
+holds `contents`, or `title` and `text`, and perhaps an `id`.
+
+What is read is read strictly: an answer becomes one non-empty ranking of usable passages for every query, or a
+`WireError`. Scores that are not finite cross in neither direction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from rex_rag.data.corpus import CorpusError, passage_from_row
+from rex_rag.data.jsonl import shorten
+from rex_rag.retrieval.base import RetrievalError
+from rex_rag.types import Passage
+
+SEARCH_PATH = "/retrieve"
+HEALTH_PATH = "/health"
+
+
+class WireError(ValueError):
+    """A complete answer that is not what the wire format promises."""
+
+
+def encode_request(queries: Sequence[str], top_k: int) -> bytes:
+    """The body of a search. Half a surrogate pair, which UTF-8 cannot hold, is sent as a question mark."""
+    payload = {"queries": list(queries), "topk": top_k, "return_scores": True}
+    return json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def encode_rankings(rankings: Iterable[Iterable[tuple[bytes, float]]], return_scores: bool) -> bytes:
+    """The body of an answer, from each ranking's (passage as a UTF-8 JSON object, score) pairs, best first.
+
+    Raises:
+        RetrievalError: for a score that is not finite, scores asked for or not: such a ranking has no order.
+    """
+    return b'{"result":[' + b",".join(_encode_ranking(ranking, return_scores) for ranking in rankings) + b"]}"
+
+
+def _encode_ranking(ranking: Iterable[tuple[bytes, float]], return_scores: bool) -> bytes:
+    entries = []
+    for rank, (document, score) in enumerate(ranking, start=1):
+        score = float(score)
+        if not math.isfinite(score):
+            raise RetrievalError(
+                f"rank {rank} has the score {score}, which orders nothing and which JSON cannot hold; check the index "
+                f"for broken vectors. The passage: {shorten(document.decode('utf-8', 'replace'))}"
+            )
+        entries.append(b'{"document":%b,"score":%b}' % (document, repr(score).encode()) if return_scores else document)
+    return b"[" + b",".join(entries) + b"]"
+
+
+def decode_rankings(body: bytes, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
+    """Read an answer: for each query its passages, best first, cut to `top_k`.
+
+    A document without an id is identified by its text, the same in every run.
+
+    Raises:
+        WireError: for anything but one non-empty ranking of usable passages for every query.
+    """
+    try:
+        answer = json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        shown = shorten(body.decode("utf-8", "replace"))
+        raise WireError(f"malformed JSON ({error}) in {len(body):,} bytes: {shown}") from None
+    result = answer.get("result") if isinstance(answer, dict) else None
+    if not isinstance(result, list):
+        raise WireError(f'no list under "result" in {shorten(answer)}')
+    if len(result) != len(queries):
+        raise WireError(f"{len(result)} results for {len(queries)} queries")
+    return [_read_ranking(entry, query, top_k) for entry, query in zip(result, queries, strict=True)]
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"the constant {name} is no JSON")
+
+
+def _read_ranking(entry: Any, query: str, top_k: int) -> list[Passage]:
+    if not isinstance(entry, list):
+        raise WireError(f"the result of query {shorten(query)} is not a list: {shorten(entry)}")
+    if not entry:
+        raise WireError(f"the result of query {shorten(query)} is empty")
+    return [_read_passage(item, query) for item in entry[:top_k]]
+
+
+def _read_passage(item: Any, query: str) -> Passage:
+    if not isinstance(item, dict):
+        raise WireError(f"a result of query {shorten(query)} is not an object: {shorten(item)}")
+    document, score = (item["document"], item.get("score")) if "document" in item else (item, None)
+    if not isinstance(document, dict):
+        raise WireError(f"a document for query {shorten(query)} is not an object: {shorten(document)}")
+    try:
+        passage = passage_from_row(document, default_id="")
+    except CorpusError as error:
+        raise WireError(f"a document for query {shorten(query)} is unusable: {error}") from None
+    identity = passage.id or hashlib.sha1(f"{passage.title}\n{passage.text}".encode()).hexdigest()[:16]
+    return Passage(identity, passage.title, passage.text, None if score is None else _read_score(score, query))
+
+
+def _read_score(score: Any, query: str) -> float:
+    if isinstance(score, bool) or not isinstance(score, int | float):
+        raise WireError(f"a score for query {shorten(query)} is not a number: {shorten(score)}")
+    # An integer may be too large for a float, and a number such as 1e999 is read as infinity.
+    if not abs(score) <= sys.float_info.max:
+        raise WireError(f"a score for query {shorten(query)} is not finite: {shorten(score)}")
+    return float(score)
