@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,6 @@ from rex_rag.types import Passage
 if TYPE_CHECKING:
     import numpy as np
 
-STORE_INFO_FILE = "passages.json"
 _BLOCK_BYTES = 1 << 22
 _ROWS_BETWEEN_UPDATES = 2_000
 
@@ -78,23 +78,27 @@ def scan_corpus(files: Sequence[Path]) -> list[CorpusFile]:
 def sample_passages(files: Sequence[Path], count: int) -> list[Passage]:
     """About `count` passages to estimate from: spread evenly over plain files, the first ones of gzipped files.
 
+    Rows that cannot be used are left out here: reading the whole corpus refuses them with their line's number.
+
     Raises:
-        CorpusError: for a row that cannot be used.
+        CorpusError: if no row can be used.
     """
     share = max(1, count // len(files))
     sample: list[Passage] = []
     for path in files:
-        rows = _head(path, share) if path.suffix == ".gz" else _spread(path, share)
-        for where, line in rows:
-            try:
+        for line in _head(path, share) if path.suffix == ".gz" else _spread(path, share):
+            with suppress(ValueError, TypeError, RecursionError):
                 sample.append(passage_from_row(json.loads(line), default_id="0"))
-            except (ValueError, TypeError, RecursionError) as error:
-                raise CorpusError(f"{path}, {where}: {error}") from None
+    if not sample:
+        for path in files:
+            for _ in iter_passages(path):
+                pass
+        raise CorpusError(f"no usable passage in the sample of {', '.join(map(str, files))}; check the files")
     return sample
 
 
-def write_store(files: Sequence[Path], scanned: Sequence[CorpusFile], directory: Path) -> StoreInfo:
-    """Write `passages.jsonl`, `offsets.u64` and, last, `passages.json`; a finished store is left as it is.
+def write_store(files: Sequence[Path], scanned: Sequence[CorpusFile], directory: Path, info_path: Path) -> StoreInfo:
+    """Write `passages.jsonl` and `offsets.u64`, and what was written to `info_path`; if that is there, all is done.
 
     An id that occurs in several files gets its file's name in front in each of them, as in `read_corpus`.
 
@@ -102,7 +106,6 @@ def write_store(files: Sequence[Path], scanned: Sequence[CorpusFile], directory:
         CorpusError: for a file that is malformed, or changed since it was scanned; for an id that occurs twice in a
             file.
     """
-    info_path = directory / STORE_INFO_FILE
     if info_path.exists():
         return StoreInfo(**json.loads(info_path.read_text(encoding="utf-8")))
     info, shared = _write_pass(files, scanned, directory, prefixed=None)
@@ -229,17 +232,17 @@ def _gzipped_lines(path: Path) -> int:
     return lines
 
 
-def _head(path: Path, count: int) -> Iterator[tuple[str, bytes]]:
+def _head(path: Path, count: int) -> Iterator[bytes]:
     with open_lines(path) as rows:
-        for number, line in enumerate(rows, start=1):
+        for line in rows:
             if line.strip():
-                yield f"line {number}", line
+                yield line
                 count -= 1
             if not count:
                 return
 
 
-def _spread(path: Path, count: int) -> Iterator[tuple[str, bytes]]:
+def _spread(path: Path, count: int) -> Iterator[bytes]:
     """Whole lines at evenly spaced places of a file; all of a file that has no more than `count`."""
     size = path.stat().st_size
     with path.open("rb") as raw:
@@ -254,6 +257,6 @@ def _spread(path: Path, count: int) -> Iterator[tuple[str, bytes]]:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             position = raw.tell()
             if line.strip():
-                yield f"near byte {place}", line
+                yield line
             if position >= size:
                 return

@@ -1,0 +1,132 @@
+"""What a user may say of an index to build: the fields behind `rex-rag index` and the `index:` part of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+KINDS = ("bm25", "dense")
+INDEX_TYPES = ("flat", "flat-fp16", "ivf", "hnsw", "qdrant")
+POOLINGS = ("mean", "cls", "lasttoken", "max")
+DTYPES = ("float32", "bfloat16", "float16")
+# Arguments that say where and how fast to work, and so leave the index what it is.
+_NOT_IDENTITY = ("corpus", "output", "workers", "devices", "qdrant_url")
+_COUNTS = ("workers", "max_tokens", "batch_size", "nlist", "nprobe", "hnsw_m", "ef_construction", "ef_search")
+_BM25_ONLY = ("k1", "b", "stemmer", "stopwords")
+
+
+@dataclass
+class IndexArguments:
+    """Corpus, place and kind of an index.
+
+    Raises:
+        ValueError: for values that are out of range or do not go together, naming value, reason and way out.
+    """
+
+    corpus: list[str] = field(
+        default_factory=list,
+        metadata={"help": "JSON lines files of passages, plain or .gz: {id, contents} or {id, title, text}."},
+    )
+    output: str = field(default="", metadata={"help": "Directory to make; refused if it holds another index."})
+    kind: str = field(default="bm25", metadata={"help": "bm25 (lexical) or dense (an encoder's vectors)."})
+    workers: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise or encode. Default: one a device, or one a core."}
+    )
+
+    k1: float = field(default=1.5, metadata={"help": "bm25: term frequency saturation (bm25s's default)."})
+    b: float = field(default=0.75, metadata={"help": "bm25: length normalisation, 0 to 1 (bm25s's default)."})
+    stemmer: str | None = field(default="english", metadata={"help": "bm25: a Snowball stemmer, or `null`."})
+    stopwords: str | None = field(default="english", metadata={"help": "bm25: a bm25s list of stop words, or `null`."})
+
+    model: str | None = field(
+        default=None, metadata={"help": "dense: sentence-transformers encoder, for example intfloat/e5-base-v2."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "dense: commit of the encoder on the Hub."})
+    query_prefix: str | None = field(
+        default=None, metadata={"help": "dense: text before a query. Default: what the encoder was trained with."}
+    )
+    passage_prefix: str | None = field(
+        default=None, metadata={"help": "dense: text before a passage. Default: what the encoder was trained with."}
+    )
+    pooling: str | None = field(
+        default=None, metadata={"help": f"dense: one of {', '.join(POOLINGS)}. Default: the encoder's own."}
+    )
+    normalize: bool | None = field(
+        default=None, metadata={"help": "dense: vectors of length 1. Default: as the encoder was trained."}
+    )
+    max_tokens: int | None = field(
+        default=None, metadata={"help": "dense: longest text encoded, in tokens. Default: the encoder's own."}
+    )
+    dtype: str = field(default="float32", metadata={"help": f"dense: the encoder computes in {', '.join(DTYPES)}."})
+    batch_size: int = field(default=64, metadata={"help": "dense: passages an encoder takes at once."})
+    devices: list[str] = field(
+        default_factory=list,
+        metadata={"help": "dense: where to encode, for example cuda:0 cuda:1. Default: all GPUs."},
+    )
+    index: str = field(default="flat", metadata={"help": f"dense: one of {', '.join(INDEX_TYPES)}."})
+    nlist: int | None = field(default=None, metadata={"help": "ivf: number of lists. Default: 4 sqrt(passages)."})
+    nprobe: int | None = field(default=None, metadata={"help": "ivf: lists searched. Default: a sixteenth of them."})
+    hnsw_m: int = field(default=32, metadata={"help": "hnsw: links a passage."})
+    ef_construction: int = field(default=200, metadata={"help": "hnsw: candidates while building."})
+    ef_search: int = field(default=128, metadata={"help": "hnsw: candidates while searching."})
+    qdrant_url: str | None = field(
+        default=None, metadata={"help": "qdrant: address of a cluster. Default: embedded, in the searching process."}
+    )
+    qdrant_collection: str | None = field(default=None, metadata={"help": "qdrant: collection on that cluster."})
+
+    def __post_init__(self) -> None:
+        # YAML gives a lone path as a string.
+        self.corpus = [self.corpus] if isinstance(self.corpus, str) else list(self.corpus or [])
+        self.devices = [self.devices] if isinstance(self.devices, str) else list(self.devices or [])
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def _problems(self):
+        if not self.corpus:
+            yield "corpus is empty; name at least one JSON lines file of passages"
+        if not self.output:
+            yield "output is not set; name the directory to make"
+        if self.kind not in KINDS:
+            yield f"kind={self.kind!r}; it must be one of {', '.join(KINDS)}"
+        if self.index not in INDEX_TYPES:
+            yield f"index={self.index!r}; it must be one of {', '.join(INDEX_TYPES)}"
+        if self.kind == "dense" and not self.model:
+            yield "kind='dense' needs an encoder; set model, for example intfloat/e5-base-v2"
+        if self.kind == "bm25" and self.model:
+            yield f"model={self.model!r} is for kind='dense', but kind is 'bm25'; set kind to dense, or drop model"
+        if self.dtype not in DTYPES:
+            yield f"dtype={self.dtype!r}; it must be one of {', '.join(DTYPES)}"
+        if self.pooling is not None and self.pooling not in POOLINGS:
+            yield f"pooling={self.pooling!r}; it must be one of {', '.join(POOLINGS)}"
+        if not self.k1 >= 0:
+            yield f"k1={self.k1} is negative; use 0 or more"
+        if not 0 <= self.b <= 1:
+            yield f"b={self.b} is outside [0, 1]"
+        for name in (
+            "workers",
+            "max_tokens",
+            "batch_size",
+            "nlist",
+            "nprobe",
+            "hnsw_m",
+            "ef_construction",
+            "ef_search",
+        ):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                yield f"{name}={value!r}; it must be an integer of at least 1"
+        if self.nlist and self.nprobe and self.nprobe > self.nlist:
+            yield f"nprobe={self.nprobe} is more than nlist={self.nlist}; search at most all lists"
+        if (self.qdrant_url or self.qdrant_collection) and self.index != "qdrant":
+            yield f"qdrant_url and qdrant_collection are for index='qdrant', but index is {self.index!r}"
+        if self.qdrant_url and not self.qdrant_collection:
+            yield f"qdrant_url={self.qdrant_url!r} needs qdrant_collection, the name to load the passages under"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The arguments that make the index what it is."""
+        values = {name: value for name, value in asdict(self).items() if name not in _NOT_IDENTITY}
+        if self.kind == "bm25":
+            return {"kind": self.kind, **{name: values[name] for name in _BM25_ONLY}}
+        return {name: value for name, value in values.items() if name not in _BM25_ONLY}
