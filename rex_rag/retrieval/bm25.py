@@ -1,4 +1,4 @@
-"""In-process lexical retrieval: BM25 over a corpus held in memory (bm25s).
+"""In-process lexical retrieval: BM25 over a corpus held in memory, or over a saved index that is memory-mapped.
 
 Ranking is a function of corpus and query alone: equal scores are ordered by position in the corpus. A query always
 gets `min(top_k, corpus size)` passages; those that share no term with it score 0 and so follow in corpus order.
@@ -6,16 +6,32 @@ gets `min(top_k, corpus size)` passages; those that share no term with it score 
 
 from __future__ import annotations
 
+import json
 import logging
-import threading
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag.data.corpus import read_corpus
 from rex_rag.retrieval.base import RetrievalError
+from rex_rag.retrieval.bm25_postings import TERM_MAXIMA_FILE, MappedVocabulary, Postings, PostingsSearcher
+from rex_rag.retrieval.bm25_text import (
+    BM25_DEFAULT_B,
+    BM25_DEFAULT_K1,
+    BM25_DEFAULT_STEMMER,
+    BM25_DEFAULT_STOPWORDS,
+    BM25_METHOD,
+    BM25Options,
+    TermSplitter,
+    passage_text,
+    quiet_bm25s,
+    tokenizer_versions,
+)
 from rex_rag.retrieval.indexed import IndexedRetriever
-from rex_rag.retrieval.passages import PassageList
+from rex_rag.retrieval.passages import PassageList, PassageSource
 from rex_rag.types import Passage
 
 if TYPE_CHECKING:
@@ -23,15 +39,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The defaults of bm25s 0.3 (Lù, "BM25S: Orders of magnitude faster lexical search via eager sparse scoring", arXiv
-# 2407.03618); the range recommended by Robertson and Zaragoza (2009) is k1 in 1.2..2, b in 0.5..0.8.
-BM25_DEFAULT_K1 = 1.5
-BM25_DEFAULT_B = 0.75
-# The scoring variant of Kamphuis et al. (ECIR 2020) that Lucene implements; its idf is never negative.
-BM25_METHOD = "lucene"
-# Snowball's English stemmer (Porter2), and bm25s' "english" list, which is Lucene's 33 English stop words.
-BM25_DEFAULT_STEMMER = "english"
-BM25_DEFAULT_STOPWORDS = "english"
+# Written last by the builder: an index without it is not finished.
+SETTINGS_FILE = "bm25.json"
+FORMAT = 1
+# Passages whose terms are looked up in a saved index when it is opened.
+ROWS_CHECKED_AT_LOAD = 8
+# Below this size a query takes tens of microseconds, less than handing it to a thread.
+ROWS_WORTH_THREADS = 100_000
 
 
 class BM25Retriever(IndexedRetriever):
@@ -60,17 +74,12 @@ class BM25Retriever(IndexedRetriever):
     ) -> None:
         if not passages:
             raise RetrievalError("BM25 got 0 passages; a search could never be answered, so give it a corpus")
-        if not k1 >= 0:
-            raise RetrievalError(f"BM25 k1={k1} is negative; use 0 or more, {BM25_DEFAULT_K1} by default")
-        if not 0 <= b <= 1:
-            raise RetrievalError(f"BM25 b={b} is outside [0, 1]; the default is {BM25_DEFAULT_B}")
-        super().__init__(
-            PassageList(passages), description or f"BM25 (k1={k1}, b={b}) over {len(passages):,} passages"
-        )
-        self._stopwords = [] if stopwords is None else stopwords
-        self._stemmer = _make_stemmer(stemmer)
-        self._stemmer_lock = threading.Lock()
-        self._index = self._build_index(k1, b)
+        options = BM25Options(k1, b, stemmer, stopwords)
+        splitter = TermSplitter(options)
+        index = _index_in_memory(passages, options, splitter)
+        description = description or f"BM25 (k1={k1}, b={b}) over {len(passages):,} passages"
+        self._set_up(PassageList(passages), description, splitter, index.vocab_dict, Postings.of(index.scores))
+        logger.info("indexed %s", description)
 
     @classmethod
     def from_corpus(cls, paths: str | Path | Sequence[str | Path], **options: object) -> BM25Retriever:
@@ -85,79 +94,139 @@ class BM25Retriever(IndexedRetriever):
         options.setdefault("description", f"BM25 over {len(passages):,} passages of {names}")
         return cls(passages, **options)
 
+    @classmethod
+    def load(cls, directory: str | Path, passages: PassageSource, description: str | None = None) -> BM25Retriever:
+        """Open an index that `bm25_build.build_bm25` saved. Its arrays and words are memory-mapped, none is read.
+
+        Raises:
+            RetrievalError: for an index that is unfinished or damaged, belongs to other passages, or was built with a
+                tokenizer that splits texts differently from the one installed here.
+        """
+        directory = Path(directory)
+        settings = read_settings(directory)
+        if settings["passages"] != len(passages):
+            raise RetrievalError(
+                f"{directory} indexes {settings['passages']:,} passages, but {len(passages):,} were given; "
+                "the two do not belong together: build the index again"
+            )
+        options = BM25Options(settings["k1"], settings["b"], settings["stemmer"], settings["stopwords"])
+        retriever = cls.__new__(cls)
+        retriever._set_up(
+            passages,
+            description or f"BM25 (k1={options.k1}, b={options.b}) over {len(passages):,} passages",
+            TermSplitter(options),
+            MappedVocabulary(directory),
+            _map_postings(directory, settings),
+        )
+        retriever._check_agreement(directory, settings["versions"])
+        return retriever
+
+    def _set_up(self, passages, description, splitter, vocabulary, postings: Postings) -> None:
+        super().__init__(passages, description)
+        self._splitter = splitter
+        self._vocabulary: dict[str, int] | MappedVocabulary = vocabulary
+        self._postings = postings
+        self._searcher = PostingsSearcher(postings)
+
     def encode(self, queries: Sequence[str]) -> list[list[int]]:
-        """The ids of each query's terms that the corpus has, in the order of the query."""
-        return [self._index.get_tokens_ids(tokens) for tokens in self._tokenize(list(queries))]
+        """The numbers of each query's terms that the corpus has, in the order of the query."""
+        found = ([self._vocabulary.get(term) for term in terms] for terms in self._splitter.terms(queries))
+        return [[number for number in numbers if number is not None] for numbers in found]
 
     def rank(self, encoded: list[list[int]], top_k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores are BM25 sums, >= 0; see `IndexedRetriever.rank`."""
         import numpy as np
 
         shape = (len(encoded), min(top_k, len(self)))
-        scores, rows = np.zeros(shape, np.float32), np.zeros(shape, np.int64)
-        for query, ids in enumerate(encoded):
-            rows[query] = np.arange(shape[1])
-            if ids:
-                of_all = self._index.get_scores_from_ids(ids)
-                rows[query] = best_rows(of_all, top_k)
-                scores[query] = of_all[rows[query]]
+        scores, rows = np.empty(shape, np.float32), np.empty(shape, np.int64)
+
+        def search(query: int) -> None:
+            scores[query], rows[query] = self._searcher.search(encoded[query], top_k)
+
+        if len(encoded) > 1 and len(self) >= ROWS_WORTH_THREADS:
+            list(self._threads.map(search, range(len(encoded))))
+        else:
+            for query in range(len(encoded)):
+                search(query)
         return scores, rows
 
-    def _build_index(self, k1: float, b: float):
-        import bm25s
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="bm25")
 
-        # bm25s sets its logger to DEBUG on import, so its messages would reach the root handlers whatever their level.
-        logging.getLogger("bm25s").setLevel(logging.WARNING)
-        tokens = self._tokenize([f"{passage.title}\n{passage.text}" for passage in self.passages])
-        if not any(tokens):
-            raise RetrievalError(
-                f"none of the {len(self)} passages holds an indexable word (two or more letters or digits, "
-                "no stop word); check the corpus, or pass stopwords=None"
-            )
-        index = bm25s.BM25(k1=k1, b=b, method=BM25_METHOD)
-        index.index(tokens, create_empty_token=False, show_progress=False)
-        logger.info("indexed %s", self._description)
-        return index
+    def _check_agreement(self, directory: Path, versions: dict[str, str]) -> None:
+        """Hold a saved index to a few passages: their terms, as split here, must lead to them."""
+        import numpy as np
 
-    def _tokenize(self, texts: list[str]) -> list[list[str]]:
-        import bm25s
-
-        # A Snowball stemmer keeps state in a C object that must not be used by two threads at once.
-        with self._stemmer_lock:
-            return bm25s.tokenize(
-                texts, stopwords=self._stopwords, stemmer=self._stemmer, return_ids=False, show_progress=False
-            )
+        step = max(1, len(self) // ROWS_CHECKED_AT_LOAD)
+        for row in range(0, len(self), step):
+            terms = self._splitter.terms([passage_text(self.passages[row])])[0]
+            for term in set(terms):
+                number = self._vocabulary.get(term)
+                rows = self._postings.of_term(number)[0] if number is not None else ()
+                place = np.searchsorted(rows, np.asarray(row, self._postings.indices.dtype)) if len(rows) else 0
+                if place < len(rows) and rows[place] == row:
+                    continue
+                raise RetrievalError(
+                    f"{directory} does not lead from {term!r} to passage {row} (id {self.passages[row].id!r}), which "
+                    f"holds it: the index is of other passages, or its tokenizer ({_versions(versions)}) splits texts "
+                    f"unlike the one installed here ({_versions(tokenizer_versions())}); build the index again"
+                )
 
 
-def best_rows(scores: np.ndarray, top_k: int) -> np.ndarray:
-    """The rows of the `top_k` highest scores, best first, equal scores by row. No score may be negative.
+def read_settings(directory: Path) -> dict:
+    """What an index was built with.
 
-    scores: (N,); returns (min(top_k, N),).
+    Raises:
+        RetrievalError: for an index that is unfinished or of another format.
     """
+    path = directory / SETTINGS_FILE
+    if not path.is_file():
+        raise RetrievalError(
+            f"{path} is missing: {directory} holds no BM25 index, or an unfinished one; build it with `rex-rag index`"
+        )
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        known = settings["format"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise RetrievalError(f"{path} cannot be read ({error!r}); build the index again") from error
+    if known != FORMAT:
+        raise RetrievalError(f"{path} has format {known!r}, this version reads {FORMAT}; build the index again")
+    return settings
+
+
+def _index_in_memory(passages: Sequence[Passage], options: BM25Options, splitter: TermSplitter):
+    terms = splitter.terms([passage_text(passage) for passage in passages])
+    if not any(terms):
+        raise RetrievalError(
+            f"none of the {len(passages)} passages holds an indexable word (two or more letters or digits, "
+            "no stop word); check the corpus, or pass stopwords=None"
+        )
+    index = quiet_bm25s().BM25(k1=options.k1, b=options.b, method=BM25_METHOD)
+    index.index(terms, create_empty_token=False, show_progress=False)
+    return index
+
+
+def _map_postings(directory: Path, settings: dict) -> Postings:
     import numpy as np
 
-    count = min(top_k, len(scores))
-    # Most passages share no term with a query: leaving the zeros out first makes the selection several times faster.
-    rows = np.flatnonzero(scores)
-    if len(rows) < count:
-        unmatched = np.flatnonzero(scores == 0)[: count - len(rows)]
-        return np.concatenate([rows[np.argsort(-scores[rows], kind="stable")], unmatched])
-    matched = scores[rows]
-    threshold = np.partition(matched, len(matched) - count)[len(matched) - count]
-    above = rows[matched > threshold]
-    level = rows[matched == threshold][: count - len(above)]
-    return np.concatenate([above[np.argsort(-scores[above], kind="stable")], level])
-
-
-def _make_stemmer(name: str | None):
-    if name is None:
-        return None
     try:
-        import Stemmer
-    except ImportError as error:
+        # Its vocabulary would be a dictionary in memory; ours is mapped.
+        index = quiet_bm25s().BM25.load(directory, mmap=True, load_vocab=False)
+        maxima = np.load(directory / TERM_MAXIMA_FILE, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RetrievalError(f"{directory} cannot be opened ({error}); build the index again") from error
+    # A plain view: slicing a memmap makes an object of a slow subclass each time.
+    data, indices, indptr = (np.asarray(index.scores[name]) for name in ("data", "indices", "indptr"))
+    sizes = {"postings": len(data), "terms": len(maxima)}
+    wanted = {name: settings[name] for name in sizes}
+    whole = len(indices) == len(data) == indptr[-1] and len(indptr) == len(maxima) + 1
+    if sizes != wanted or not whole or (data.dtype, indices.dtype) != (np.float32, np.int32):
         raise RetrievalError(
-            f"the stemmer {name!r} needs PyStemmer: install it with `pip install PyStemmer`, or pass stemmer=None"
-        ) from error
-    if name not in Stemmer.algorithms():
-        raise RetrievalError(f"there is no stemmer {name!r}; choose one of {', '.join(Stemmer.algorithms())}, or None")
-    return Stemmer.Stemmer(name)
+            f"{directory} holds arrays of {sizes}, but {SETTINGS_FILE} tells {wanted}; build the index again"
+        )
+    return Postings(data, indices, indptr, np.asarray(maxima), settings["passages"])
+
+
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))

@@ -7,12 +7,14 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import bm25s
 import numpy as np
 import pytest
 
 from rex_rag.data.corpus import CorpusError, read_corpus, write_corpus
 from rex_rag.retrieval.base import RetrievalError, Retriever, checked_search
-from rex_rag.retrieval.bm25 import BM25Retriever, best_rows
+from rex_rag.retrieval.bm25 import BM25Retriever
+from rex_rag.retrieval.bm25_postings import PostingsSearcher
 from rex_rag.types import Passage
 
 REAL_DATA = Path(__file__).parents[3] / "shared" / "data" / "hotpotqa_sample"
@@ -68,14 +70,60 @@ def test_top_k_is_capped_at_the_corpus():
     assert _ids(BM25Retriever(_passages("oslo")).search(["oslo"], 3)[0]) == ["0"]
 
 
-def test_best_rows_agree_with_a_full_sort():
-    draws = random.Random(0)
-    for _ in range(200):
-        size = draws.randint(1, 30)
-        scores = np.array([draws.choice([0.0, 0.0, 0.5, 1.0, draws.random()]) for _ in range(size)], dtype=np.float32)
-        top_k = draws.randint(1, 35)
+def _random_corpus(draws, size, words, longest):
+    # Zipf's law: common words make long lists, which a search may leave unread.
+    weights = [1 / (rank + 1) for rank in range(words)]
+    names = [f"w{rank}" for rank in range(words)]
+    lengths = [draws.randint(0, longest) for _ in range(size)]
+    return [Passage(str(n), "", " ".join(draws.choices(names, weights, k=k)) or "-") for n, k in enumerate(lengths)]
+
+
+@pytest.mark.parametrize(("size", "words", "longest"), [(30, 8, 6), (400, 60, 12), (6000, 3000, 40)])
+def test_rankings_are_those_of_scoring_every_passage_with_bm25s(size, words, longest):
+    draws = random.Random(size)
+    passages = _random_corpus(draws, size, words, longest)
+    retriever = BM25Retriever(passages, stemmer=None)
+    index = bm25s.BM25()
+    terms = bm25s.tokenize([p.text for p in passages], return_ids=False, show_progress=False)
+    index.index(terms, create_empty_token=False, show_progress=False)
+    for _ in range(150):
+        # Repeated words and words that no passage has are in there too.
+        query = [f"w{min(int(draws.paretovariate(0.5)) - 1, words)}" for _ in range(draws.randint(1, 12))]
+        top_k = draws.choice([1, 3, 10, size, size + 5])
+        known = [word for word in query if word in index.vocab_dict]
+        scores = index.get_scores(known) if known else np.zeros(size, np.float32)
         expected = sorted(range(size), key=lambda row: (-scores[row], row))[:top_k]
-        assert best_rows(scores, top_k).tolist() == expected
+        found, [rows] = retriever.rank(retriever.encode([" ".join(query)]), top_k)
+        assert rows.tolist() == expected
+        assert found[0].tolist() == scores[expected].tolist()  # not approximately: the same sums in the same order
+
+
+def test_lists_of_common_words_are_not_added_up_when_they_cannot_matter(monkeypatch):
+    # "rare" is in 20 of 50,000 passages, "common" in all: it adds at most ln(1 + .5 / 50000.5) = 1e-5.
+    passages = _passages(*["common rare" if n % 2500 == 0 else "common word" for n in range(50_000)])
+    retriever = BM25Retriever(passages)
+    [rare, common] = retriever.encode(["rare common"])[0]
+    looked_up = []
+    look_up = PostingsSearcher._look_up
+
+    def watched(self, term, candidates):
+        looked_up.append((term, len(candidates)))
+        return look_up(self, term, candidates)
+
+    monkeypatch.setattr(PostingsSearcher, "_look_up", watched)
+    _, [rows] = retriever.rank([[common, rare]], 5)
+    assert rows.tolist() == [0, 2500, 5000, 7500, 10000]
+    # Once to find what may win, and once more for the exact scores: 20 candidates, never 50,000.
+    assert looked_up[0] == (common, 20)
+    assert max(count for _, count in looked_up) == 20
+
+
+def test_what_a_search_adds_up_does_not_leak_into_the_next():
+    retriever = BM25Retriever(_passages("oslo rome", "rome paris", "paris oslo"))
+    alone = [retriever.search([query], 3) for query in ("oslo paris", "rome", "paris")]
+    again = [retriever.search([query], 3) for query in ("oslo paris", "rome", "paris")]
+    assert alone == again
+    assert not any(sums.any() for sums in retriever._searcher._free)
 
 
 @pytest.mark.parametrize(
