@@ -1,0 +1,140 @@
+"""The one way this package talks to Qdrant: connection, retries, and what a collection says about itself."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rex_rag.retrieval.base import RetrievalError
+
+if TYPE_CHECKING:
+    from qdrant_client import QdrantClient
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+API_KEY_VARIABLE = "QDRANT_API_KEY"
+FINGERPRINT_KEY = "rex_rag_fingerprint"
+COMPLETE_KEY = "rex_rag_complete"
+MAX_BACKOFF_SECONDS = 30.0
+
+
+def connect_qdrant(url: str | None = None, timeout: float = 60.0) -> QdrantClient:
+    """A client of the cluster at `url` (port 6333 unless it names one), or of a new embedded instance.
+
+    timeout: seconds a request may take, rounded to whole ones. The API key is read from the environment
+    (`QDRANT_API_KEY`), where the cluster wants one. Nothing is contacted yet.
+
+    Raises:
+        RetrievalError: where qdrant-client is missing or the URL is malformed.
+    """
+    try:
+        from qdrant_client import QdrantClient
+    except ImportError as error:
+        raise RetrievalError("Qdrant needs qdrant-client: install it with `pip install 'rex-rag[qdrant]'`") from error
+    if url is None:
+        return QdrantClient(":memory:")
+    if not url.startswith(("http://", "https://")):
+        raise RetrievalError(f"the Qdrant address {url!r} is not an http(s) URL; use https://host:6333")
+    key = os.environ.get(API_KEY_VARIABLE, "").strip()
+    # A key that no HTTP header can carry would otherwise be spelled out in the transport's own error.
+    if not (key.isascii() and key.isprintable()):
+        raise RetrievalError(
+            f"the environment variable {API_KEY_VARIABLE} holds characters that no key has; set it anew"
+        )
+    try:
+        return QdrantClient(
+            url=url,
+            api_key=key or None,
+            timeout=max(1, round(timeout)),
+            # The check would contact the server from the constructor, and only warn where that fails.
+            check_compatibility=False,
+        )
+    except ValueError as error:
+        raise RetrievalError(f"the Qdrant address {url!r} is malformed ({error}); use https://host:6333") from error
+
+
+class QdrantCalls:
+    """Calls of the client with bounded retries where trouble may pass, and one kind of error."""
+
+    def __init__(self, client: QdrantClient, collection: str, max_attempts: int, backoff: float) -> None:
+        if max_attempts < 1 or backoff < 0:
+            raise RetrievalError(f"max_attempts={max_attempts}, backoff={backoff}; at least 1 attempt and 0 seconds")
+        self.client, self.collection = client, collection
+        self._max_attempts, self._backoff = max_attempts, backoff
+        self._jitter = random.Random()  # own generator: waiting must not advance the seeded global one
+
+    def __call__(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
+        from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+
+        for attempt in range(1, self._max_attempts + 1):
+            try:
+                return call(*args, **kwargs)
+            except ResourceExhaustedResponse as error:
+                cause, passing, wait = error, True, float(error.retry_after_s)
+            except ResponseHandlingException as error:
+                cause, passing, wait = error.source, True, 0.0
+            except UnexpectedResponse as error:
+                cause, passing, wait = error, error.status_code == 429 or (error.status_code or 500) >= 500, 0.0
+            except ValueError as error:
+                cause, passing, wait = error, False, 0.0
+            said = " ".join(f"{type(cause).__name__}: {cause}".split())
+            if not passing or attempt == self._max_attempts:
+                way_out = "is the cluster up and reachable from here?" if passing else "the request was refused"
+                if isinstance(cause, UnexpectedResponse) and cause.status_code in (401, 403):
+                    way_out = f"set the environment variable {API_KEY_VARIABLE} to a key that may do this"
+                raise RetrievalError(
+                    f"Qdrant collection {self.collection!r}: {getattr(call, '__name__', call)} failed after {attempt} "
+                    f"attempt{'s' * (attempt > 1)} ({said}); {way_out}"
+                ) from cause
+            delay = min(MAX_BACKOFF_SECONDS, max(wait, self._backoff * 2 ** (attempt - 1)))
+            delay *= self._jitter.uniform(0.5, 1.0) if not wait else 1.0
+            logger.warning("Qdrant: attempt %d of %d failed (%s)", attempt, self._max_attempts, said)
+            time.sleep(delay)
+        raise AssertionError("unreachable")
+
+
+def is_embedded(client: QdrantClient) -> bool:
+    """Whether the client holds its collections in this process."""
+    from qdrant_client.local.qdrant_local import QdrantLocal
+
+    return isinstance(client._client, QdrantLocal)
+
+
+def full_fingerprint(fingerprint: Mapping[str, Any], rows: int, dimension: int) -> dict[str, Any]:
+    """What a collection is told to be made of: the caller's fingerprint and the shape of the matrix."""
+    if rows < 1 or dimension < 1:
+        raise RetrievalError(f"{rows} rows of {dimension} dimensions; a collection needs at least one of each")
+    return {**fingerprint, "rows": rows, "dimension": dimension}
+
+
+def is_complete(calls: QdrantCalls, wanted: dict[str, Any]) -> bool:
+    """Whether the collection holds all rows of `wanted`, a fingerprint from `full_fingerprint`.
+
+    Raises:
+        RetrievalError: for a collection made from something else.
+    """
+    metadata = calls(calls.client.get_collection, calls.collection).config.metadata or {}
+    found = metadata.get(FINGERPRINT_KEY)
+    name = calls.collection
+    if not isinstance(found, dict):
+        raise RetrievalError(
+            f"the Qdrant collection {name!r} carries no fingerprint: it was not made by `rex-rag index`, or the "
+            "server is older than 1.16 and keeps none; take another collection name or a newer server"
+        )
+    differing = [
+        f"{key} is {found.get(key)!r} there, {wanted.get(key)!r} here"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key)
+    ]
+    if differing:
+        raise RetrievalError(
+            f"the Qdrant collection {name!r} was made from something else ({'; '.join(differing)}); it was not "
+            "touched: take another collection name, or delete it yourself"
+        )
+    return metadata.get(COMPLETE_KEY) is True
