@@ -1,0 +1,113 @@
+"""Where an encoder's checkpoint lies, which one exactly it is, and that loading it runs no foreign code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from rex_rag.retrieval.base import RetrievalError
+
+# Weights, configuration, vocabulary: what sentence-transformers reads. Exports to other runtimes are left out.
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+_OTHER_RUNTIMES = ("onnx", "openvino")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_OWN_MODULES = "sentence_transformers."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk that is safe to load."""
+
+    folder: Path
+    revision: str  # Hub commit, or "sha256:..." over a local folder
+    has_modules: bool  # whether it has sentence-transformers' files, which say how tokens are pooled
+    prompts: dict[str, str]  # what its own configuration would prepend, by sentence-transformers' names
+
+
+def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
+    """Find a local folder, or fetch a Hub repository's safetensors weights, configuration and vocabulary.
+
+    Raises:
+        RetrievalError: for a checkpoint that is absent, has weights in pickle files alone, or needs code of its own.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        _check_safe(folder)
+        pinned = f"sha256:{_folder_hash(folder)}"
+    else:
+        if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise RetrievalError(
+                f"the encoder {name!r} is neither a folder nor a Hub repository `owner/name`; correct the path"
+            )
+        folder = _fetch(name, revision)
+        _check_safe(folder)
+        if not _COMMIT.fullmatch(folder.name):
+            raise RetrievalError(f"the Hub cache holds {name} at {folder}, which does not name its commit")
+        pinned = folder.name
+    prompts = _read_json(folder / "config_sentence_transformers.json").get("prompts") or {}
+    filled = {key: value for key, value in prompts.items() if value}
+    return Checkpoint(folder, pinned, (folder / "modules.json").is_file(), filled)
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=list(_FILES),
+            ignore_patterns=[f"{folder}/*" for folder in _OTHER_RUNTIMES],
+        )
+    except Exception as error:
+        raise RetrievalError(
+            f"the encoder {name} (revision {revision or 'main'}) could not be had from the Hub or its cache: "
+            f"{type(error).__name__}: {error}; check the name, or give a local folder"
+        ) from error
+    return Path(path)
+
+
+def _check_safe(folder: Path) -> None:
+    if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
+        raise RetrievalError(f"{folder} is no checkpoint: it has neither config.json nor modules.json")
+    weights = {path.parent for path in folder.rglob("*.safetensors")}
+    if not weights:
+        raise RetrievalError(
+            f"{folder} has no weights as safetensors, and pickled ones are never loaded: give the revision of the "
+            "repository that has them (often a pull request, refs/pr/N), or save the model again with "
+            "`model.save_pretrained(folder)`"
+        )
+    for path in folder.rglob("*"):
+        unread = path.relative_to(folder).parts[0] in _OTHER_RUNTIMES
+        if path.suffix in _PICKLES and path.parent not in weights and not unread:
+            raise RetrievalError(f"{path} is a pickle without safetensors beside it, and pickles are never loaded")
+    modules = _read_json(folder / "modules.json", default=[])
+    foreign = [module["type"] for module in modules if not str(module.get("type")).startswith(_OWN_MODULES)]
+    if foreign:
+        raise RetrievalError(f"{folder} needs code of its own ({foreign[0]}), which is never run; use another encoder")
+
+
+def _folder_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    files = {path for pattern in _FILES for path in folder.rglob(pattern) if path.is_file()}
+    for path in sorted(files, key=lambda path: path.relative_to(folder).as_posix()):
+        relative = path.relative_to(folder)
+        if relative.parts[0] in _OTHER_RUNTIMES or any(part.startswith(".") for part in relative.parts):
+            continue
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{relative.as_posix()}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _read_json(path: Path, default=None):
+    if not path.is_file():
+        return {} if default is None else default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RetrievalError(f"{path} is not JSON ({error}); fetch the checkpoint again") from error
