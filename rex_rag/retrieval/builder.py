@@ -1,7 +1,7 @@
 """Build an index directory: estimate, passages, index, manifest, and only then the directory's own name.
 
-All work happens in `OUTPUT.building/`, held by a lock. A build that is killed at any moment goes on where it stood when
-the same command is given again, and ends with the same bytes; `OUTPUT` itself appears by one rename, complete.
+All work happens in `OUTPUT.building/`, held by a lock. A build that is killed at any moment goes on where it stood
+when the same command is given again, and ends with the same bytes; `OUTPUT` itself appears by one rename, complete.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def build_index(
     Raises:
         CorpusError: for a corpus that is missing, empty or malformed.
         NotEnoughRoom: when memory or disk do not suffice.
-        RetrievalError: when the directory holds another index, another process builds it, or what lies there unfinished
-            was asked for otherwise.
+        RetrievalError: when the directory holds another index, another process builds it, or what lies there
+            unfinished was asked for otherwise.
     """
     files = corpus_files(arguments.corpus)
     output = Path(arguments.output)
@@ -68,10 +68,9 @@ def build_index(
         "corpus_files": [asdict(file) for file in scanned],
         "versions": library_versions(),
     }
-    if output.exists():
+    if output.exists() and not _is_empty_folder(output):
         _check_built(output, plan)
-        if building.exists():
-            shutil.rmtree(building)
+        shutil.rmtree(building, ignore_errors=True)
         say(f"{output} is already built: nothing to do")
         return output
     stage = _stage(arguments)
@@ -93,7 +92,7 @@ def build_index(
         _build(stage, files, scanned, building, plan)
         os.rename(building / "index", output)
         sync_folder(output.parent)
-        shutil.rmtree(building)
+        shutil.rmtree(building, ignore_errors=True)
     manifest = Manifest.read(output)
     size = sum(entry["bytes"] for entry in manifest.files.values())
     say(f"{output}: {manifest.passages:,} passages, {human_bytes(size)}, fingerprint {manifest.fingerprint}")
@@ -162,12 +161,9 @@ def _check_built(output: Path, plan: dict[str, Any]) -> None:
     if not output.is_dir():
         raise RetrievalError(f"{output} is a file; choose another output directory")
     if not (output / MANIFEST_FILE).is_file():
-        if any(output.iterdir()):
-            raise RetrievalError(
-                f"{output} exists and is no index; it is not touched: choose another output directory, or remove it"
-            )
-        output.rmdir()
-        output.mkdir()
+        raise RetrievalError(
+            f"{output} exists and is no index; it is not touched: choose another output directory, or remove it"
+        )
     manifest = Manifest.read(output)
     found = {"arguments": manifest.arguments, "corpus_files": manifest.corpus_files, "versions": manifest.versions}
     differing = _differences(found, plan, ("arguments", "corpus_files"))
@@ -207,6 +203,10 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any], parts: Sequence[
             if old != new:
                 said.append(f"{name} {shorten(old)}, now {shorten(new)}")
     return ", ".join(said)
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _size(directory: Path) -> int:

@@ -1,0 +1,68 @@
+"""Command lines made from dataclasses, with a section of a YAML recipe as defaults; unknown keys are refused."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+
+def parse_section(
+    command: str,
+    description: str,
+    section: str,
+    types: Sequence[type],
+    words: Sequence[str],
+    add_arguments: Any = None,
+) -> tuple[Any, ...]:
+    """Parse `words` into one object of each dataclass in `types`, and a namespace of what `add_arguments` added.
+
+    `--config FILE` gives defaults from the mapping under `section` in a YAML file; the command line goes over them.
+
+    Raises:
+        ValueError: for a file without that section or with keys that no dataclass has.
+    """
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(types, prog=f"rex-rag {command}", description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="RECIPE.yaml", help=f"defaults from the part `{section}:` of this file")
+    if add_arguments is not None:
+        add_arguments(parser)
+    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config.add_argument("--config")
+    given, _ = config.parse_known_args(words)
+    if given.config:
+        known = {entry.name for kind in types for entry in fields(kind)}
+        parser.set_defaults(**read_section(Path(given.config), section, known))
+    return parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+
+
+def read_section(path: Path, section: str, known: set[str]) -> dict[str, Any]:
+    """The mapping under `section` of a YAML file, every key one of `known`.
+
+    Raises:
+        ValueError: for anything else, naming the key and the one that was probably meant.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"there is no recipe at {path}; see recipes/retrieval/ for those that exist")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get(section), dict):
+        raise ValueError(f"{path} has no part `{section}:` with settings under it")
+    unknown = sorted(content[section].keys() - known)
+    if unknown:
+        raise ValueError(f"{path}, under `{section}:`: {describe_unknown(unknown, sorted(known))}")
+    return content[section]
+
+
+def describe_unknown(names: Sequence[str], known: Sequence[str]) -> str:
+    """An error text for keys that do not exist, each with the nearest one that does."""
+    described = []
+    for name in names:
+        [near] = difflib.get_close_matches(name, known, n=1) or [None]
+        described.append(f"{name!r} (did you mean {near}?)" if near else repr(name))
+    return f"unknown keys: {', '.join(described)}; correct or remove them"
