@@ -1,0 +1,88 @@
+"""The settings of a retrieval server, checked together."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8000
+# Search-R1's server answers with three passages unless asked for another number.
+DEFAULT_TOP_K = 3
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Where a server listens, what it refuses, and how it batches.
+
+    Args:
+        host: the address to bind; anything but loopback opens the index to whoever reaches the port.
+        port: 0 takes a free one.
+        default_top_k: passages a query where a request names no `topk`.
+        max_queries: queries in a request.
+        max_query_characters: characters in a query.
+        max_top_k: passages a query.
+        max_body_bytes: bytes of a request's body.
+        micro_batching: merge concurrent requests into batches (for indexes; other engines never merge).
+        max_batch: queries in a batch.
+        batch_wait_ms: milliseconds that an idle server lets a batch grow before it searches.
+        max_waiting: unanswered queries beyond which requests are refused with 503.
+        cache_size: rankings kept in memory, about half a kilobyte each at topk 3; 0 for none.
+
+    Raises:
+        ValueError: for values out of range or that contradict each other.
+    """
+
+    host: str = DEFAULT_HOST
+    port: int = DEFAULT_PORT
+    default_top_k: int = DEFAULT_TOP_K
+    max_queries: int = 4096
+    max_query_characters: int = 16_384
+    max_top_k: int = 100
+    max_body_bytes: int = 16 * 1024**2
+    micro_batching: bool = True
+    max_batch: int = 256
+    batch_wait_ms: float = 0.0
+    max_waiting: int = 16_384
+    cache_size: int = 65_536
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.host, str) or not self.host.strip():
+            raise ValueError(f"host={self.host!r} names no address; use {DEFAULT_HOST} for this machine alone")
+        _check_integer("port", self.port, 0, 65_535, "8000 is the usual one, 0 takes a free one")
+        for name in ("default_top_k", "max_queries", "max_query_characters", "max_top_k", "max_body_bytes"):
+            _check_integer(name, getattr(self, name), 1, None, "a lower limit would refuse every request")
+        _check_integer("max_batch", self.max_batch, 1, None, "1 searches query by query")
+        _check_integer("max_waiting", self.max_waiting, 1, None, "a lower limit would refuse every request")
+        _check_integer("cache_size", self.cache_size, 0, None, "0 keeps nothing")
+        if not isinstance(self.micro_batching, bool):
+            raise ValueError(f"micro_batching={self.micro_batching!r}; it must be true or false")
+        wait = self.batch_wait_ms
+        if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= 1000:
+            raise ValueError(f"batch_wait_ms={wait!r}; it must be between 0 and 1000, and 0 to 2 make sense")
+        if self.default_top_k > self.max_top_k:
+            raise ValueError(
+                f"default_top_k={self.default_top_k} is above max_top_k={self.max_top_k}, so that a request without "
+                "topk would be refused; raise max_top_k or lower default_top_k"
+            )
+        if self.max_waiting < self.max_queries:
+            raise ValueError(
+                f"max_waiting={self.max_waiting} is below max_queries={self.max_queries}, so that a request of "
+                "allowed size would be refused even by an idle server; raise max_waiting or lower max_queries"
+            )
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def _check_integer(name: str, value: object, low: int, high: int | None, way_out: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        range_text = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"{name}={value!r}; it must be an integer of {range_text}; {way_out}")
