@@ -88,7 +88,8 @@ def human_bytes(count: float) -> str:
     while count >= 1024 and power < len(_UNITS) - 1:
         count /= 1024
         power += 1
-    return f"{count:.0f} B" if power == 0 else f"{count:.3g} {_UNITS[power]}"
+    figures = f"{count:.0f}" if power == 0 or count >= 100 else f"{count:.3g}"
+    return f"{figures} {_UNITS[power]}"
 
 
 def human_seconds(seconds: float) -> str:
