@@ -47,11 +47,7 @@ class Cluster:
     """Qdrant's REST routes over an embedded instance. `fail` says how many coming calls of a route fail, and how."""
 
     def __init__(self):
-        self.client = QdrantClient(":memory:")
-        self.requests = []  # (route, body), failed ones too
-        self.keys = set()
-        self.fail = {}
-        self.keeps_metadata = True
+        self.reset()
         self._lock = threading.Lock()
         app = fastapi.FastAPI()
         at = "/collections/{name}"
@@ -117,6 +113,13 @@ class Cluster:
             assert time.monotonic() < deadline, "the test server did not start"
             time.sleep(0.01)
 
+    def reset(self):
+        self.client = QdrantClient(":memory:")
+        self.requests = []  # (route, body), failed ones too
+        self.keys = set()
+        self.fail = {}
+        self.keeps_metadata = True
+
     def stop(self):
         self._server.should_exit = True
         self._thread.join(timeout=10)
@@ -128,13 +131,19 @@ class Cluster:
         return [row for body in self.bodies("upsert") for row in body["batch"]["ids"]]
 
 
-@pytest.fixture
-def cluster(monkeypatch):
-    monkeypatch.setattr(qdrant_load, "SECONDS_BETWEEN_POLLS", 0.01)
-    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
+@pytest.fixture(scope="module")
+def running_cluster():
     running = Cluster()
     yield running
     running.stop()
+
+
+@pytest.fixture
+def cluster(running_cluster, monkeypatch):
+    monkeypatch.setattr(qdrant_load, "SECONDS_BETWEEN_POLLS", 0.01)
+    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
+    running_cluster.reset()
+    return running_cluster
 
 
 def load(cluster, vectors, fingerprint=FINGERPRINT, blocks=None, **options):
@@ -219,7 +228,7 @@ def test_a_killed_load_goes_on_where_it_was_and_ends_the_same(cluster, stop_at):
     there = cluster.client.count(NAME).count
     cluster.requests.clear()
     load(cluster, vectors, batch_size=1024, workers=4)
-    assert cluster.rows_sent()[0:1] == [max(0, there - ROWS_IN_FLIGHT)]
+    assert min(cluster.rows_sent()) == max(0, there - ROWS_IN_FLIGHT)
     assert cluster.client.count(NAME).count == 10_000
     sample = vectors[::997]
     assert connect(cluster, vectors).search(sample, 1)[1].ravel().tolist() == list(range(0, 10_000, 997))
