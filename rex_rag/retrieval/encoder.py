@@ -1,7 +1,8 @@
 """Text encoders through sentence-transformers: what exactly turns queries and passages into vectors, and doing it.
 
-Invariant: an `EncoderSpec` taken from an `Encoder` determines its vectors (up to rounding): weights by their revision,
-prefixes, passage layout, pooling, normalisation and length. An index stores it, and is only searched with an equal one.
+Invariant: an `EncoderSpec` taken from an `Encoder` determines its vectors up to rounding: weights by their revision,
+prefixes, passage layout, pooling, normalisation and length. An index stores it and is only
+searched with an equal one.
 """
 
 from __future__ import annotations

@@ -77,9 +77,9 @@ def resolve_encoder(
     known = FAMILIES[family] if family else _family_of(name_or_path)
     if known is None and not {"query_prefix", "passage_prefix"} <= set(given):
         raise RetrievalError(
-            f"it is not known what the encoder {name_or_path!r} wants before queries and passages{_hint(name_or_path)}; "
-            f"say --encoder-family ({', '.join(FAMILIES)}), or both prefixes as its model card gives them: "
-            "--query-prefix '' --passage-prefix '' for an encoder without"
+            f"it is not known what the encoder {name_or_path!r} wants before queries and passages"
+            f"{_hint(name_or_path)}; say --encoder-family ({', '.join(FAMILIES)}), or both prefixes as its model card "
+            "gives them: --query-prefix '' --passage-prefix '' for an encoder without"
         )
     checkpoint = find_checkpoint(name_or_path, revision)
     if known is not None:
