@@ -9,7 +9,8 @@ from rex_rag.types import Passage
 
 # A batch of several hundred queries against an exact index over 21 million passages takes seconds, not a minute.
 DEFAULT_TIMEOUT_SECONDS = 60.0
-DEFAULT_MAX_ATTEMPTS = 5
+# With the client's pauses between them 4.5 minutes on average: a killed server may restart and load its index again.
+DEFAULT_MAX_ATTEMPTS = 18
 
 
 class RetrievalError(RuntimeError):

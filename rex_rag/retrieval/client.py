@@ -1,55 +1,93 @@
-"""Remote retrieval over the Search-R1 wire format.
+"""Search over one or several retrieval servers that speak the Search-R1 wire format.
 
-Request: POST {url}/retrieve with `{"queries": [str], "topk": int, "return_scores": true}`. Response: `{"result":
-[[{"document": {...}, "score": float}, ...], ...]}`, one ranking a query. Servers that ignore `return_scores` answer
-with the bare documents; both shapes are read. A document holds `contents`, or `title` and `text`, and perhaps an `id`.
+A search is answered in full, in the order asked, or raises `RetrievalError`. Meanwhile servers may die, hang, be
+restarted or talk nonsense: each request goes to the server with the fewest queries under way; one that fails is set
+aside and another is asked at once; only when all have failed does a search wait, and a bounded number of times.
 
-A search is answered in full or raises `RetrievalError`; trouble that may pass is retried a bounded number of times.
+A server set aside is looked after in the background. Once its health is good again (a server without a health page
+counts as up) it is given one request on trial, and with that answered its full share. None is given up for good.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import itertools
 import logging
 import math
 import random
+import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 
-import httpx
-
-from rex_rag.data.corpus import CorpusError, passage_from_row
 from rex_rag.data.jsonl import shorten
 from rex_rag.retrieval.base import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_SECONDS, RetrievalError, check_request
+from rex_rag.retrieval.endpoint import Endpoint, PassingTrouble, Refusal, Trouble
 from rex_rag.types import Passage
 
 logger = logging.getLogger(__name__)
 
-ENDPOINT = "/retrieve"
 CHECK_QUERY = "Who wrote Hamlet?"
 DEFAULT_BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 30.0
-# A server that does not accept a connection within this time is away; waiting for an answer may take longer.
-MAX_CONNECT_SECONDS = 10.0
-# An address on this machine is never behind the proxy that the environment may name.
-_LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+# What `rex-rag serve` accepts by default; bigger batches are split.
+MAX_QUERIES_PER_REQUEST = 256
+# With several servers a batch is worth splitting down to here.
+MIN_QUERIES_PER_REQUEST = 32
+REQUESTS_AT_ONCE_PER_SERVER = 8
+# How often a server that is away is asked for its health.
+PROBE_SECONDS = 1.0
+# A server that stays in trouble is named again after this time, not at every request.
+SECONDS_BETWEEN_WARNINGS = 60.0
 
 
-class _PassingTrouble(Exception):
-    """A failed attempt that is worth another one."""
+@dataclass(eq=False)
+class _Server:
+    """An endpoint and what is known of it. All fields are guarded by the retriever's lock; times are monotonic."""
+
+    endpoint: Endpoint
+    queries_under_way: int = 0
+    last_turn: int = 0
+    failures: int = 0
+    aside_since: float | None = None
+    on_trial: bool = False
+    # Whether it was really gone during this outage: then its return is news, and worth an attempt at once.
+    away: bool = False
+    probing: bool = False
+    probe_at: float = 0.0
+    # When it was last set aside or came back: outcomes of requests sent before are no news any more.
+    changed: float = -math.inf
+    warned: float = -math.inf
+
+    @property
+    def url(self) -> str:
+        return self.endpoint.url
+
+    @property
+    def ready(self) -> bool:
+        return self.aside_since is None or (self.on_trial and not self.queries_under_way)
+
+
+@dataclass
+class _Tally:
+    """What one search met at one server."""
+
+    attempts: int
+    started: float
+    last: Trouble
 
 
 class RemoteRetriever:
-    """Asks a retrieval server for passages. Safe to share between threads; connections are pooled.
+    """Asks retrieval servers for passages. Safe to share between threads; connections are pooled.
 
     Args:
-        url: http(s) address of the server, with or without the final `/retrieve`.
+        urls: http(s) addresses of servers over the same index, with or without the final `/retrieve`; one or several.
         timeout: seconds one attempt may take, > 0.
-        max_attempts: attempts a search, >= 1.
-        backoff: seconds before the second attempt, >= 0; doubled for each further one up to `MAX_BACKOFF_SECONDS`, and
-            shortened by a random part of up to a half, so that many workers do not return at the same moment.
+        max_attempts: attempts a search and server, >= 1. In each round every server is tried once, in turn.
+        backoff: seconds between the first two rounds, >= 0; doubled for each further one up to `MAX_BACKOFF_SECONDS`,
+            and shortened by a random part of up to a half, so that many workers do not return at the same moment.
+            A round begins earlier when a server is seen to be back, and later when all ask for it (`Retry-After`).
+        max_queries_per_request: bigger batches are split, >= 1; the parts are asked for at the same time.
 
     Raises:
         RetrievalError: for an argument that makes no sense.
@@ -57,162 +95,315 @@ class RemoteRetriever:
 
     def __init__(
         self,
-        url: str,
+        urls: str | Sequence[str],
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
         max_attempts: int = DEFAULT_MAX_ATTEMPTS,
         backoff: float = DEFAULT_BACKOFF_SECONDS,
+        max_queries_per_request: int = MAX_QUERIES_PER_REQUEST,
     ) -> None:
-        host = check_url(url)
         if not (timeout > 0 and math.isfinite(timeout)):
             raise RetrievalError(f"timeout={timeout} seconds; an attempt needs a finite time above 0")
-        if isinstance(max_attempts, bool) or not isinstance(max_attempts, int) or max_attempts < 1:
-            raise RetrievalError(f"max_attempts={max_attempts!r}; it must be an integer of at least 1")
+        for name, value in (("max_attempts", max_attempts), ("max_queries_per_request", max_queries_per_request)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise RetrievalError(f"{name}={value!r}; it must be an integer of at least 1")
         if not (backoff >= 0 and math.isfinite(backoff)):
             raise RetrievalError(f"backoff={backoff} seconds; it must be finite and at least 0")
-        base = url.rstrip("/")
-        self._target = httpx.URL(base if base.endswith(ENDPOINT) else base + ENDPOINT)
-        # What logs, errors and model cards may show: the address without a user name or password.
-        self.url = str(self._target.copy_with(userinfo=b""))
+        addresses = [urls] if isinstance(urls, str) else list(urls)
+        if not addresses:
+            raise RetrievalError("no retriever URL was given; name at least one, http://host:port")
+        self._servers = [_Server(Endpoint(address, timeout)) for address in addresses]
+        self.urls = tuple(server.url for server in self._servers)
+        if len(set(self.urls)) < len(self.urls):
+            raise RetrievalError(f"retriever URLs {', '.join(self.urls)} name a server twice; name each once")
         self._timeout = timeout
         self._max_attempts = max_attempts
         self._backoff = backoff
+        self._max_queries_per_request = max_queries_per_request
         # Own generator: waiting must not advance the seeded global one that a run draws from.
         self._jitter = random.Random()
-        self._http = httpx.Client(
-            timeout=httpx.Timeout(timeout, connect=min(timeout, MAX_CONNECT_SECONDS)),
-            trust_env=host not in _LOOPBACK_HOSTS,
+        self._turns = 0
+        # How often a server has come back: waiting searches watch this number.
+        self._returns = 0
+        self._lock = threading.Condition()
+        self._closed = False
+        self._pool = ThreadPoolExecutor(
+            REQUESTS_AT_ONCE_PER_SERVER * len(self._servers), thread_name_prefix="retrieval"
         )
 
     @property
     def description(self) -> str:
-        return f"retrieval server at {self.url}"
+        return f"retrieval server{'s' * (len(self.urls) > 1)} at {', '.join(self.urls)}"
 
     def close(self) -> None:
-        """Close the pooled connections; the retriever cannot be used afterwards."""
-        self._http.close()
+        """Close the pooled connections; the retriever cannot be used afterwards, and waiting searches fail."""
+        with self._lock:
+            self._closed = True
+            self._lock.notify_all()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for server in self._servers:
+            server.endpoint.close()
 
     def check(self) -> None:
-        """Send one real query, with the retries of any search."""
-        self.search([CHECK_QUERY], top_k=1)
+        """Send one real query to every server, until one at least has answered it.
 
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
-        """Return for each query the server's passages, best first: at least one, at most `top_k`.
+        Servers that do not answer are warned of, and so are servers that answer differently: a search is only
+        repeatable when all of them hold the same index.
 
         Raises:
-            RetrievalError: for a blank query or a `top_k` below 1; when every attempt failed; at once when the server
-                refuses the request (4xx but 429) or answers with something other than one non-empty ranking a query.
+            RetrievalError: when none answers, with the retries of any search; it names every server's trouble.
+        """
+        self._check_open()
+        tallies: dict[_Server, _Tally] = {}
+        answers: dict[_Server, list[Passage]] = {}
+        for round_number in range(1, self._max_attempts + 1):
+            returns = self._returns
+            started = time.monotonic()
+            asked = [server for server in self._servers if not _refused(tallies, server)]
+            for server in asked:
+                self._take(server, 1)
+            # Threads of its own: the pool may be busy with searches, each of which may wait.
+            with ThreadPoolExecutor(len(asked)) as pool:
+                outcomes = [pool.submit(self._attempt, server, [CHECK_QUERY], 1) for server in asked]
+            for server, outcome in zip(asked, outcomes, strict=True):
+                try:
+                    answers[server] = outcome.result()[0]
+                except Trouble as trouble:
+                    _count(tallies, server, started, trouble)
+            if answers:
+                break
+            self._wait_or_raise(tallies, round_number, returns)
+        self._blame(tallies)
+        texts = {server.url: (ranking[0].title, ranking[0].text) for server, ranking in answers.items()}
+        if len(set(texts.values())) > 1:
+            logger.warning(
+                "retrieval servers answer the same query %r differently, so they do not hold the same index and runs "
+                "will not be repeatable: %s",
+                CHECK_QUERY,
+                "; ".join(f"{url}: {shorten(' '.join(text))}" for url, text in texts.items()),
+            )
+
+    def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
+        """Return for each query the servers' passages, best first: at least one, at most `top_k`.
+
+        A server that refuses the request (4xx but 408 and 429) or answers with something other than one non-empty
+        ranking a query is not asked again; when another one answers, the fault was the server's and it is set aside.
+
+        Raises:
+            RetrievalError: for a blank query or a `top_k` below 1; when every attempt failed; at once when every
+                server refuses. The message names each server, the attempts at it and its last trouble.
         """
         check_request(queries, top_k)
+        self._check_open()
         if not queries:
             return []
-        payload = {"queries": list(queries), "topk": top_k, "return_scores": True}
-        for attempt in range(1, self._max_attempts + 1):
-            try:
-                body = self._post(payload, attempt)
-                break
-            except _PassingTrouble as trouble:
-                if attempt == self._max_attempts:
-                    raise self._error(
-                        f"{trouble}. Is the server running and reachable from here? Otherwise raise the timeout "
-                        f"({self._timeout:g} s) or max_attempts",
-                        attempt,
-                    ) from trouble.__cause__
-                delay = self._delay(attempt)
-                logger.warning(
-                    "%s: attempt %d of %d failed (%s); trying again in %.2f s",
-                    self.url,
-                    attempt,
-                    self._max_attempts,
-                    trouble,
-                    delay,
-                )
-                time.sleep(delay)
+        stop = threading.Event()
+        parts = self._split(queries)
+        if len(parts) == 1:
+            return self._ask(queries, top_k, stop)
+        outcomes: list[Future] = []
         try:
-            return _read_rankings(body, queries, top_k)
-        except _WrongAnswer as error:
-            raise self._error(f"{error}; the server does not speak the Search-R1 format", attempt) from None
+            outcomes += [self._pool.submit(self._ask, part, top_k, stop) for part in parts]
+            for failed in wait(outcomes, return_when=FIRST_EXCEPTION).done:
+                failed.result()
+            return [ranking for outcome in outcomes for ranking in outcome.result()]
+        except BaseException:
+            stop.set()
+            for outcome in outcomes:
+                outcome.cancel()
+            raise
 
-    def _post(self, payload: dict[str, Any], attempt: int) -> bytes:
-        deadline = time.monotonic() + self._timeout
+    def _split(self, queries: Sequence[str]) -> list[Sequence[str]]:
+        """Cut a batch into even parts: as many as the limit demands, or as there are servers to share the work."""
+        count = len(queries)
+        with self._lock:
+            in_service = sum(server.aside_since is None for server in self._servers)
+        parts = max(-(-count // self._max_queries_per_request), min(in_service, count // MIN_QUERIES_PER_REQUEST), 1)
+        bounds = [count * part // parts for part in range(parts + 1)]
+        return [queries[start:end] for start, end in itertools.pairwise(bounds)]
+
+    def _ask(self, queries: Sequence[str], top_k: int, stop: threading.Event) -> list[list[Passage]]:
+        tallies: dict[_Server, _Tally] = {}
+        for round_number in range(1, self._max_attempts + 1):
+            returns = self._returns
+            tried = {server for server in tallies if _refused(tallies, server)}
+            while not stop.is_set() and (server := self._pick(tried, len(queries))) is not None:
+                tried.add(server)
+                started = time.monotonic()
+                try:
+                    rankings = self._attempt(server, queries, top_k)
+                except Trouble as trouble:
+                    _count(tallies, server, started, trouble)
+                else:
+                    self._blame(tallies)
+                    return rankings
+            if stop.is_set():
+                raise RetrievalError("the search was stopped because another part of its batch failed")
+            self._wait_or_raise(tallies, round_number, returns, stop)
+        raise AssertionError("the last round returns or raises")
+
+    def _pick(self, tried: Collection[_Server], queries: int) -> _Server | None:
+        """Take the untried server with the fewest queries under way, those set aside last; ties go round."""
+        with self._lock:
+            self._check_open()
+            self._start_due_probes()
+            untried = [server for server in self._servers if server not in tried]
+            ready = [server for server in untried if server.ready]
+            if ready:
+                picked = min(ready, key=lambda server: (server.queries_under_way, server.last_turn))
+            elif untried:
+                picked = min(untried, key=lambda server: (not server.on_trial, server.probe_at))
+            else:
+                return None
+            self._take(picked, queries)
+            return picked
+
+    def _take(self, server: _Server, queries: int) -> None:
+        with self._lock:
+            self._turns += 1
+            server.last_turn = self._turns
+            server.queries_under_way += queries
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RetrievalError(f"the client of the {self.description} was closed; make a new one")
+
+    def _attempt(self, server: _Server, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
+        """Ask a server that was taken, and note what comes of it."""
+        started = time.monotonic()
+        with self._lock:
+            doubtful = server.aside_since is not None and not server.on_trial and len(self._servers) > 1
         try:
-            with self._http.stream("POST", self._target, json=payload) as response:
-                chunks = []
-                for chunk in response.iter_bytes():
-                    chunks.append(chunk)
-                    # The client's read timeout starts anew with each chunk, so a dripping server would never hit it.
-                    if time.monotonic() > deadline:
-                        raise _PassingTrouble(f"the answer was not complete after {self._timeout:g} s")
-        except httpx.TimeoutException as error:
-            raise _PassingTrouble(f"no answer within {self._timeout:g} s ({type(error).__name__})") from error
-        except httpx.TransportError as error:
-            raise _PassingTrouble(f"connection failed ({type(error).__name__}: {error})") from error
-        except httpx.DecodingError as error:
-            raise self._error(f"the answer's content encoding is broken ({error})", attempt) from error
-        body = b"".join(chunks)
-        status = response.status_code
-        if status == 200:
-            return body
-        said = f"HTTP {status} {response.reason_phrase}: {shorten(body.decode('utf-8', 'replace'), 200)}"
-        if status == 429 or status >= 500:
-            raise _PassingTrouble(said)
-        raise self._error(f"{said}; the server refuses this request, so it was not repeated: check the URL", attempt)
+            if doubtful:
+                # A hanging server shows in seconds here, and only after the whole timeout in a search.
+                server.endpoint.probe()
+            rankings = server.endpoint.search(queries, top_k)
+        except PassingTrouble as trouble:
+            self._set_aside(server, started, trouble)
+            raise
+        finally:
+            with self._lock:
+                server.queries_under_way -= len(queries)
+        self._answered(server, started)
+        return rankings
+
+    def _blame(self, tallies: Mapping[_Server, _Tally]) -> None:
+        """Another server has answered: those that refused the same request are at fault, not the request."""
+        for server, tally in tallies.items():
+            if isinstance(tally.last, Refusal):
+                self._set_aside(server, tally.started, tally.last)
+
+    def _set_aside(self, server: _Server, started: float, trouble: Trouble) -> None:
+        with self._lock:
+            if started < server.changed:
+                return
+            now = time.monotonic()
+            server.failures += 1
+            # One that is gone is visible to probes. One that looks healthy and fails is spared for longer each time.
+            pause = PROBE_SECONDS if trouble.away else self._delay(server.failures)
+            server.aside_since = now if server.aside_since is None else server.aside_since
+            server.changed, server.on_trial, server.away = now, False, server.away or trouble.away
+            server.probe_at = now + max(pause, trouble.retry_after)
+            self._warn(server, trouble)
+
+    def _answered(self, server: _Server, started: float) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if server.aside_since is None:
+                # Only what has been well for a while is trusted again; one that comes and goes is not.
+                if now - server.changed > MAX_BACKOFF_SECONDS:
+                    server.failures = 0
+            elif started >= server.changed:
+                if server.warned >= server.aside_since:
+                    logger.info("%s answers again, after %.1f s", server.url, now - server.aside_since)
+                server.aside_since, server.on_trial, server.away, server.changed = None, False, False, now
+                self._returns += 1
+                self._lock.notify_all()
+
+    def _start_due_probes(self) -> None:
+        now = time.monotonic()
+        for server in self._servers:
+            resting = server.aside_since is not None and not server.on_trial and not server.probing
+            if resting and now >= server.probe_at:
+                server.probing = True
+                threading.Thread(target=self._probe, args=(server,), name="retrieval-probe", daemon=True).start()
+
+    def _probe(self, server: _Server) -> None:
+        trouble = None
+        try:
+            server.endpoint.probe()
+        except PassingTrouble as failed:
+            trouble = failed
+        with self._lock:
+            server.probing = False
+            if server.aside_since is None or server.on_trial or self._closed:
+                return
+            if trouble is not None:
+                server.away = True
+                server.probe_at = time.monotonic() + max(PROBE_SECONDS, trouble.retry_after)
+                self._warn(server, trouble)
+                return
+            server.on_trial = True
+            if server.away:
+                self._returns += 1
+                self._lock.notify_all()
+
+    def _warn(self, server: _Server, trouble: Trouble) -> None:
+        now = time.monotonic()
+        if now - server.warned < SECONDS_BETWEEN_WARNINGS:
+            return
+        server.warned = now
+        others = "the other servers are asked meanwhile" if len(self._servers) > 1 else "searches wait for it"
+        logger.warning("%s does not answer as it should (%s); %s", server.url, trouble, others)
+
+    def _wait_or_raise(
+        self,
+        tallies: Mapping[_Server, _Tally],
+        round_number: int,
+        returns: int,
+        stop: threading.Event | None = None,
+    ) -> None:
+        """After a round in which every server failed: wait for the next one, or give up.
+
+        `returns` is the number of returns when the round began: whoever has come back since is worth trying at once.
+        """
+        hopeful = [tally.last for tally in tallies.values() if isinstance(tally.last, PassingTrouble)]
+        if round_number == self._max_attempts or not hopeful:
+            raise self._error(tallies) from hopeful[-1] if hopeful else None
+        pause = max(self._delay(round_number), min(trouble.retry_after for trouble in hopeful))
+        logger.debug("no server answered in round %d; the next is in %.2f s at most", round_number, pause)
+        deadline = time.monotonic() + pause
+        with self._lock:
+            while self._returns == returns and not self._closed and not (stop is not None and stop.is_set()):
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    return
+                self._start_due_probes()
+                self._lock.wait(min(remaining, PROBE_SECONDS))
 
     def _delay(self, attempt: int) -> float:
-        longest = min(MAX_BACKOFF_SECONDS, self._backoff * 2 ** (attempt - 1))
+        # Beyond 2**60 a float would only overflow.
+        longest = min(MAX_BACKOFF_SECONDS, self._backoff * 2 ** min(attempt - 1, 60))
         return longest * self._jitter.uniform(0.5, 1.0)
 
-    def _error(self, cause: str, attempts: int) -> RetrievalError:
-        return RetrievalError(f"search at {self.url} failed after {attempts} attempt{'s' * (attempts > 1)}: {cause}")
+    def _error(self, tallies: Mapping[_Server, _Tally]) -> RetrievalError:
+        said = [
+            f"{server.url} failed after {tally.attempts} attempt{'s' * (tally.attempts > 1)}: {tally.last}"
+            for server, tally in tallies.items()
+        ]
+        message = f"search at {said[0]}" if len(said) == 1 else f"search at all {len(said)} servers: {'; '.join(said)}"
+        if any(isinstance(tally.last, PassingTrouble) for tally in tallies.values()):
+            subject = "Is the server" if len(said) == 1 else "Are the servers"
+            message += (
+                f". {subject} running and reachable from here? Otherwise raise the timeout ({self._timeout:g} s) or "
+                f"max_attempts ({self._max_attempts})"
+            )
+        return RetrievalError(message)
 
 
-def check_url(url: str) -> str:
-    """Return the host of an http(s) URL, or raise `RetrievalError`."""
-    try:
-        parsed = httpx.URL(url)
-    except (httpx.InvalidURL, TypeError) as error:
-        raise RetrievalError(f"retriever URL {url!r} is malformed ({error}); use http://host:port") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
-        raise RetrievalError(f"retriever URL {url!r} is not a plain http(s) address; use http://host:port[/path]")
-    return parsed.host
+def _count(tallies: dict[_Server, _Tally], server: _Server, started: float, trouble: Trouble) -> None:
+    attempts = tallies[server].attempts if server in tallies else 0
+    tallies[server] = _Tally(attempts + 1, started, trouble)
 
 
-class _WrongAnswer(Exception):
-    """A complete answer that is not what the wire format promises."""
-
-
-def _read_rankings(body: bytes, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
-    try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise _WrongAnswer(f"malformed JSON ({error}) in {shorten(body)}") from None
-    result = answer.get("result") if isinstance(answer, dict) else None
-    if not isinstance(result, list):
-        raise _WrongAnswer(f'no list under "result" in {shorten(answer)}')
-    if len(result) != len(queries):
-        raise _WrongAnswer(f"{len(result)} results for {len(queries)} queries")
-    return [_read_ranking(entry, query, top_k) for entry, query in zip(result, queries, strict=True)]
-
-
-def _read_ranking(entry: Any, query: str, top_k: int) -> list[Passage]:
-    if not isinstance(entry, list):
-        raise _WrongAnswer(f"the result of query {shorten(query)} is not a list: {shorten(entry)}")
-    if not entry:
-        raise _WrongAnswer(f"the result of query {shorten(query)} is empty")
-    return [_read_passage(item, query) for item in entry[:top_k]]
-
-
-def _read_passage(item: Any, query: str) -> Passage:
-    if not isinstance(item, dict):
-        raise _WrongAnswer(f"a result of query {shorten(query)} is not an object: {shorten(item)}")
-    document, score = (item["document"], item.get("score")) if "document" in item else (item, None)
-    if not isinstance(document, dict):
-        raise _WrongAnswer(f"a document for query {shorten(query)} is not an object: {shorten(document)}")
-    if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
-        raise _WrongAnswer(f"a score for query {shorten(query)} is not a number: {shorten(score)}")
-    try:
-        passage = passage_from_row(document, default_id="")
-    except CorpusError as error:
-        raise _WrongAnswer(f"a document for query {shorten(query)} is unusable: {error}") from None
-    # Without an id from the server the text itself identifies the passage, the same in every run.
-    identity = passage.id or hashlib.sha1(f"{passage.title}\n{passage.text}".encode()).hexdigest()[:16]
-    return Passage(identity, passage.title, passage.text, None if score is None else float(score))
+def _refused(tallies: Mapping[_Server, _Tally], server: _Server) -> bool:
+    return server in tallies and isinstance(tallies[server].last, Refusal)

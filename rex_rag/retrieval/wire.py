@@ -1,8 +1,8 @@
 """The Search-R1 wire format, for both ends of the wire.
 
-Request: POST {url}/retrieve with `{"queries": [str], "topk": int, "return_scores": bool}`. Answer: one ranking a
-query, `{"result": [[{"document": {...}, "score": float}, ...], ...]}`, or the bare documents without scores. A document
-holds `contents`, or `title` and `text`, and perhaps an `id`.
+Request: POST {url}/retrieve with `{"queries": [str], "topk": int, "return_scores": bool}`. Answer: `{"result": [...]}`
+with one ranking a query, a list of `{"document": {...}, "score": float}`, or of the bare documents without scores. A
+document holds `contents`, or `title` and `text`, and perhaps an `id`.
 
 What is read is read strictly: an answer becomes one non-empty ranking of usable passages for every query, or a
 `WireError`. Scores that are not finite cross in neither direction.

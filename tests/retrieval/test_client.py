@@ -1,104 +1,29 @@
 """The client against a real HTTP server over loopback, well behaved and not."""
 
-import json
 import logging
+import random
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
 
 import pytest
 
-from rex_rag.retrieval.base import RetrievalError, Retriever
+from rex_rag.retrieval import endpoint
+from rex_rag.retrieval.base import DEFAULT_MAX_ATTEMPTS, RetrievalError, Retriever
 from rex_rag.retrieval.client import MAX_BACKOFF_SECONDS, RemoteRetriever
+from tests.retrieval.servers import BehavingServer, free_port
 
-fastapi = pytest.importorskip("fastapi", reason="the HTTP tests need fastapi: install the dev extra")
-uvicorn = pytest.importorskip("uvicorn", reason="the HTTP tests need uvicorn: install the dev extra")
+pytest.importorskip("fastapi", reason="the HTTP tests need fastapi: install the dev extra")
+pytest.importorskip("uvicorn", reason="the HTTP tests need uvicorn: install the dev extra")
 
 BACKOFF = 0.01
 
 
-def _answer(queries, top_k):
-    return [
-        [
-            {"document": {"id": f"d{rank}", "contents": f'"T{rank}"\nabout {query}'}, "score": 1.0 / (1 + rank)}
-            for rank in range(top_k)
-        ]
-        for query in queries
-    ]
-
-
-class Server:
-    """An application whose path names its behaviour: `{url}/{behaviour}/retrieve`."""
-
-    def __init__(self):
-        self.calls = {}
-        self.payloads = []
-        self._lock = threading.Lock()
-        app = fastapi.FastAPI()
-
-        @app.post("/{behaviour}/retrieve")
-        def retrieve(behaviour: str, payload: dict):
-            with self._lock:
-                self.calls[behaviour] = call = self.calls.get(behaviour, 0) + 1
-                self.payloads.append(payload)
-            return self._behave(behaviour, call, payload)
-
-        listener = socket.socket()
-        listener.bind(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
-        self._thread.start()
-        deadline = time.monotonic() + 10
-        while not self._server.started:
-            assert time.monotonic() < deadline, "the test server did not start"
-            time.sleep(0.01)
-
-    def stop(self):
-        self._server.should_exit = True
-        self._thread.join(timeout=10)
-
-    def _behave(self, behaviour, call, payload):
-        good = _answer(payload["queries"], payload["topk"])
-        if behaviour.startswith("status-"):  # status-503-2: the first two calls fail
-            _, status, failures = behaviour.split("-")
-            if call <= int(failures):
-                return fastapi.Response("out of order", status_code=int(status))
-        if (behaviour == "hang-once" and call == 1) or behaviour == "hang":
-            time.sleep(1.0)
-        if behaviour == "drip":
-            return fastapi.responses.StreamingResponse(_drip(json.dumps({"result": good})))
-        bare = [[hit["document"] for hit in ranking] for ranking in good]
-        odd = {
-            "bare": {"result": bare},
-            "title-text": {"result": [[{"document": {"title": "T", "text": "x"}, "score": 2}]]},
-            "generous": {"result": _answer(payload["queries"], payload["topk"] + 5)},
-            "miscount": {"result": good[:-1]},
-            "empty": {"result": [[] for _ in good]},
-            "no-result": {"results": good},
-            "array": [good],
-            "flat": {"result": [{"document": {}} for _ in good]},
-            "text-documents": {"result": [["words"] for _ in good]},
-            "no-text": {"result": [[{"document": {"id": "1", "title": "T"}, "score": 1.0}] for _ in good]},
-            "odd-score": {"result": [[{"document": bare[0][0], "score": "high"}] for _ in good]},
-        }
-        if behaviour == "malformed":
-            return fastapi.Response('{"result": [[{"docu', media_type="application/json")
-        if behaviour == "not-utf8":
-            return fastapi.Response(b'{"result": "\xff"}', media_type="application/json")
-        return odd.get(behaviour, {"result": good})
-
-
-def _drip(text):
-    for character in text:
-        time.sleep(0.05)
-        yield character
-
-
 @pytest.fixture(scope="module")
 def server():
-    server = Server()
+    server = BehavingServer()
     yield server
     server.stop()
 
@@ -108,7 +33,7 @@ def remote(server):
     opened = []
 
     def make(behaviour, **options):
-        server.calls.pop(behaviour, None)
+        server.reset()
         opened.append(RemoteRetriever(f"{server.url}/{behaviour}", **{"backoff": BACKOFF, **options}))
         return opened[-1]
 
@@ -131,7 +56,7 @@ def test_ranks_are_read_in_order(server, remote):
 
 def test_url_may_already_name_the_endpoint(server):
     for suffix in ("", "/", "/retrieve", "/retrieve/"):
-        assert RemoteRetriever(f"{server.url}/ok{suffix}").url == f"{server.url}/ok/retrieve"
+        assert RemoteRetriever(f"{server.url}/ok{suffix}").urls == (f"{server.url}/ok/retrieve",)
 
 
 def test_documents_without_a_wrapper_have_no_score(remote):
@@ -156,23 +81,23 @@ def test_no_queries_need_no_server(server, remote):
     assert "idle" not in server.calls
 
 
-@pytest.mark.parametrize("status", [500, 503, 429])
-def test_passing_trouble_is_retried_with_a_warning_each(server, remote, caplog, status):
-    behaviour = f"status-{status}-2"
-    with caplog.at_level(logging.WARNING, logger="rex_rag"):
-        assert remote(behaviour, max_attempts=3).search(["oslo"], 1)[0][0].text == "about oslo"
-    assert server.calls[behaviour] == 3
-    warnings = [r.getMessage() for r in caplog.records if r.name == "rex_rag.retrieval.client"]
-    assert len(warnings) == 2
-    assert "attempt 1 of 3" in warnings[0] and f"HTTP {status}" in warnings[0] and "out of order" in warnings[0]
-    assert "attempt 2 of 3" in warnings[1]
+@pytest.mark.parametrize("status", [500, 503, 429, 408])
+def test_passing_trouble_is_retried_and_told_once_and_its_end_too(server, remote, caplog, status):
+    behaviour = f"status-{status}-3"
+    with caplog.at_level(logging.INFO, logger="rex_rag.retrieval.client"):
+        assert remote(behaviour, max_attempts=4).search(["oslo"], 1)[0][0].text == "about oslo"
+    assert server.calls[behaviour] == 4
+    warning, end = [(r.levelname, r.getMessage()) for r in caplog.records]
+    assert warning[0] == "WARNING" and f"/{behaviour}/retrieve" in warning[1]
+    assert f"HTTP {status}" in warning[1] and "out of order" in warning[1]
+    assert end[0] == "INFO" and "answers again" in end[1]
 
 
 def test_attempts_are_bounded_and_the_error_names_url_attempts_and_cause(server, remote):
     retriever = remote("status-500-99", max_attempts=3)
     with pytest.raises(RetrievalError, match=r"failed after 3 attempts: HTTP 500 .*out of order") as error:
         retriever.search(["oslo"], 1)
-    assert retriever.url in str(error.value)
+    assert retriever.urls[0] in str(error.value)
     assert server.calls["status-500-99"] == 3
 
 
@@ -196,6 +121,24 @@ def test_a_server_that_only_hangs_is_an_error(remote):
     assert time.monotonic() - started < 0.9
 
 
+@pytest.mark.parametrize("retry_after", ["1", formatdate(time.time() + 3600, usegmt=True)])
+def test_a_server_that_asks_to_be_spared_is_spared_within_bounds(server, remote, monkeypatch, retry_after):
+    monkeypatch.setattr(endpoint, "MAX_RETRY_AFTER_SECONDS", 0.4)
+    retriever = remote("status-503-1", max_attempts=2)
+    server.headers["status-503-1"] = {"retry-after": retry_after}
+    started = time.monotonic()
+    retriever.search(["oslo"], 1)
+    assert 0.4 <= time.monotonic() - started < 0.9
+
+
+def test_an_unreadable_wish_to_be_spared_is_none(server, remote):
+    retriever = remote("status-503-1", max_attempts=2)
+    server.headers["status-503-1"] = {"retry-after": "soon"}
+    started = time.monotonic()
+    retriever.search(["oslo"], 1)
+    assert time.monotonic() - started < 0.5
+
+
 def test_a_dripping_server_cannot_stretch_the_timeout(remote):
     # About 75 characters at 0.05 s each; every single read stays far below the timeout.
     started = time.monotonic()
@@ -217,25 +160,55 @@ def test_a_dripping_server_cannot_stretch_the_timeout(remote):
         ("text-documents", "a result of query 'oslo' is not an object"),
         ("no-text", "a document for query 'oslo' is unusable: missing fields"),
         ("odd-score", "a score for query 'oslo' is not a number: 'high'"),
+        ("infinite", "the constant Infinity is no JSON"),
     ],
 )
 def test_a_wrong_answer_is_an_error_at_once(server, remote, behaviour, cause):
     retriever = remote(behaviour)
     with pytest.raises(RetrievalError) as error:
         retriever.search(["oslo", "rome"], 1)
-    assert f"search at {retriever.url} failed after 1 attempt: " in str(error.value)
+    assert f"search at {retriever.urls[0]} failed after 1 attempt: " in str(error.value)
     assert cause in str(error.value)
     assert server.calls[behaviour] == 1
 
 
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def test_an_answer_cut_off_is_asked_for_again(server, remote):
+    assert remote("truncated-once", max_attempts=2).search(["oslo"], 1)[0][0].text == "about oslo"
+    assert server.calls["truncated-once"] == 2
+
+
+def test_an_answer_of_unannounced_length_that_breaks_off_is_asked_for_again():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            for _ in range(2):
+                connection, _ = listener.accept()
+                with connection:
+                    request = b""
+                    while not request.endswith(b"}"):
+                        request += connection.recv(65536)
+                    connection.sendall(b'HTTP/1.0 200 OK\r\n\r\n{"result": [[{"docu')
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        retriever = RemoteRetriever(f"http://127.0.0.1:{listener.getsockname()[1]}", max_attempts=2, backoff=BACKOFF)
+        with pytest.raises(RetrievalError, match=r"failed after 2 attempts: malformed JSON .*may have been cut off"):
+            retriever.search(["oslo"], 1)
+        thread.join()
+
+
+def test_an_answer_beyond_the_cap_is_refused_with_the_number(server, remote, monkeypatch):
+    monkeypatch.setattr(endpoint, "MAX_RESPONSE_BYTES", 2000)
+    with pytest.raises(RetrievalError, match=r"failed after 1 attempt: an answer of at least 3,000 bytes.*2,000"):
+        remote("endless").search(["oslo"], 1)  # 1,000 bytes a chunk, a million in all
+    with pytest.raises(RetrievalError, match=r"failed after 1 attempt: an answer of at least \d,\d+ bytes.*2,000"):
+        remote("ok").search(["oslo"] * 30, 1)  # the announced length is enough
+    monkeypatch.undo()
+    assert len(remote("ok").search(["oslo"] * 30, 1)) == 30
 
 
 def test_check_tells_a_server_that_is_away():
-    retriever = RemoteRetriever(f"http://127.0.0.1:{_free_port()}", max_attempts=2, backoff=BACKOFF)
+    retriever = RemoteRetriever(f"http://127.0.0.1:{free_port()}", max_attempts=2, backoff=BACKOFF)
     with pytest.raises(RetrievalError, match=r"failed after 2 attempts: connection failed.*Is the server running"):
         retriever.check()
 
@@ -253,9 +226,76 @@ def test_many_threads_each_get_their_own_answer(remote):
     assert texts == [f"about q{n}" for n in range(200)]
 
 
+@pytest.mark.parametrize(("count", "sizes"), [(64, [64]), (65, [32, 33]), (1000, [62] * 8 + [63] * 8)])
+def test_big_batches_are_split_evenly_and_come_back_in_order(server, remote, count, sizes):
+    retriever = remote("split", max_queries_per_request=64)
+    queries = [f"q{n}" for n in range(count)]
+    rankings = retriever.search(queries, 1)
+    assert [ranking[0].text for ranking in rankings] == [f"about {query}" for query in queries]
+    assert sorted(len(payload["queries"]) for payload in server.payloads) == sizes
+
+
+def test_one_refused_part_ends_the_whole_search_and_is_named(server, remote):
+    retriever = remote("poisoned", max_queries_per_request=2)
+    with pytest.raises(RetrievalError, match=r"failed after 1 attempt: HTTP 422"):
+        retriever.search(["a", "b", "c", "poison", "d", "e"], 1)
+
+
+def test_the_parts_left_do_not_outlive_a_failed_search(server, remote):
+    # Of two parts one is refused at once, the other would wait for the server for many minutes.
+    retriever = remote("poisoned", max_queries_per_request=2, max_attempts=99, backoff=30.0)
+    server.statuses["poisoned"] = 503
+    started = time.monotonic()
+    with pytest.raises(RetrievalError, match=r"failed after 1 attempt: HTTP 422"):
+        retriever.search(["a", "b", "poison"], 1)
+    retriever._pool.shutdown(wait=True)
+    assert time.monotonic() - started < 2.0
+
+
+def test_closing_the_client_ends_a_search_that_waits(server, remote):
+    retriever = remote("status-503-99", max_attempts=99, backoff=30.0)
+    with ThreadPoolExecutor(1) as pool:
+        search = pool.submit(retriever.search, ["a"], 1)
+        time.sleep(0.2)
+        assert not search.done()
+        retriever.close()
+        assert "was closed" in str(search.exception(timeout=1.0))
+
+
+def test_a_closed_client_says_so(remote):
+    retriever = remote("ok")
+    retriever.close()
+    for call in (retriever.check, lambda: retriever.search(["a"], 1), lambda: retriever.search(["a"] * 600, 1)):
+        with pytest.raises(RetrievalError, match="was closed; make a new one"):
+            call()
+
+
+def test_waiting_leaves_the_global_draws_alone(remote):
+    random.seed(5)
+    expected = random.random()
+    random.seed(5)
+    remote("status-500-2", max_attempts=3).search(["oslo"], 1)
+    assert random.random() == expected
+
+
+def test_the_default_patience_is_four_to_five_minutes():
+    retriever = RemoteRetriever("http://127.0.0.1:1")
+    waits = [sum(retriever._delay(attempt) for attempt in range(1, DEFAULT_MAX_ATTEMPTS)) for _ in range(200)]
+    assert 240 < sum(waits) / len(waits) < 300
+
+
+def test_loopback_is_never_behind_a_proxy_and_the_rest_is(server, remote, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+    assert remote("ok").search(["oslo"], 1)[0][0].text == "about oslo"
+    monkeypatch.setenv("HTTP_PROXY", server.url)
+    away = RemoteRetriever("http://retriever.invalid/proxied", max_attempts=1)
+    assert away.search(["oslo"], 1)[0][0].text == "about oslo"
+    assert server.calls == {"ok": 1, "proxied": 1}
+
+
 def test_waiting_doubles_up_to_its_bound():
     retriever = RemoteRetriever("http://127.0.0.1:1", backoff=2.0)
-    for attempt, longest in ((1, 2.0), (2, 4.0), (3, 8.0), (10, MAX_BACKOFF_SECONDS)):
+    for attempt, longest in ((1, 2.0), (2, 4.0), (3, 8.0), (10, MAX_BACKOFF_SECONDS), (5000, MAX_BACKOFF_SECONDS)):
         delays = [retriever._delay(attempt) for _ in range(50)]
         assert all(longest / 2 <= delay <= longest for delay in delays)
         assert len(set(delays)) > 1
@@ -276,7 +316,17 @@ def test_a_malformed_url_is_refused(url):
         RemoteRetriever(url)
 
 
-@pytest.mark.parametrize("options", [{"timeout": 0}, {"timeout": float("inf")}, {"max_attempts": 0}, {"backoff": -1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"timeout": 0},
+        {"timeout": float("inf")},
+        {"max_attempts": 0},
+        {"max_queries_per_request": 0},
+        {"max_queries_per_request": True},
+        {"backoff": -1},
+    ],
+)
 def test_odd_options_are_refused(options):
     with pytest.raises(RetrievalError, match=next(iter(options))):
         RemoteRetriever("http://127.0.0.1:1", **options)
@@ -284,5 +334,5 @@ def test_odd_options_are_refused(options):
 
 def test_passwords_stay_out_of_descriptions():
     retriever = RemoteRetriever("http://user:secret@example.org:8000")
-    assert retriever.url == "http://example.org:8000/retrieve"
+    assert retriever.urls[0] == "http://example.org:8000/retrieve"
     assert "secret" not in retriever.description
