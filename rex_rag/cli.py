@@ -15,12 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag import __version__
+from rex_rag.commands import retrieval
+from rex_rag.commands.sections import describe_unknown
 
 if TYPE_CHECKING:
     from rex_rag.config import REXRAGConfig
-    from rex_rag.types import Passage
 
 EXPECTED_ERROR = 2
+_FORWARDED = {
+    "index": "build an index of a corpus",
+    "serve": "answer searches over HTTP",
+}
 
 _CORRECTIONS = {
     "token": "token by token, pi_theta / mu in the clip (paper, equation 7)",
@@ -32,10 +37,17 @@ _CORRECTIONS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0, or 2 for errors a user can mend (one line on stderr)."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, words = parser.parse_known_args(arguments)
+    forwarded = options.command in _FORWARDED
+    if words and not forwarded:
+        parser.error(f"unrecognized arguments: {' '.join(words)}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        options.run(options)
+        if forwarded:
+            getattr(retrieval, options.command)(words)
+        else:
+            options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader (head, less) has seen enough; without this Python complains once more at exit.
@@ -72,22 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.set_defaults(run=_check)
 
-    search = commands.add_parser(
-        "search",
-        help="ask a retriever one question",
-        description="Search as a rollout would: in-process BM25 over corpus files, or a retrieval server.",
-    )
-    source = search.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--corpus",
-        action="append",
-        metavar="FILE",
-        help="JSON lines file of passages, {id, contents} or {id, title, text}; may be given several times",
-    )
-    source.add_argument("--url", help="retrieval server, for example http://127.0.0.1:8000")
-    search.add_argument("--top-k", type=_positive, default=3, metavar="K", help="passages to show (default: 3)")
-    search.add_argument("query")
-    search.set_defaults(run=_search)
+    for name, help_text in _FORWARDED.items():
+        # These take a whole dataclass of options, or a recipe's part; their parser is made when they run.
+        forwarded = commands.add_parser(name, help=help_text, add_help=False)
+        forwarded.set_defaults(run=None)
+    retrieval.add_search(commands)
+    retrieval.add_bench(commands)
 
     hopworld = commands.add_parser(
         "hopworld",
@@ -136,31 +138,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
     return value
-
-
-def _search(options: argparse.Namespace) -> None:
-    from rex_rag.retrieval.base import checked_search
-    from rex_rag.retrieval.load import RetrieverArguments, load_retriever
-
-    if not options.query.strip():
-        raise ValueError("the query is empty; give the words to search for")
-    # Someone is waiting: a server that is away is reported at the first attempt.
-    source = {"retriever": options.url, "retriever_max_attempts": 1} if options.url else {"corpus": options.corpus}
-    retriever = load_retriever(RetrieverArguments(**source))
-    [ranking] = checked_search(retriever, [options.query], options.top_k)
-    print(retriever.description)
-    for rank, passage in enumerate(ranking, start=1):
-        print(_shown(rank, passage))
-
-
-def _shown(rank: int, passage: Passage) -> str:
-    score = "" if passage.score is None else f"  ({passage.score:.3f})"
-    return f"{rank}. {_printable(passage.title)}{score}\n   {_printable(passage.text)}"
-
-
-def _printable(text: str) -> str:
-    """Passages are untrusted: without this a corpus could send control sequences to the terminal."""
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _hopworld(options: argparse.Namespace) -> None:
@@ -218,13 +195,12 @@ def _check(options: argparse.Namespace) -> None:
     )
     if unknown:
         known = [action.dest for action in parser._actions]
-        raise ValueError(_unknown_keys([text[2:] for text in unknown[::2]], known))
+        raise ValueError(describe_unknown([text[2:] for text in unknown[::2]], known))
     sources = [" ".join(filter(None, (entry.path, entry.name, entry.split))) for entry in questions.datasets]
     lines = {
         "model": model.model_name_or_path or "MISSING: set model_name_or_path",
         "questions": "; ".join(sources) or "MISSING: set datasets",
-        "retriever": f"{retriever.retriever}{''.join(' ' + path for path in retriever.corpus)}, "
-        f"top {config.retrieval_top_k}",
+        "retriever": f"{retriever.name}, top {config.retrieval_top_k}",
         **_method_lines(config),
         **_batch_lines(config, options.processes),
     }
@@ -232,16 +208,6 @@ def _check(options: argparse.Namespace) -> None:
     print(f"{options.recipe} is valid")
     for name, value in lines.items():
         print(_wrapped(name, value, width))
-
-
-def _unknown_keys(names: Sequence[str], known: Sequence[str]) -> str:
-    import difflib
-
-    described = []
-    for name in names:
-        [near] = difflib.get_close_matches(name, known, n=1) or [None]
-        described.append(f"{name!r} (did you mean {near}?)" if near else repr(name))
-    return f"unknown keys: {', '.join(described)}; correct or remove them"
 
 
 def _method_lines(config: REXRAGConfig) -> dict[str, str]:
@@ -311,8 +277,9 @@ def _is_expected(error: Exception) -> bool:
     import yaml
 
     from rex_rag.retrieval.base import RetrievalError
+    from rex_rag.retrieval.estimate import NotEnoughRoom
 
-    return isinstance(error, ValueError | OSError | RetrievalError | yaml.YAMLError)
+    return isinstance(error, ValueError | OSError | RetrievalError | NotEnoughRoom | yaml.YAMLError)
 
 
 def _message(error: Exception) -> str:

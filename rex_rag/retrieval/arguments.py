@@ -7,7 +7,6 @@ from typing import Any
 
 KINDS = ("bm25", "dense")
 INDEX_TYPES = ("flat", "flat-fp16", "ivf", "hnsw", "qdrant")
-POOLINGS = ("mean", "cls", "lasttoken", "max")
 DTYPES = ("float32", "bfloat16", "float16")
 # Arguments that say where and how fast to work, and so leave the index what it is.
 _NOT_IDENTITY = ("corpus", "output", "workers", "devices", "qdrant_url")
@@ -35,21 +34,28 @@ class IndexArguments:
 
     k1: float = field(default=1.5, metadata={"help": "bm25: term frequency saturation (bm25s's default)."})
     b: float = field(default=0.75, metadata={"help": "bm25: length normalisation, 0 to 1 (bm25s's default)."})
-    stemmer: str | None = field(default="english", metadata={"help": "bm25: a Snowball stemmer, or `null`."})
-    stopwords: str | None = field(default="english", metadata={"help": "bm25: a bm25s list of stop words, or `null`."})
+    stemmer: str | None = field(default="english", metadata={"help": "bm25: a Snowball stemmer, or `none`."})
+    stopwords: str | None = field(default="english", metadata={"help": "bm25: a bm25s list of stop words, or `none`."})
 
     model: str | None = field(
         default=None, metadata={"help": "dense: sentence-transformers encoder, for example intfloat/e5-base-v2."}
     )
     revision: str | None = field(default=None, metadata={"help": "dense: commit of the encoder on the Hub."})
+    encoder_family: str | None = field(
+        default=None,
+        metadata={"help": "dense: e5, bge-en, gte, contriever or minilm, for a local copy or fine-tune of one."},
+    )
     query_prefix: str | None = field(
         default=None, metadata={"help": "dense: text before a query. Default: what the encoder was trained with."}
     )
     passage_prefix: str | None = field(
         default=None, metadata={"help": "dense: text before a passage. Default: what the encoder was trained with."}
     )
+    passage_format: str | None = field(
+        default=None, metadata={"help": "dense: how title and text are joined: contents, lines or blank."}
+    )
     pooling: str | None = field(
-        default=None, metadata={"help": f"dense: one of {', '.join(POOLINGS)}. Default: the encoder's own."}
+        default=None, metadata={"help": "dense: mean, cls or lasttoken. Default: the encoder's own."}
     )
     normalize: bool | None = field(
         default=None, metadata={"help": "dense: vectors of length 1. Default: as the encoder was trained."}
@@ -57,7 +63,12 @@ class IndexArguments:
     max_tokens: int | None = field(
         default=None, metadata={"help": "dense: longest text encoded, in tokens. Default: the encoder's own."}
     )
-    dtype: str = field(default="float32", metadata={"help": f"dense: the encoder computes in {', '.join(DTYPES)}."})
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": f"dense: the encoder computes in {', '.join(DTYPES)}. Default: float16 on GPUs, or float32."
+        },
+    )
     batch_size: int = field(default=64, metadata={"help": "dense: passages an encoder takes at once."})
     devices: list[str] = field(
         default_factory=list,
@@ -66,15 +77,20 @@ class IndexArguments:
     index: str = field(default="flat", metadata={"help": f"dense: one of {', '.join(INDEX_TYPES)}."})
     nlist: int | None = field(default=None, metadata={"help": "ivf: number of lists. Default: 4 sqrt(passages)."})
     nprobe: int | None = field(default=None, metadata={"help": "ivf: lists searched. Default: a sixteenth of them."})
-    hnsw_m: int = field(default=32, metadata={"help": "hnsw: links a passage."})
-    ef_construction: int = field(default=200, metadata={"help": "hnsw: candidates while building."})
-    ef_search: int = field(default=128, metadata={"help": "hnsw: candidates while searching."})
+    hnsw_m: int | None = field(default=None, metadata={"help": "hnsw: links a passage. Default: 32."})
+    ef_construction: int | None = field(
+        default=None, metadata={"help": "hnsw: candidates while building. Default: 200."}
+    )
+    ef_search: int | None = field(default=None, metadata={"help": "hnsw: candidates while searching. Default: 128."})
     qdrant_url: str | None = field(
         default=None, metadata={"help": "qdrant: address of a cluster. Default: embedded, in the searching process."}
     )
     qdrant_collection: str | None = field(default=None, metadata={"help": "qdrant: collection on that cluster."})
 
     def __post_init__(self) -> None:
+        for name in ("stemmer", "stopwords"):  # a command line has no other word for YAML's null
+            if getattr(self, name) in ("none", "null"):
+                setattr(self, name, None)
         # YAML gives a lone path as a string.
         self.corpus = [self.corpus] if isinstance(self.corpus, str) else list(self.corpus or [])
         self.devices = [self.devices] if isinstance(self.devices, str) else list(self.devices or [])
@@ -95,10 +111,8 @@ class IndexArguments:
             yield "kind='dense' needs an encoder; set model, for example intfloat/e5-base-v2"
         if self.kind == "bm25" and self.model:
             yield f"model={self.model!r} is for kind='dense', but kind is 'bm25'; set kind to dense, or drop model"
-        if self.dtype not in DTYPES:
+        if self.dtype is not None and self.dtype not in DTYPES:
             yield f"dtype={self.dtype!r}; it must be one of {', '.join(DTYPES)}"
-        if self.pooling is not None and self.pooling not in POOLINGS:
-            yield f"pooling={self.pooling!r}; it must be one of {', '.join(POOLINGS)}"
         if not self.k1 >= 0:
             yield f"k1={self.k1} is negative; use 0 or more"
         if not 0 <= self.b <= 1:

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rex_rag.data.corpus import corpus_files
 from rex_rag.data.jsonl import shorten
@@ -20,6 +20,7 @@ from rex_rag.retrieval.arguments import IndexArguments
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.durable import locked, sync_folder, write_json
 from rex_rag.retrieval.estimate import Estimate, Room, check_room, human_bytes, human_seconds, measure_room
+from rex_rag.retrieval.index_kinds import IndexKind, index_kind
 from rex_rag.retrieval.manifest import MANIFEST_FILE, Manifest, hash_files, library_versions
 from rex_rag.retrieval.passage_writer import CorpusFile, sample_passages, scan_corpus, write_store
 from rex_rag.retrieval.passages import OFFSET_BYTES, PASSAGES_FILE, PassageStore, passage_json
@@ -28,19 +29,6 @@ from rex_rag.types import Passage
 SAMPLE_SIZE = 1_000
 # Reading, checking and writing passages, on one core of 2020s hardware; the estimate's only unmeasured rate.
 _STORE_ROWS_PER_SECOND = 40_000
-
-
-class Stage(Protocol):
-    """What a kind of index adds to the passages."""
-
-    def estimate(self, sample: Sequence[Passage], total: int) -> Estimate: ...
-
-    def build(self, passages: PassageStore, directory: Path, work: Path) -> tuple[dict[str, Any] | None, dict]:
-        """Write the index's files into `directory`; `work` is for what is thrown away at the end.
-
-        Both may hold what a killed build left. Returns what the manifest says of encoder and index.
-        """
-        ...
 
 
 def build_index(
@@ -73,10 +61,10 @@ def build_index(
         shutil.rmtree(building, ignore_errors=True)
         say(f"{output} is already built: nothing to do")
         return output
-    stage = _stage(arguments)
+    kind = index_kind(arguments)
     total = sum(file.lines for file in scanned)
     sample = sample_passages(files, SAMPLE_SIZE)
-    estimate = _store_estimate(sample, total).then(stage.estimate(sample, total))
+    estimate = _store_estimate(sample, total).then(kind.estimate(sample, total))
     room = measure_room(output)
     room = Room(room.ram, room.disk + _size(building))
     say(describe_estimate(estimate, room, total))
@@ -89,7 +77,7 @@ def build_index(
         if not ours:
             raise RetrievalError(f"another process is building {output}; wait for it, or stop it and try again")
         _check_plan(building, plan, say)
-        _build(stage, files, scanned, building, plan)
+        _build(kind, files, scanned, building, plan)
         os.rename(building / "index", output)
         sync_folder(output.parent)
         shutil.rmtree(building, ignore_errors=True)
@@ -113,7 +101,7 @@ def describe_estimate(estimate: Estimate, room: Room, total: int) -> str:
 
 
 def _build(
-    stage: Stage, files: Sequence[Path], scanned: Sequence[CorpusFile], building: Path, plan: dict[str, Any]
+    kind: IndexKind, files: Sequence[Path], scanned: Sequence[CorpusFile], building: Path, plan: dict[str, Any]
 ) -> None:
     index, work = building / "index", building / "work"
     if (index / MANIFEST_FILE).exists():
@@ -122,7 +110,7 @@ def _build(
     work.mkdir(exist_ok=True)
     info = write_store(files, scanned, index, building / "passages.json")
     passages = PassageStore(index)
-    encoder, parameters = stage.build(passages, index, work)
+    encoder, parameters = kind.build(passages, info.sha256, index, work)
     Manifest(
         kind=plan["arguments"]["kind"],
         passages=info.passages,
@@ -134,16 +122,6 @@ def _build(
         arguments=plan["arguments"],
         versions=plan["versions"],
     ).write(index)
-
-
-def _stage(arguments: IndexArguments) -> Stage:
-    if arguments.kind == "bm25":
-        from rex_rag.retrieval.bm25_build import BM25Stage
-
-        return BM25Stage(arguments)
-    from rex_rag.retrieval.dense_build import DenseStage
-
-    return DenseStage(arguments)
 
 
 def _store_estimate(sample: Sequence[Passage], total: int) -> Estimate:

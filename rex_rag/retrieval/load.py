@@ -2,69 +2,156 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rex_rag.retrieval.base import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_SECONDS, Retriever
 
 BM25 = "bm25"
+ONLINE = ("google", "serpapi")
+CACHE_MODES = ("record", "replay", "off")
+ENGINES = ("auto", "faiss", "faiss-gpu", "torch")
 
 
 @dataclass
 class RetrieverArguments:
-    """Which retriever answers searches. Relative corpus paths are relative to the working directory.
+    """Which retriever answers searches. Relative paths are relative to the working directory.
 
     Raises:
         ValueError: for values that are out of range or do not go together.
     """
 
-    retriever: str = field(
-        default=BM25,
+    retriever: list[str] = field(
+        default_factory=lambda: [BM25],
         metadata={
-            "help": "`bm25` to search `corpus` in this process, or the http(s) URL of a server that speaks the "
-            "Search-R1 format (POST /retrieve)."
+            "help": "`bm25` to search `corpus` in this process; the directory of an index; http(s) URLs of one or "
+            "several servers that speak the Search-R1 format; `google` or `serpapi`."
         },
     )
     corpus: list[str] = field(
         default_factory=list,
-        metadata={"help": "JSON lines files of passages, `{id, contents}` or `{id, title, text}`; for bm25 only."},
+        metadata={
+            "help": "JSON lines files of passages, `{id, contents}` or `{id, title, text}`: what bm25 searches; with "
+            "an index directory, what it must have been built from."
+        },
     )
     retriever_timeout: float = field(
         default=DEFAULT_TIMEOUT_SECONDS, metadata={"help": "Seconds one attempt at a remote search may take."}
     )
     retriever_max_attempts: int = field(
         default=DEFAULT_MAX_ATTEMPTS,
-        metadata={"help": "Attempts at a remote search before it is an error."},
+        metadata={"help": "Attempts at a remote search, a server, before it is an error."},
+    )
+    retriever_engine: str = field(
+        default="auto",
+        metadata={
+            "help": "What searches a flat index: faiss (CPU), faiss-gpu (shards in half precision), torch (matrix "
+            "products on `retriever_devices`); auto takes a GPU if `retriever_devices` names one, or else faiss."
+        },
+    )
+    retriever_devices: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Where to encode queries and search, for example cuda:0 cuda:1. Default: cpu."},
+    )
+    retriever_encoder: str | None = field(
+        default=None, metadata={"help": "Where the index's encoder lies on this machine, if not where it was built."}
+    )
+    retriever_nprobe: int | None = field(default=None, metadata={"help": "ivf: lists searched, instead of built-in."})
+    retriever_ef_search: int | None = field(
+        default=None, metadata={"help": "hnsw and qdrant: candidates of a search, instead of built-in."}
+    )
+    rerank_model: str | None = field(
+        default=None, metadata={"help": "Cross-encoder (sentence-transformers) that orders the candidates anew."}
+    )
+    rerank_candidates: int = field(default=50, metadata={"help": "Passages that the cross-encoder reads a query."})
+    search_cache: str | None = field(
+        default=None, metadata={"help": "google, serpapi: directory in which answers are kept, so that runs repeat."}
+    )
+    search_cache_mode: str = field(
+        default="record",
+        metadata={"help": "google, serpapi: record (ask once, keep), replay (never ask), off (always ask)."},
+    )
+    max_paid_searches: int | None = field(
+        default=None, metadata={"help": "google, serpapi: paid searches allowed with this cache, over all runs."}
     )
 
     def __post_init__(self) -> None:
-        # YAML gives a lone path as a string and whole numbers as integers.
-        self.corpus = [self.corpus] if isinstance(self.corpus, str) else list(self.corpus or [])
+        # YAML gives a lone entry as a string and whole numbers as integers.
+        for name in ("retriever", "corpus", "retriever_devices"):
+            value = getattr(self, name)
+            setattr(self, name, [value] if isinstance(value, str) else list(value or []))
         if isinstance(self.retriever_timeout, int) and not isinstance(self.retriever_timeout, bool):
             self.retriever_timeout = float(self.retriever_timeout)
-        remote = isinstance(self.retriever, str) and self.retriever.startswith(("http://", "https://"))
-        if not remote and self.retriever != BM25:
-            raise ValueError(
-                f"retriever={self.retriever!r} is neither {BM25!r} nor an http(s) URL; use one of the two, "
-                "for example http://127.0.0.1:8000"
+        problems = [*self._source_problems(), *self._value_problems()]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def kind(self) -> str:
+        """`bm25`, `remote`, `online` or `index`."""
+        first = self.retriever[0]
+        if first in (BM25, *ONLINE):
+            return BM25 if first == BM25 else "online"
+        return "remote" if first.startswith(("http://", "https://")) else "index"
+
+    @property
+    def name(self) -> str:
+        """The retriever as one line for people."""
+        return " ".join([*self.retriever, *self.corpus])
+
+    def _source_problems(self) -> Iterator[str]:
+        for name in ("retriever", "corpus", "retriever_devices"):
+            blank = [value for value in getattr(self, name) if not isinstance(value, str) or not value.strip()]
+            if blank:
+                yield f"{name}={getattr(self, name)} holds {blank[0]!r}; each entry must be a non-blank string"
+                return
+        if not self.retriever:
+            yield f"retriever is empty; use {BM25!r}, an index directory or a URL such as http://127.0.0.1:8000"
+            return
+        if len(self.retriever) > 1 and any(RetrieverArguments._kind_of(name) != "remote" for name in self.retriever):
+            yield f"retriever={self.retriever} names several that are not all URLs; only servers can share the work"
+            return
+        if self.kind == "index" and "/" not in self.retriever[0] and not Path(self.retriever[0]).is_dir():
+            yield (
+                f"retriever={self.retriever[0]!r} is neither {BM25!r}, {' nor '.join(ONLINE)}, nor an http(s) URL, "
+                f"nor a directory here ({Path.cwd()}); name an index directory, or write ./{self.retriever[0]} if it "
+                "is to be one"
             )
-        if remote and self.corpus:
-            raise ValueError(
-                f"retriever={self.retriever!r} is a server, which has its own corpus, but corpus={self.corpus} is set "
-                f"too; leave corpus out, or use retriever={BM25!r}"
+        if self.kind in ("remote", "online") and self.corpus:
+            yield (
+                f"retriever={self.retriever} has its own corpus, but corpus={self.corpus} is set too; leave corpus "
+                f"out, or use retriever={BM25!r}"
             )
-        if not remote and not self.corpus:
-            raise ValueError(
+        if self.kind == BM25 and not self.corpus:
+            yield (
                 f"retriever={BM25!r} searches a corpus in this process, but corpus is empty; name at least one JSON "
                 "lines file of passages"
             )
-        blank = [path for path in self.corpus if not isinstance(path, str) or not path.strip()]
-        if blank:
-            raise ValueError(f"corpus={self.corpus} holds {blank[0]!r}; each entry must be the path of a file")
+        if self.kind == "online" and self.search_cache is None and self.search_cache_mode != "off":
+            yield (
+                f"retriever={self.retriever[0]!r} with search_cache_mode={self.search_cache_mode!r} needs "
+                "search_cache, a directory; set it, or set search_cache_mode to off"
+            )
+
+    @staticmethod
+    def _kind_of(name: str) -> str:
+        return "remote" if name.startswith(("http://", "https://")) else "other"
+
+    def _value_problems(self) -> Iterator[str]:
         if not isinstance(self.retriever_timeout, float) or not 0 < self.retriever_timeout < float("inf"):
-            raise ValueError(f"retriever_timeout={self.retriever_timeout!r}; it must be a finite number above 0")
-        attempts = self.retriever_max_attempts
-        if isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 1:
-            raise ValueError(f"retriever_max_attempts={attempts!r}; it must be an integer of at least 1")
+            yield f"retriever_timeout={self.retriever_timeout!r}; it must be a finite number above 0"
+        if self.retriever_engine not in ENGINES:
+            yield f"retriever_engine={self.retriever_engine!r}; it must be one of {', '.join(ENGINES)}"
+        if self.search_cache_mode not in CACHE_MODES:
+            yield f"search_cache_mode={self.search_cache_mode!r}; it must be one of {', '.join(CACHE_MODES)}"
+        optional = ("retriever_nprobe", "retriever_ef_search", "max_paid_searches")
+        for name in ("retriever_max_attempts", "rerank_candidates", *optional):
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                yield f"{name}={value!r}; it must be an integer of at least 1"
 
 
 def load_retriever(arguments: RetrieverArguments) -> Retriever:
@@ -72,16 +159,49 @@ def load_retriever(arguments: RetrieverArguments) -> Retriever:
 
     Raises:
         CorpusError: for a corpus file that is missing, empty or malformed.
-        RetrievalError: for a malformed URL or a corpus that cannot be indexed.
+        RetrievalError: for a malformed URL, a corpus that cannot be indexed, a directory that holds no index, or one
+            that does not belong to the encoder or corpus.
     """
-    if arguments.retriever == BM25:
+    retriever = _load_engine(arguments)
+    if arguments.rerank_model is None:
+        return retriever
+    from rex_rag.retrieval.rerank import rerank
+
+    return rerank(retriever, arguments.rerank_model, arguments.rerank_candidates, arguments.retriever_devices)
+
+
+def _load_engine(arguments: RetrieverArguments) -> Retriever:
+    if arguments.kind == BM25:
         from rex_rag.retrieval.bm25 import BM25Retriever
 
         return BM25Retriever.from_corpus(arguments.corpus)
-    from rex_rag.retrieval.client import RemoteRetriever
+    if arguments.kind == "remote":
+        from rex_rag.retrieval.client import RemoteRetriever
 
-    return RemoteRetriever(
-        arguments.retriever,
-        timeout=arguments.retriever_timeout,
-        max_attempts=arguments.retriever_max_attempts,
+        return RemoteRetriever(
+            arguments.retriever,
+            timeout=arguments.retriever_timeout,
+            max_attempts=arguments.retriever_max_attempts,
+        )
+    if arguments.kind == "online":
+        from rex_rag.retrieval.online import load_online
+
+        return load_online(
+            arguments.retriever[0],
+            cache=arguments.search_cache,
+            mode=arguments.search_cache_mode,
+            max_searches=arguments.max_paid_searches,
+        )
+    from rex_rag.retrieval.index_kinds import SearchOptions, open_index
+
+    return open_index(
+        Path(arguments.retriever[0]),
+        SearchOptions(
+            engine=arguments.retriever_engine,
+            devices=tuple(arguments.retriever_devices),
+            encoder=arguments.retriever_encoder,
+            nprobe=arguments.retriever_nprobe,
+            ef_search=arguments.retriever_ef_search,
+        ),
+        corpus=arguments.corpus,
     )

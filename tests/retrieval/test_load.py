@@ -33,7 +33,7 @@ def test_url_gives_a_client_with_the_limits():
         RetrieverArguments(retriever="http://127.0.0.1:8000", retriever_timeout=3, retriever_max_attempts=2)
     )
     assert isinstance(retriever, RemoteRetriever)
-    assert retriever.url == "http://127.0.0.1:8000/retrieve"
+    assert retriever.description == "retrieval server at http://127.0.0.1:8000/retrieve"
     assert (retriever._timeout, retriever._max_attempts) == (3.0, 2)
 
 
@@ -46,7 +46,7 @@ def test_a_missing_corpus_is_named(tmp_path):
     ("values", "message"),
     [
         ({}, "corpus is empty"),
-        ({"retriever": "elastic", "corpus": ["a"]}, "neither 'bm25' nor"),
+        ({"retriever": "elastic", "corpus": ["a"]}, "neither 'bm25', google nor serpapi, nor"),
         ({"retriever": "http://x", "corpus": ["a"]}, "leave corpus out"),
         ({"corpus": ["a", " "]}, "holds ' '"),
         ({"corpus": [3]}, "holds 3"),

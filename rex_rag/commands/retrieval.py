@@ -1,0 +1,198 @@
+"""`rex-rag index`, `serve`, `search` and `bench-retrieval`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rex_rag.commands.sections import parse_section
+
+if TYPE_CHECKING:
+    from rex_rag.types import Passage
+
+
+def index(words: Sequence[str]) -> None:
+    """Build an index directory, or check one."""
+    from rex_rag.retrieval.arguments import IndexArguments
+    from rex_rag.retrieval.builder import build_index
+    from rex_rag.retrieval.manifest import verify
+
+    def switches(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--dry-run", action="store_true", help="say what the build would take, and stop")
+        parser.add_argument("--force", action="store_true", help="build even if the machine seems too small")
+
+    if words and words[0] == "--verify":
+        if len(words) != 2:
+            raise ValueError("--verify takes one index directory and nothing else")
+        manifest = verify(words[1])
+        print(f"{words[1]}: {manifest.passages:,} passages, all {len(manifest.files)} files as built")
+        return
+    description = (
+        "Build an index of a corpus: `--kind bm25`, or `--kind dense` with an encoder. The estimate of time, memory "
+        "and disk comes first; a build that was killed goes on where it stood. `rex-rag index --verify DIR` hashes "
+        "every file of an index and compares it with the manifest."
+    )
+    arguments, options = parse_section("index", description, "index", (IndexArguments,), words, switches)
+    build_index(arguments, say=print, force=options.force, dry_run=options.dry_run)
+
+
+def serve(words: Sequence[str]) -> None:
+    """Answer searches over HTTP until told to stop."""
+    from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+    from rex_rag.retrieval.server_options import ServerOptions
+
+    description = (
+        "Serve a retriever in the Search-R1 wire format: POST /retrieve, GET /health, /metrics and /docs. Reachable "
+        "from this machine alone unless --host says otherwise."
+    )
+    retrieval, options, _ = parse_section(
+        "serve",
+        description,
+        "serve",
+        (RetrieverArguments, ServerOptions),
+        _index_as_retriever(words),
+        _add_serve_switches,
+    )
+    from rex_rag.retrieval.server import serve as run
+
+    logging.getLogger("rex_rag").setLevel(logging.INFO)
+    run(lambda: load_retriever(retrieval), options)
+
+
+def _add_serve_switches(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "--index DIR is --retriever DIR; --gpus 0 1 is --retriever_devices cuda:0 cuda:1. Any retriever can be "
+        "served: --corpus FILE holds BM25 in memory, --retriever google asks a search engine."
+    )
+
+
+def _index_as_retriever(words: Sequence[str]) -> list[str]:
+    """Spell out the two short forms: `--index DIR` and `--gpus N …`."""
+    spelled: list[str] = []
+    gpus = False
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in ("--index", "--gpus"):
+            gpus = name == "--gpus"
+            spelled.append("--retriever_devices" if gpus else "--retriever")
+            if equals:
+                spelled.append(f"cuda:{value}" if gpus else value)
+            continue
+        gpus = gpus and not word.startswith("-")
+        spelled.append(f"cuda:{word}" if gpus and word.isdigit() else word)
+    return spelled
+
+
+def add_search(commands: argparse._SubParsersAction) -> None:
+    """`rex-rag search`: ask a retriever one question."""
+    parser = commands.add_parser(
+        "search",
+        help="ask a retriever one question",
+        description="Search as a rollout would: in-process BM25 over corpus files, an index directory, or a server.",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--corpus",
+        action="append",
+        metavar="FILE",
+        help="JSON lines file of passages, {id, contents} or {id, title, text}; may be given several times",
+    )
+    source.add_argument("--index", metavar="DIR", help="directory that `rex-rag index` made")
+    source.add_argument("--url", help="retrieval server, for example http://127.0.0.1:8000")
+    parser.add_argument("--top-k", type=_positive, default=3, metavar="K", help="passages to show (default: 3)")
+    parser.add_argument("query")
+    parser.set_defaults(run=_search)
+
+
+def _search(options: argparse.Namespace) -> None:
+    from rex_rag.retrieval.base import checked_search
+    from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+
+    if not options.query.strip():
+        raise ValueError("the query is empty; give the words to search for")
+    if options.url:
+        # Someone is waiting: a server that is away is reported at the first attempt.
+        arguments = RetrieverArguments(retriever=[options.url], retriever_max_attempts=1)
+    elif options.index:
+        arguments = RetrieverArguments(retriever=[options.index])
+    else:
+        arguments = RetrieverArguments(corpus=options.corpus)
+    retriever = load_retriever(arguments)
+    [ranking] = checked_search(retriever, [options.query], options.top_k)
+    print(retriever.description)
+    for rank, passage in enumerate(ranking, start=1):
+        print(_shown(rank, passage))
+
+
+def _shown(rank: int, passage: Passage) -> str:
+    score = "" if passage.score is None else f"  ({passage.score:.3f})"
+    return f"{rank}. {_printable(passage.title)}{score}\n   {_printable(passage.text)}"
+
+
+def _printable(text: str) -> str:
+    """Passages are untrusted: without this a corpus could send control sequences to the terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def add_bench(commands: argparse._SubParsersAction) -> None:
+    """`rex-rag bench-retrieval`: load on a server."""
+    parser = commands.add_parser(
+        "bench-retrieval",
+        help="put load on a retrieval server and measure",
+        description="Send searches over many connections at once; print queries a second, latencies, errors by cause, "
+        "and where the time goes: queue, encode, search, fetch and the wire.",
+    )
+    parser.add_argument("--url", required=True, help="the server, for example http://127.0.0.1:8000")
+    parser.add_argument("--concurrency", type=_positive, default=64, metavar="N", help="requests under way at once")
+    parser.add_argument("--queries", type=_positive, default=20_000, metavar="N", help="queries to send in all")
+    parser.add_argument("--batch-size", type=_positive, default=1, metavar="N", help="queries a request")
+    parser.add_argument("--top-k", type=_positive, default=3, metavar="K", help="passages a query")
+    parser.add_argument(
+        "--query-file", metavar="FILE", help="JSON lines with `question` or `query`, or one query a line"
+    )
+    parser.add_argument("--index", metavar="DIR", help="also call this index in process, one batch after the other")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there too")
+    parser.set_defaults(run=_bench)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from rex_rag.retrieval.bench import BenchOptions, bench_in_process, load_queries, run_bench
+
+    wanted = BenchOptions(
+        url=options.url,
+        concurrency=options.concurrency,
+        queries=options.queries,
+        batch_size=options.batch_size,
+        top_k=options.top_k,
+    )
+    queries = load_queries(options.query_file) if options.query_file else None
+    results = [run_bench(wanted, queries)]
+    print(results[0].table())
+    if options.index:
+        results.append(_bench_index(options, queries, bench_in_process))
+        print(results[1].table())
+        share = results[0].queries_per_second / results[1].queries_per_second
+        print(f"the server answers {share:.2f} times what the index answers in process")
+    if options.json:
+        options.json.write_text(json.dumps([result.as_dict() for result in results], indent=1) + "\n")
+
+
+def _bench_index(options: argparse.Namespace, queries: Sequence[str] | None, bench_in_process):
+    from rex_rag.retrieval.bench import invent_queries
+    from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+
+    retriever = load_retriever(RetrieverArguments(retriever=[options.index]))
+    queries = queries or invent_queries(retriever.search, options.queries)
+    asked = [queries[number % len(queries)] for number in range(options.queries)]
+    return bench_in_process(retriever, asked, options.batch_size, options.top_k)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
