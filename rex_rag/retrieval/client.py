@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 CHECK_QUERY = "Who wrote Hamlet?"
 DEFAULT_BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 30.0
-# What `rex-rag serve` accepts by default; bigger batches are split.
+# What `rex-rag serve` searches at once: a bigger request would only wait there, and not be shared among servers.
 MAX_QUERIES_PER_REQUEST = 256
 # With several servers a batch is worth splitting down to here.
 MIN_QUERIES_PER_REQUEST = 32
@@ -315,9 +315,14 @@ class RemoteRetriever:
             elif started >= server.changed:
                 if server.warned >= server.aside_since:
                     logger.info("%s answers again, after %.1f s", server.url, now - server.aside_since)
+                self._wake(server)
                 server.aside_since, server.on_trial, server.away, server.changed = None, False, False, now
-                self._returns += 1
-                self._lock.notify_all()
+
+    def _wake(self, server: _Server) -> None:
+        # An overloaded server answers one and turns the next away: whoever waits for that one should go on waiting.
+        if server.away:
+            self._returns += 1
+            self._lock.notify_all()
 
     def _start_due_probes(self) -> None:
         now = time.monotonic()
@@ -343,9 +348,7 @@ class RemoteRetriever:
                 self._warn(server, trouble)
                 return
             server.on_trial = True
-            if server.away:
-                self._returns += 1
-                self._lock.notify_all()
+            self._wake(server)
 
     def _warn(self, server: _Server, trouble: Trouble) -> None:
         now = time.monotonic()

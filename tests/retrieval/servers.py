@@ -87,8 +87,8 @@ class BehavingServer:
         if behaviour.startswith("status-"):  # status-503-2: the first two calls fail
             _, code, failures = behaviour.split("-")
             status = int(code) if call <= int(failures) else 200
-        if behaviour == "poisoned" and "poison" in payload["queries"]:
-            status = 422
+        if behaviour in ("poisoned", "overloaded") and "poison" in payload["queries"]:
+            status = 422 if behaviour == "poisoned" else 503
         respond = self._fastapi.Response
         if status != 200:
             return respond("out of order", status_code=status, headers=self.headers.get(name))

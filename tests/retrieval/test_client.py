@@ -270,6 +270,18 @@ def test_a_closed_client_says_so(remote):
             call()
 
 
+def test_who_is_turned_away_waits_even_while_others_are_answered(server, remote):
+    # An overloaded server answers some and turns others away: an answer to others is no reason to ask again at once.
+    retriever = remote("overloaded", max_attempts=3, backoff=0.4)
+    started = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        turned_away = pool.submit(retriever.search, ["poison"], 1)
+        while not turned_away.done():
+            assert retriever.search(["a"], 1)[0][0].text == "about a"
+    assert "failed after 3 attempts: HTTP 503" in str(turned_away.exception())
+    assert time.monotonic() - started >= 0.2 + 0.4
+
+
 def test_waiting_leaves_the_global_draws_alone(remote):
     random.seed(5)
     expected = random.random()

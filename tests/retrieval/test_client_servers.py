@@ -283,6 +283,17 @@ def test_a_server_in_order_again_has_its_share_again(server, remote, caplog):
     assert len(told(caplog, "WARNING")) == len(told(caplog, "INFO")) == 1
 
 
+def test_requests_that_fail_together_count_as_one_failure(server, remote):
+    retriever = remote("ok~1", "ok~2", backoff=0.05)
+    server.delays.update({"ok~1": 0.2, "ok~2": 0.2})
+    server.statuses["ok~1"], server.health["ok~1"] = 500, 200
+    assert search_from_threads(retriever, 16, 16) == 0
+    assert server.calls["ok~1"] == 8
+    server.reset()
+    # Eight failures one by one would mean a pause of at least 0.05 x 2^7 / 2 = 3.2 s.
+    until(lambda: retriever.search(["a"], 1) and "ok~1" in server.calls, seconds=1.5)
+
+
 def test_check_warns_of_a_server_that_is_away_and_is_content_with_one(server, remote, caplog):
     gone = f"http://127.0.0.1:{free_port()}"
     remote(gone, "ok", "malformed", backoff=30.0).check()
