@@ -5,9 +5,9 @@
 writes (once) DIR/passages.jsonl and its offsets: passages of about 100 words as in the 2018 Wikipedia split, drawn
 from a seed. Words follow Zipf's law with the steeper tail that makes a vocabulary grow as that of English text does,
 the most frequent ones are English stop words, and a passage repeats words of its own topic; 7,000 passages hold 35,600
-different terms, 7,113 real ones of HotpotQA and 2WikiMultihopQA 34,000. Then it builds the index in DIR/KIND through the
-library's own builder, opens it in a fresh process and searches, and prints one JSON object: seconds, peak memory of the
-build (all its processes), bytes a passage, queries a second one by one and in batches.
+different terms, 7,113 real ones of HotpotQA and 2WikiMultihopQA 34,000. Then it builds the index in DIR/KIND through
+the library's own builder, opens it in a fresh process and searches, and prints one JSON object: seconds, peak memory
+of the build (all its processes), bytes a passage, queries a second one by one and in batches.
 
 Every kind is one class below with `build` and `open`; the corpus and the questions are the same for all.
 """
@@ -143,10 +143,13 @@ KINDS = {"bm25": BM25Kind}
 
 
 class PeakMemory:
-    """The most resident memory that this process and its children held together, sampled twice a second."""
+    """The most memory that this process and its children held together, in bytes, sampled twice a second.
+
+    `resident` counts pages of mapped files, which the kernel takes back when it needs them; `own` leaves them out.
+    """
 
     def __init__(self) -> None:
-        self.bytes = 0
+        self.resident = self.own = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -163,11 +166,13 @@ class PeakMemory:
 
         own = psutil.Process()
         while not self._stop.wait(0.5):
-            total = 0
+            resident = own_only = 0
             for process in [own, *own.children(recursive=True)]:
                 with suppress(psutil.NoSuchProcess):
-                    total += process.memory_info().rss
-            self.bytes = max(self.bytes, total)
+                    memory = process.memory_info()
+                    resident += memory.rss
+                    own_only += memory.rss - memory.shared
+            self.resident, self.own = max(self.resident, resident), max(self.own, own_only)
 
 
 def measure_build(arguments: argparse.Namespace, kind: Any) -> dict[str, Any]:
@@ -178,7 +183,8 @@ def measure_build(arguments: argparse.Namespace, kind: Any) -> dict[str, Any]:
         figures = kind.build(passages, directory, arguments)
     return figures | {
         "build_seconds": round(time.perf_counter() - started, 1),
-        "peak_rss_bytes": peak.bytes,
+        "peak_resident_bytes": peak.resident,
+        "peak_own_bytes": peak.own,
         "maxrss_bytes_main": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "maxrss_bytes_largest_child": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
     }

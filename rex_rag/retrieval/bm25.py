@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# The folder of the index inside an index directory.
+INDEX_FOLDER = "bm25"
 # Written last by the builder: an index without it is not finished.
 SETTINGS_FILE = "bm25.json"
 FORMAT = 1
@@ -53,7 +55,7 @@ class BM25Retriever(IndexedRetriever):
 
     Args:
         passages: the corpus, at least one passage.
-        k1: term frequency saturation, >= 0.
+        k1: term frequency saturation, in [0, 1e6].
         b: length normalisation, in [0, 1].
         stemmer: a Snowball algorithm by name (PyStemmer), or `None` to leave words as they are.
         stopwords: a bm25s list by name, the words themselves, or `None` to keep every word.

@@ -72,7 +72,7 @@ class MappedVocabulary:
 class Postings:
     """Scores of terms in passages: term t is in rows `indices[indptr[t]:indptr[t + 1]]`, ascending, `data` alike."""
 
-    data: np.ndarray  # (P,) float32, >= 0
+    data: np.ndarray  # (P,) float32, > 0
     indices: np.ndarray  # (P,) int32
     indptr: np.ndarray  # (V + 1,) int64
     maxima: np.ndarray  # (V,) float32: the highest score of each term
@@ -150,22 +150,22 @@ class PostingsSearcher:
         left = sum(bounds.values())
         threshold = 0.0
         with self._borrowed() as sums:
-            added: list[np.ndarray] = []
+            reached: list[np.ndarray] = []
             while queue and left >= threshold - slack:
                 term = queue.pop(0)
                 left -= bounds[term]
                 rows, values = self.postings.of_term(term)
                 rows = rows.astype(np.intp)
-                partial = sums.take(rows)
-                partial += values if repeats[term] == 1 else values * np.float32(repeats[term])
-                sums[rows] = partial
-                added.append(rows)
-                threshold = max(threshold, _lower_bound(partial, count))
+                before = sums.take(rows)
+                # Every posting's score is above 0, so a sum of 0 tells a row that no list has reached yet.
+                reached.append(rows[before == 0] if reached else rows)
+                before += values if repeats[term] == 1 else values * np.float32(repeats[term])
+                sums[rows] = before
+                threshold = max(threshold, _lower_bound(before, count))
             cut = threshold - max(left, 0.0) - slack
-            kept = [rows[sums.take(rows) >= cut] if cut > 0 else rows for rows in added]
-            candidates = np.unique(np.concatenate(kept))
+            candidates = np.concatenate([rows[sums.take(rows) >= cut] if cut > 0 else rows for rows in reached])
             partial = sums.take(candidates)
-            for rows in added:
+            for rows in reached:
                 sums[rows] = 0
             candidates = candidates.astype(self.postings.indices.dtype)
             for term in queue:

@@ -16,6 +16,7 @@ from rex_rag.types import Passage
 # 2407.03618); the range recommended by Robertson and Zaragoza (2009) is k1 in 1.2..2, b in 0.5..0.8.
 BM25_DEFAULT_K1 = 1.5
 BM25_DEFAULT_B = 0.75
+MAX_K1 = 1e6
 # The scoring variant of Kamphuis et al. (ECIR 2020) that Lucene implements; its idf is never negative.
 BM25_METHOD = "lucene"
 # Snowball's English stemmer (Porter2), and bm25s' "english" list, which is Lucene's 33 English stop words.
@@ -30,7 +31,7 @@ class BM25Options:
     """How passages are turned into terms and scored.
 
     Args:
-        k1: term frequency saturation, >= 0.
+        k1: term frequency saturation, in [0, 1e6].
         b: length normalisation, in [0, 1].
         stemmer: a Snowball algorithm by name (PyStemmer), or `None` to leave words as they are.
         stopwords: a bm25s list by name, the words themselves, or `None` to keep every word.
@@ -45,9 +46,10 @@ class BM25Options:
     stopwords: str | Sequence[str] | None = BM25_DEFAULT_STOPWORDS
 
     def __post_init__(self) -> None:
-        if not 0 <= self.k1 < float("inf"):
+        if not 0 <= self.k1 <= MAX_K1:
             raise RetrievalError(
-                f"BM25 k1={self.k1} is negative or no number; use 0 or more, {BM25_DEFAULT_K1} by default"
+                f"BM25 k1={self.k1} is outside [0, {MAX_K1:g}], above which scores vanish in 32-bit numbers; the "
+                f"default is {BM25_DEFAULT_K1}"
             )
         if not 0 <= self.b <= 1:
             raise RetrievalError(f"BM25 b={self.b} is outside [0, 1]; the default is {BM25_DEFAULT_B}")
