@@ -128,10 +128,15 @@ class RetrieverArguments:
                 f"retriever={BM25!r} searches a corpus in this process, but corpus is empty; name at least one JSON "
                 "lines file of passages"
             )
-        if self.kind == "online" and self.search_cache is None and self.search_cache_mode != "off":
+        if self.kind == "online" and not self.search_cache:
             yield (
-                f"retriever={self.retriever[0]!r} with search_cache_mode={self.search_cache_mode!r} needs "
-                "search_cache, a directory; set it, or set search_cache_mode to off"
+                f"retriever={self.retriever[0]!r} needs search_cache, the directory that keeps answers and the count of "
+                "paid searches"
+            )
+        if self.kind == "online" and self.max_paid_searches is None and self.search_cache_mode != "replay":
+            yield (
+                f"retriever={self.retriever[0]!r} costs money; set max_paid_searches to what may be spent, or "
+                "search_cache_mode to replay, which asks nobody"
             )
 
     @staticmethod
@@ -184,13 +189,13 @@ def _load_engine(arguments: RetrieverArguments) -> Retriever:
             max_attempts=arguments.retriever_max_attempts,
         )
     if arguments.kind == "online":
-        from rex_rag.retrieval.online import load_online
+        from rex_rag.retrieval.online import OnlineRetriever
 
-        return load_online(
+        return OnlineRetriever(
             arguments.retriever[0],
-            cache=arguments.search_cache,
+            arguments.search_cache,
+            max_searches=arguments.max_paid_searches or 0,
             mode=arguments.search_cache_mode,
-            max_searches=arguments.max_paid_searches,
         )
     from rex_rag.retrieval.index_kinds import SearchOptions, open_index
 
