@@ -68,6 +68,8 @@ class OnlineRetriever:
             cache directory that makes no sense.
     """
 
+    max_top_k = RESULTS_PER_SEARCH
+
     def __init__(
         self,
         engine: str,

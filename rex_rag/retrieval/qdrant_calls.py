@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 API_KEY_VARIABLE = "QDRANT_API_KEY"
-FINGERPRINT_KEY = "rex_rag_fingerprint"
+FINGERPRINT_KEY = "rex_rag_fingerprint"  # as one string of JSON, since clients and servers drop nulls from objects
 COMPLETE_KEY = "rex_rag_complete"
 MAX_BACKOFF_SECONDS = 30.0
 
@@ -35,7 +36,9 @@ def connect_qdrant(url: str | None = None, timeout: float = 60.0) -> QdrantClien
     try:
         from qdrant_client import QdrantClient
     except ImportError as error:
-        raise RetrievalError("Qdrant needs qdrant-client: install it with `pip install 'rex-rag[qdrant]'`") from error
+        raise RetrievalError(
+            "Qdrant needs qdrant-client: install it with `pip install 'rex-rag[retrieval]'`"
+        ) from error
     if url is None:
         return QdrantClient(":memory:")
     if not url.startswith(("http://", "https://")):
@@ -110,7 +113,8 @@ def full_fingerprint(fingerprint: Mapping[str, Any], rows: int, dimension: int) 
     """What a collection is told to be made of: the caller's fingerprint and the shape of the matrix."""
     if rows < 1 or dimension < 1:
         raise RetrievalError(f"{rows} rows of {dimension} dimensions; a collection needs at least one of each")
-    return {**fingerprint, "rows": rows, "dimension": dimension}
+    # As it comes back from the server: keys and lists as JSON has them.
+    return json.loads(json.dumps({**fingerprint, "rows": rows, "dimension": dimension}))
 
 
 def is_complete(calls: QdrantCalls, wanted: dict[str, Any]) -> bool:
@@ -120,8 +124,11 @@ def is_complete(calls: QdrantCalls, wanted: dict[str, Any]) -> bool:
         RetrievalError: for a collection made from something else.
     """
     metadata = calls(calls.client.get_collection, calls.collection).config.metadata or {}
-    found = metadata.get(FINGERPRINT_KEY)
     name = calls.collection
+    try:
+        found = json.loads(metadata.get(FINGERPRINT_KEY))
+    except (TypeError, ValueError):
+        found = None
     if not isinstance(found, dict):
         raise RetrievalError(
             f"the Qdrant collection {name!r} carries no fingerprint: it was not made by `rex-rag index`, or the "

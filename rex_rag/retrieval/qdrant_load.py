@@ -6,6 +6,7 @@ those of the last `ROWS_IN_FLIGHT` counted: from there a later load goes on, and
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import deque
@@ -136,7 +137,7 @@ def _create(calls: QdrantCalls, fingerprint: dict[str, Any], dimension: int, opt
             hnsw_config=models.HnswConfigDiff(m=0, ef_construct=options.hnsw_ef_construct),
             shard_number=options.shards,
             replication_factor=options.replicas,
-            metadata={FINGERPRINT_KEY: fingerprint, COMPLETE_KEY: False},
+            metadata={FINGERPRINT_KEY: json.dumps(fingerprint, sort_keys=True), COMPLETE_KEY: False},
         )
     except RetrievalError:
         # An attempt whose answer was lost may have made it; what it is made of is checked like any other's.

@@ -147,6 +147,7 @@ class Services:
             "entries": lambda: reply(200, {"items": [3], "organic_results": [3], "search_metadata": {}}),
             "no-links": lambda: reply(200, ANSWERS[engine](query, [{"title": "T", "snippet": "s"}])),
             "huge": lambda: fastapi.Response(b" " * (5 * 2**20)),
+            "drip": lambda: fastapi.responses.StreamingResponse(_drip(ANSWERS[engine](query, results(query)))),
             "nothing": lambda: reply(200, ANSWERS[engine](query, [])),
             "status": lambda: reply(200, {"search_metadata": {"status": words[1]}, "error": "proxy timeout"}),
             "odd-results": lambda: fastapi.Response(json.dumps(ANSWERS[engine](query, ODD_RESULTS))),
@@ -157,6 +158,12 @@ class Services:
 
     def asked(self, query=None):
         return [parameters["q"] for _, parameters, _ in self.requests if query in (None, parameters["q"])]
+
+
+def _drip(answer):
+    for character in json.dumps(answer)[:60]:
+        yield character
+        time.sleep(0.01)
 
 
 def _refusal(engine):
@@ -290,10 +297,11 @@ def test_passing_trouble_is_retried(make, services, engine, query):
         ("list", RetrievalError, r"3 attempts: the answer is no JSON object"),
         ("huge", RetrievalError, r"3 attempts: the answer is longer than 4,194,304 bytes"),
         ("hang", RetrievalError, r"3 attempts: no answer within 0.1 s \(ReadTimeout\)"),
+        ("drip", RetrievalError, r"3 attempts: the answer was not complete after 0.1 s"),
     ],
 )
 def test_trouble_that_does_not_pass_is_named(make, services, engine, query, kind, message):
-    retriever = make(engine, max_attempts=3, timeout=0.1 if query == "hang" else 10)
+    retriever = make(engine, max_attempts=3, timeout=0.1 if query in ("hang", "drip") else 10)
     with pytest.raises(kind, match=message):
         retriever.search([query], 1)
     assert len(services.asked()) == 3

@@ -18,13 +18,13 @@ from rex_rag.retrieval.qdrant_calls import API_KEY_VARIABLE, connect_qdrant
 from rex_rag.retrieval.qdrant_index import QUERIES_PER_REQUEST, QdrantIndex
 from rex_rag.retrieval.qdrant_load import ROWS_IN_FLIGHT, QdrantOptions, load_qdrant
 
-qdrant_client = pytest.importorskip("qdrant_client", reason="needs qdrant-client: install the qdrant extra")
+qdrant_client = pytest.importorskip("qdrant_client", reason="needs qdrant-client: install the retrieval extra")
 fastapi = pytest.importorskip("fastapi", reason="the HTTP tests need fastapi: install the dev extra")
 uvicorn = pytest.importorskip("uvicorn", reason="the HTTP tests need uvicorn: install the dev extra")
 
 QdrantClient, models = qdrant_client.QdrantClient, qdrant_client.models
 
-FINGERPRINT = {"corpus": "c0ffee", "encoder": "tiny@1"}
+FINGERPRINT = {"corpus": "c0ffee", "encoder": "tiny@1", "prompts": {"query": None, "parts": ("a", 1)}}
 NAME = "passages"
 
 
