@@ -64,7 +64,7 @@ class BM25Kind:
         self._workers = arguments.workers
 
     def estimate(self, sample: Sequence[Passage], total: int) -> Estimate:
-        from rex_rag.retrieval.bm25_build import estimate_bm25
+        from rex_rag.retrieval.bm25_estimate import estimate_bm25
 
         return estimate_bm25(sample, total, self._options, processes=self._workers)
 

@@ -1,0 +1,261 @@
+"""Index directories built by the command: whole or absent, the same bytes however often a build was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rex_rag.cli import main
+from rex_rag.data.corpus import write_corpus
+from rex_rag.retrieval import builder
+from rex_rag.retrieval.arguments import IndexArguments
+from rex_rag.retrieval.base import RetrievalError
+from rex_rag.retrieval.bm25 import BM25Retriever
+from rex_rag.retrieval.builder import build_index
+from rex_rag.retrieval.durable import locked
+from rex_rag.retrieval.estimate import NotEnoughRoom, Room
+from rex_rag.retrieval.index_kinds import SearchOptions, open_index
+from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+from rex_rag.types import Passage
+
+CITIES = ["Oslo", "Rome", "Lima", "Cairo", "Quito", "Hanoi", "Accra", "Delhi"]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    passages = [Passage(str(n), city, f"{city} has a harbour and {n} bridges.") for n, city in enumerate(CITIES)]
+    write_corpus(passages, tmp_path / "corpus.jsonl")
+    return tmp_path / "corpus.jsonl"
+
+
+def build(corpus: Path, output: Path, **options: object) -> list[str]:
+    said: list[str] = []
+    switches = {name: options.pop(name) for name in ("force", "dry_run") if name in options}
+    build_index(
+        IndexArguments(corpus=[str(corpus)], output=str(output), workers=1, **options), said.append, **switches
+    )
+    return said
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
+def test_a_bm25_directory_answers_as_the_retriever_in_memory_does(corpus: Path, tmp_path: Path):
+    said = build(corpus, tmp_path / "index")
+    assert "about 8 passages; this build will take" in said[0]
+    assert "8 passages" in said[-1] and "fingerprint" in said[-1]
+    assert not (tmp_path / "index.building").exists()
+    queries = ["harbour of Lima", "7 bridges", "nothing of this"]
+    found = open_index(tmp_path / "index").search(queries, 3)
+    assert found == BM25Retriever.from_corpus(corpus).search(queries, 3)
+
+
+def test_the_same_command_again_does_nothing_and_another_overwrites_nothing(corpus: Path, tmp_path: Path):
+    output = tmp_path / "index"
+    build(corpus, output)
+    before = contents(output)
+    assert build(corpus, output) == [f"{output} is already built: nothing to do"]
+    with pytest.raises(
+        RetrievalError, match=r"holds an index of its own \(k1 1\.5, now 1\.2\); it is not overwritten"
+    ):
+        build(corpus, output, k1=1.2)
+    write_corpus([Passage("a", "Other", "Another corpus.")], corpus)
+    with pytest.raises(RetrievalError, match="another corpus"):
+        build(corpus, output)
+    assert contents(output) == before
+
+
+def test_a_directory_that_is_no_index_and_a_file_are_not_touched(corpus: Path, tmp_path: Path):
+    output = tmp_path / "index"
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(RetrievalError, match="exists and is no index; it is not touched"):
+        build(corpus, output)
+    with pytest.raises(RetrievalError, match="is a file"):
+        build(corpus, output / "notes.txt")
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_an_empty_directory_is_taken(corpus: Path, tmp_path: Path):
+    (tmp_path / "index").mkdir()
+    build(corpus, tmp_path / "index")
+    assert len(open_index(tmp_path / "index")) == len(CITIES)
+
+
+def test_a_dry_run_says_what_it_takes_and_leaves_nothing(corpus: Path, tmp_path: Path):
+    [said] = build(corpus, tmp_path / "index", dry_run=True)
+    assert "time" in said and "memory" in said and "disk" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl"]
+
+
+def test_a_machine_that_is_too_small_is_refused_unless_forced(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(builder, "measure_room", lambda directory: Room(ram=1 << 20, disk=1 << 10))
+    with pytest.raises(NotEnoughRoom, match=r"of disk .*, and 1 KiB are free"):
+        build(corpus, tmp_path / "index")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl"]
+    build(corpus, tmp_path / "index", force=True)
+    assert (tmp_path / "index" / "manifest.json").exists()
+
+
+def test_two_builders_of_one_directory_do_not_meet(corpus: Path, tmp_path: Path):
+    building = tmp_path / "index.building"
+    building.mkdir()
+    with (
+        locked(building / "lock") as ours,
+        pytest.raises(RetrievalError, match="another process is building"),
+    ):
+        assert ours
+        build(corpus, tmp_path / "index")
+    build(corpus, tmp_path / "index")
+
+
+def test_an_unfinished_build_is_not_taken_for_an_index_nor_finished_as_another(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def killed(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(builder, "hash_files", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build(corpus, tmp_path / "index")
+    with pytest.raises(RetrievalError, match="an unfinished build lies in"):
+        open_index(tmp_path / "index")
+    with pytest.raises(RetrievalError, match=r"unfinished build of something else \(b 0\.75, now 0\.5\)"):
+        build(corpus, tmp_path / "index", b=0.5)
+    said = build(corpus, tmp_path / "index")
+    assert any("going on with the unfinished build" in line for line in said)
+    build(corpus, tmp_path / "twin")
+    assert contents(tmp_path / "index") == contents(tmp_path / "twin")
+
+
+def test_a_broken_corpus_leaves_no_index(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    corpus.write_text(corpus.read_text() + '{"id": "x", "contents": \n')
+    assert main(["index", "--corpus", str(corpus), "--output", str(tmp_path / "index")]) == 2
+    assert f"{corpus}, line 9: broken JSON" in capsys.readouterr().err
+    assert not (tmp_path / "index").exists()
+
+
+def test_an_index_is_checked_against_the_corpus_that_a_recipe_names(corpus: Path, tmp_path: Path):
+    build(corpus, tmp_path / "index")
+    place = [str(tmp_path / "index")]
+    assert (
+        load_retriever(RetrieverArguments(retriever=place, corpus=[str(corpus)])).search(["Rome"], 1)[0][0].id == "1"
+    )
+    write_corpus([Passage("a", "Other", "Another corpus.")], tmp_path / "other.jsonl")
+    with pytest.raises(RetrievalError, match=r"was built from corpus\.jsonl .*, not from other\.jsonl"):
+        load_retriever(RetrieverArguments(retriever=place, corpus=[str(tmp_path / "other.jsonl")]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "torch"}, "is a bm25 index, which only its own engine searches, not torch"),
+        ({"nprobe": 3}, "is a bm25 index and has no lists to probe"),
+        ({"ef_search": 3}, "has no graph"),
+        ({"encoder": "x"}, "has no encoder"),
+    ],
+)
+def test_options_that_an_index_does_not_take_are_refused(corpus: Path, tmp_path: Path, options: dict, message: str):
+    build(corpus, tmp_path / "index")
+    with pytest.raises(RetrievalError, match=message):
+        open_index(tmp_path / "index", SearchOptions(**options))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "corpus is empty.*; output is not set"),
+        ({"kind": "bm52"}, "kind='bm52'; it must be one of bm25, dense"),
+        ({"kind": "dense"}, "needs an encoder"),
+        ({"model": "m"}, "model='m' is for kind='dense'"),
+        ({"kind": "dense", "model": "m", "index": "tree"}, "index='tree'; it must be one of flat"),
+        ({"b": 2.0}, r"b=2\.0 is outside"),
+        ({"kind": "dense", "model": "m", "nlist": 4, "nprobe": 5}, "nprobe=5 is more than nlist=4"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"qdrant_url": "http://q"}, "are for index='qdrant'"),
+        ({"kind": "dense", "model": "m", "index": "qdrant", "qdrant_url": "http://q"}, "needs qdrant_collection"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_together(values: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        IndexArguments(**values)
+
+
+def test_a_recipes_part_gives_defaults_and_the_command_line_goes_over_them(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"index:\n  corpus: {corpus}\n  output: {tmp_path}/index\n  k1: 0.9\n  stemmer: null\n")
+    assert main(["index", "--config", str(recipe), "--b", "0.4", "--workers", "1"]) == 0
+    arguments = json.loads((tmp_path / "index" / "manifest.json").read_text())["arguments"]
+    assert arguments == {"kind": "bm25", "k1": 0.9, "b": 0.4, "stemmer": None, "stopwords": "english"}
+    assert main(["index", "--verify", str(tmp_path / "index")]) == 0
+    assert "8 passages, all" in capsys.readouterr().out
+    recipe.write_text("index:\n  corpsu: x\n")
+    assert main(["index", "--config", str(recipe)]) == 2
+    assert "'corpsu' (did you mean corpus?)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_a_build_ends_with_the_same_bytes(tmp_path: Path):
+    """SIGKILL between start and the time that a whole build takes; every attempt goes on from the last."""
+    draw = random.Random(3)
+    words = [f"word{n}" for n in range(3_000)]
+    passages = [Passage(str(n), words[n % 500], " ".join(draw.choices(words, k=60))) for n in range(15_000)]
+    corpus = tmp_path / "corpus.jsonl"
+    write_corpus(passages, corpus)
+
+    def start(output: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "rex_rag.cli", "index", "--corpus", str(corpus), "--output", str(output)]
+        return subprocess.Popen(
+            [*command, "--workers", "1"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        )
+
+    began = time.perf_counter()
+    whole = start(tmp_path / "whole")
+    while not (tmp_path / "whole.building").exists():  # until then there is nothing to resume
+        assert time.perf_counter() - began < 60
+        time.sleep(0.005)
+    ready = time.perf_counter() - began
+    assert whole.wait(120) == 0, whole.stderr.read().decode()
+    seconds = time.perf_counter() - began
+
+    output, building = tmp_path / "killed", tmp_path / "killed.building"
+    killed, left_behind = 0, set()
+    for _ in range(10):
+        process = start(output)
+        try:
+            assert process.wait(draw.uniform(ready, seconds)) == 0, process.stderr.read().decode()
+            shutil.rmtree(output)  # the machine was faster than the draw: begin anew
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            killed += 1
+            assert not output.exists() or (output / "manifest.json").exists()
+            left_behind.add(tuple(sorted(contents(building))) if building.exists() else ())
+        process.stderr.close()
+    assert killed >= 4, f"only {killed} of 10 attempts were killed"
+    assert len(left_behind) >= 2, left_behind
+    last = start(output)
+    assert last.wait(120) == 0, last.stderr.read().decode()
+    assert contents(output) == contents(tmp_path / "whole")
+    assert not building.exists()
