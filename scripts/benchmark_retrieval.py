@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmark_dense import dense_kinds
 
 from rex_rag.bars import progress_bar
 from rex_rag.retrieval.passages import OFFSETS_FILE, PASSAGES_FILE, PassageStore, passage_json
@@ -139,7 +140,7 @@ class BM25Kind:
         return BM25Retriever.load(directory, passages)
 
 
-KINDS = {"bm25": BM25Kind}
+KINDS = {"bm25": BM25Kind, **dense_kinds(Words())}
 
 
 class PeakMemory:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -157,15 +156,6 @@ def check_rows(total: int) -> list[int]:
     """At most `CHECK_ROWS` rows, spread evenly from the first to the last."""
     count = min(CHECK_ROWS, total)
     return [row * (total - 1) // max(1, count - 1) for row in range(count)]
-
-
-def measure_encoding(sample: Sequence[Passage], encoder: Encoder) -> float:
-    """Passages a second, from a sample encoded after a warm-up."""
-    texts = [encoder.spec.passage_text(passage) for passage in sample]
-    encoder.encode_passages(texts[: encoder.batch_size])
-    start = time.perf_counter()
-    encoder.encode_passages(texts)
-    return len(texts) / (time.perf_counter() - start)
 
 
 def _identity(encoder: Encoder) -> dict[str, object]:

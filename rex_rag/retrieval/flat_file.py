@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _CODES = {b"IxFI": "<f4", b"IxSQ": "<f2"}
 _HEAD = struct.Struct("<4siq")  # code, dimension, number of vectors
 _COUNT = struct.Struct("<Q")
+_LONGEST_HEADER = 256
 
 
 def write_flat(vectors: VectorShards, path: str | Path, dtype: str) -> None:
@@ -64,8 +65,8 @@ def map_flat(path: str | Path) -> np.ndarray:
     path = Path(path)
     size = path.stat().st_size if path.is_file() else 0
     with path.open("rb") if size else _absent(path) as file:
-        head = file.read(_HEAD.size)
-    code, dimension, count = _HEAD.unpack(head) if len(head) == _HEAD.size else (b"", 0, 0)
+        head = file.read(_LONGEST_HEADER)
+    code, dimension, count = _HEAD.unpack(head[: _HEAD.size]) if len(head) >= _HEAD.size else (b"", 0, 0)
     if code not in _CODES:
         raise RetrievalError(
             f"{path} is no flat or flat-fp16 index (it begins with {code!r}); only those can be searched by matrix "
@@ -73,7 +74,9 @@ def map_flat(path: str | Path) -> np.ndarray:
         )
     dtype = np.dtype(_CODES[code])
     offset = size - count * dimension * dtype.itemsize
-    if count < 1 or dimension < 1 or not _HEAD.size + _COUNT.size <= offset < 256:
+    # FAISS counts float32 codes in numbers and others in bytes; the count stands right before them.
+    codes = count * dimension * (1 if dtype == np.float32 else dtype.itemsize)
+    if count < 1 or dimension < 1 or head[max(0, offset - _COUNT.size) : max(0, offset)] != _COUNT.pack(codes):
         raise RetrievalError(
             f"{path} has {size:,} bytes, which do not fit {count:,} vectors of {dimension} x {dtype.name}: it was cut "
             "short, or its codes are of another kind; build the index again"
