@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The folder of the index inside an index directory.
-INDEX_FOLDER = "bm25"
 # Written last by the builder: an index without it is not finished.
 SETTINGS_FILE = "bm25.json"
 FORMAT = 1
@@ -163,7 +161,7 @@ class BM25Retriever(IndexedRetriever):
         step = max(1, len(self) // ROWS_CHECKED_AT_LOAD)
         for row in range(0, len(self), step):
             terms = self._splitter.terms([passage_text(self.passages[row])])[0]
-            for term in set(terms):
+            for term in sorted(set(terms)):
                 number = self._vocabulary.get(term)
                 rows = self._postings.of_term(number)[0] if number is not None else ()
                 place = np.searchsorted(rows, np.asarray(row, self._postings.indices.dtype)) if len(rows) else 0

@@ -19,16 +19,15 @@ import heapq
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.bars import progress_bar
-from rex_rag.retrieval.arguments import IndexArguments
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.bm25 import FORMAT, INDEX_FOLDER, SETTINGS_FILE
+from rex_rag.retrieval.bm25 import FORMAT, SETTINGS_FILE
 from rex_rag.retrieval.bm25_estimate import estimate_bm25
 from rex_rag.retrieval.bm25_postings import TERM_MAXIMA_FILE, TERM_OFFSETS_FILE, TERMS_FILE
 from rex_rag.retrieval.bm25_shards import BLOCK_POSTINGS, SHARD_PASSAGES, Shard, count_shards, make_shards
@@ -41,12 +40,12 @@ from rex_rag.retrieval.bm25_text import (
     tokenizer_versions,
 )
 from rex_rag.retrieval.durable import sync_folder, write_json, written_whole
-from rex_rag.retrieval.estimate import Estimate
 from rex_rag.retrieval.passages import PassageSource
-from rex_rag.types import Passage
 
 if TYPE_CHECKING:
     import numpy as np
+
+__all__ = ["build_bm25", "estimate_bm25"]
 
 # bm25s's names of its files.
 DATA_FILE, INDICES_FILE, INDPTR_FILE = "data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy"
@@ -340,21 +339,3 @@ class _ArrayFile:
         if self._part.exists():
             os.replace(self._part, self._path)
             sync_folder(self._path.parent)
-
-
-class BM25Stage:
-    """BM25 as a kind of `rex-rag index`; see `builder.Stage`."""
-
-    def __init__(self, arguments: IndexArguments) -> None:
-        self._options = BM25Options(arguments.k1, arguments.b, arguments.stemmer, arguments.stopwords)
-        self._processes = arguments.workers
-
-    def estimate(self, sample: Sequence[Passage], total: int) -> Estimate:
-        return estimate_bm25(sample, total, self._options, processes=self._processes)
-
-    def build(self, passages: PassageSource, directory: Path, work: Path) -> tuple[None, dict[str, Any]]:
-        """Write `directory/bm25`; there is no encoder."""
-        settings = build_bm25(
-            passages, directory / INDEX_FOLDER, self._options, work=work / INDEX_FOLDER, processes=self._processes
-        )
-        return None, settings
