@@ -55,6 +55,8 @@ class _Server:
     away: bool = False
     probing: bool = False
     probe_at: float = 0.0
+    # Until then one that looks healthy and fails all the same is spared.
+    rest_until: float = 0.0
     # When it was last set aside or came back: outcomes of requests sent before are no news any more.
     changed: float = -math.inf
     warned: float = -math.inf
@@ -251,7 +253,7 @@ class RemoteRetriever:
             if ready:
                 picked = min(ready, key=lambda server: (server.queries_under_way, server.last_turn))
             elif untried:
-                picked = min(untried, key=lambda server: (not server.on_trial, server.probe_at))
+                picked = min(untried, key=lambda server: (not server.on_trial, server.away, server.last_turn))
             else:
                 return None
             self._take(picked, queries)
@@ -298,11 +300,11 @@ class RemoteRetriever:
                 return
             now = time.monotonic()
             server.failures += 1
-            # One that is gone is visible to probes. One that looks healthy and fails is spared for longer each time.
-            pause = PROBE_SECONDS if trouble.away else self._delay(server.failures)
+            pause = self._delay(server.failures)
+            server.rest_until = now + max(pause, trouble.retry_after)
+            server.probe_at = now + min(pause, PROBE_SECONDS)
             server.aside_since = now if server.aside_since is None else server.aside_since
             server.changed, server.on_trial, server.away = now, False, server.away or trouble.away
-            server.probe_at = now + max(pause, trouble.retry_after)
             self._warn(server, trouble)
 
     def _answered(self, server: _Server, started: float) -> None:
@@ -342,13 +344,16 @@ class RemoteRetriever:
             server.probing = False
             if server.aside_since is None or server.on_trial or self._closed:
                 return
+            now = time.monotonic()
             if trouble is not None:
                 server.away = True
-                server.probe_at = time.monotonic() + max(PROBE_SECONDS, trouble.retry_after)
+                server.probe_at = now + PROBE_SECONDS
                 self._warn(server, trouble)
-                return
-            server.on_trial = True
-            self._wake(server)
+            elif server.away or now >= server.rest_until:
+                server.on_trial = True
+                self._wake(server)
+            else:
+                server.probe_at = server.rest_until
 
     def _warn(self, server: _Server, trouble: Trouble) -> None:
         now = time.monotonic()

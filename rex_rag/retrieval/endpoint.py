@@ -65,13 +65,15 @@ class Endpoint:
     def __init__(self, url: str, timeout: float) -> None:
         host = check_url(url)
         base = url.rstrip("/").removesuffix(SEARCH_PATH)
-        self._search_url = httpx.URL(base + SEARCH_PATH)
-        self._health_url = httpx.URL(base + HEALTH_PATH)
-        # What logs, errors and model cards may show: the address without a user name or password.
-        self.url = str(self._search_url.copy_with(userinfo=b""))
+        # Without a user name or password: httpx logs the addresses it asks, and ours stand in errors and model cards.
+        self._search_url = httpx.URL(base + SEARCH_PATH).copy_with(userinfo=b"")
+        self._health_url = httpx.URL(base + HEALTH_PATH).copy_with(userinfo=b"")
+        self.url = str(self._search_url)
+        credentials = httpx.URL(url)
         self._timeout = timeout
         self._connect_timeout = min(timeout, MAX_CONNECT_SECONDS)
         self._http = httpx.Client(
+            auth=(credentials.username, credentials.password) if credentials.userinfo else None,
             timeout=httpx.Timeout(timeout, connect=self._connect_timeout),
             # As many connections as threads ask at once.
             limits=httpx.Limits(keepalive_expiry=KEEPALIVE_SECONDS),

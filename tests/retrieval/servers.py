@@ -13,7 +13,12 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+with suppress(ImportError):
+    import fastapi
+    from fastapi import Request
 
 
 def answer(queries, top_k):
@@ -40,20 +45,21 @@ class BehavingServer:
     """
 
     def __init__(self):
-        import fastapi
         import uvicorn
 
         self._fastapi = fastapi
+        self.authorization = None
         self.calls, self.payloads = {}, []
         self.delays, self.statuses, self.health, self.headers = {}, {}, {}, {}
         self._lock = threading.Lock()
         app = fastapi.FastAPI()
 
         @app.post("/{name}/retrieve")
-        def retrieve(name: str, payload: dict):
+        def retrieve(name: str, payload: dict, request: Request):
             with self._lock:
                 self.calls[name] = call = self.calls.get(name, 0) + 1
                 self.payloads.append(payload)
+                self.authorization = request.headers.get("authorization")
             return self._behave(name, call, payload)
 
         @app.get("/{name}/health")
@@ -98,6 +104,10 @@ class BehavingServer:
             return self._fastapi.responses.StreamingResponse(_drip(json.dumps({"result": good})))
         if behaviour == "endless":
             return self._fastapi.responses.StreamingResponse(b" " * 1000 for _ in range(1000))
+        if behaviour == "announced":
+            return self._fastapi.responses.StreamingResponse(
+                (b" " * 1000 for _ in range(1000)), headers={"content-length": "1000000"}
+            )
         body = json.dumps({"result": good}).encode()
         raw = {
             "malformed": b'{"result": [[{"docu',
