@@ -34,7 +34,7 @@ try:
     from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 except ImportError as error:
     raise ImportError(
-        'the retrieval server needs fastapi and uvicorn: install them with `pip install "rex-rag[server]"`'
+        'the retrieval server needs fastapi and uvicorn: install them with `pip install "rex-rag[retrieval]"`'
     ) from error
 
 logger = logging.getLogger(__name__)

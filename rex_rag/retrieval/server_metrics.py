@@ -21,7 +21,7 @@ class ServerMetrics:
             from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
         except ImportError as error:
             raise ImportError(
-                'the server counts with prometheus-client: install it with `pip install "rex-rag[server]"`'
+                'the server counts with prometheus-client: install it with `pip install "rex-rag[retrieval]"`'
             ) from error
         self._registry = CollectorRegistry()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
@@ -15,36 +15,58 @@ DEFAULT_TOP_K = 3
 class ServerOptions:
     """Where a server listens, what it refuses, and how it batches.
 
-    Args:
-        host: the address to bind; anything but loopback opens the index to whoever reaches the port.
-        port: 0 takes a free one.
-        default_top_k: passages a query where a request names no `topk`.
-        max_queries: queries in a request.
-        max_query_characters: characters in a query.
-        max_top_k: passages a query.
-        max_body_bytes: bytes of a request's body.
-        micro_batching: merge concurrent requests into batches (for indexes; other engines never merge).
-        max_batch: queries in a batch.
-        batch_wait_ms: milliseconds that an idle server lets a batch grow before it searches.
-        max_waiting: unanswered queries beyond which requests are refused with 503.
-        cache_size: rankings kept in memory, about half a kilobyte each at topk 3; 0 for none.
-
     Raises:
         ValueError: for values out of range or that contradict each other.
     """
 
-    host: str = DEFAULT_HOST
-    port: int = DEFAULT_PORT
-    default_top_k: int = DEFAULT_TOP_K
-    max_queries: int = 4096
-    max_query_characters: int = 16_384
-    max_top_k: int = 100
-    max_body_bytes: int = 16 * 1024**2
-    micro_batching: bool = True
-    max_batch: int = 256
-    batch_wait_ms: float = 0.0
-    max_waiting: int = 16_384
-    cache_size: int = 65_536
+    host: str = field(
+        default=DEFAULT_HOST,
+        metadata={"help": "The address to bind; anything but loopback opens the index to whoever reaches the port."},
+    )
+    port: int = field(
+        default=DEFAULT_PORT,
+        metadata={"help": "The port to bind; 0 takes a free one."},
+    )
+    default_top_k: int = field(
+        default=DEFAULT_TOP_K,
+        metadata={"help": "Passages a query where a request names no `topk`."},
+    )
+    max_queries: int = field(
+        default=4096,
+        metadata={"help": "Queries allowed in a request."},
+    )
+    max_query_characters: int = field(
+        default=16_384,
+        metadata={"help": "Characters allowed in a query."},
+    )
+    max_top_k: int = field(
+        default=100,
+        metadata={"help": "Passages a query that a request may ask for."},
+    )
+    max_body_bytes: int = field(
+        default=16 * 1024**2,
+        metadata={"help": "Bytes allowed in a request's body."},
+    )
+    micro_batching: bool = field(
+        default=True,
+        metadata={"help": "Merge concurrent requests into batches; engines without an own index never do."},
+    )
+    max_batch: int = field(
+        default=256,
+        metadata={"help": "Queries searched together at most."},
+    )
+    batch_wait_ms: float = field(
+        default=0.0,
+        metadata={"help": "Milliseconds that an idle server lets a batch grow before it searches."},
+    )
+    max_waiting: int = field(
+        default=16_384,
+        metadata={"help": "Unanswered queries beyond which requests are refused with 503 and Retry-After."},
+    )
+    cache_size: int = field(
+        default=65_536,
+        metadata={"help": "Rankings kept in memory, about half a kilobyte each at topk 3; 0 for none."},
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.host, str) or not self.host.strip():
