@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -127,6 +127,8 @@ class BM25Retriever(IndexedRetriever):
         self._vocabulary: dict[str, int] | MappedVocabulary = vocabulary
         self._postings = postings
         self._searcher = PostingsSearcher(postings)
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None
+        self._pool_lock = threading.Lock()
 
     def encode(self, queries: Sequence[str]) -> list[list[int]]:
         """The numbers of each query's terms that the corpus has, in the order of the query."""
@@ -144,15 +146,18 @@ class BM25Retriever(IndexedRetriever):
             scores[query], rows[query] = self._searcher.search(encoded[query], top_k)
 
         if len(encoded) > 1 and len(self) >= ROWS_WORTH_THREADS:
-            list(self._threads.map(search, range(len(encoded))))
+            list(self._threads().map(search, range(len(encoded))))
         else:
             for query in range(len(encoded)):
                 search(query)
         return scores, rows
 
-    @cached_property
     def _threads(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="bm25")
+        # Threads do not come along into a forked process, so it starts its own.
+        with self._pool_lock:
+            if self._pool is None or self._pool[0] != os.getpid():
+                self._pool = os.getpid(), ThreadPoolExecutor(len(os.sched_getaffinity(0)), "bm25")
+            return self._pool[1]
 
     def _check_agreement(self, directory: Path, versions: dict[str, str]) -> None:
         """Hold a saved index to a few passages: their terms, as split here, must lead to them."""
@@ -192,6 +197,9 @@ def read_settings(directory: Path) -> dict:
         raise RetrievalError(f"{path} cannot be read ({error!r}); build the index again") from error
     if known != FORMAT:
         raise RetrievalError(f"{path} has format {known!r}, this version reads {FORMAT}; build the index again")
+    missing = sorted({"passages", "terms", "postings", "k1", "b", "stemmer", "stopwords", "versions"} - set(settings))
+    if missing:
+        raise RetrievalError(f"{path} lacks {', '.join(missing)}; build the index again")
     return settings
 
 

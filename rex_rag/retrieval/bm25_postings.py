@@ -11,6 +11,7 @@ optimizations", 1995).
 from __future__ import annotations
 
 import mmap
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,7 @@ class MappedVocabulary:
     def __init__(self, directory: Path) -> None:
         import numpy as np
 
-        self._offsets = np.memmap(directory / TERM_OFFSETS_FILE, dtype="<u8", mode="r")
+        self._offsets = np.asarray(np.memmap(directory / TERM_OFFSETS_FILE, dtype="<u8", mode="r"))
         with (directory / TERMS_FILE).open("rb") as file:
             self._text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if int(self._offsets[-1]) != len(self._text):
@@ -100,6 +101,8 @@ class PostingsSearcher:
         self.postings = postings
         self._free: list[np.ndarray] = []
         self._lock = threading.Lock()
+        # More searches at once than cores would not be faster, but each takes 4 bytes a passage.
+        self._turns = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
 
     def search(self, terms: Sequence[int], top_k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (scores, rows), float32 and int64 of shape (min(top_k, rows),), best first, equal scores by row.
@@ -194,14 +197,15 @@ class PostingsSearcher:
     def _borrowed(self) -> Iterator[np.ndarray]:
         import numpy as np
 
-        with self._lock:
-            sums = self._free.pop() if self._free else None
-        if sums is None:
-            sums = np.zeros(self.postings.rows, np.float32)
-        yield sums
-        # Not after an error: what it left in the array would be added to the next search.
-        with self._lock:
-            self._free.append(sums)
+        with self._turns:
+            with self._lock:
+                sums = self._free.pop() if self._free else None
+            if sums is None:
+                sums = np.zeros(self.postings.rows, np.float32)
+            yield sums
+            # Not after an error: what it left in the array would be added to the next search.
+            with self._lock:
+                self._free.append(sums)
 
 
 def _lower_bound(values: np.ndarray, count: int) -> float:
