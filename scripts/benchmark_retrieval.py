@@ -7,7 +7,8 @@ from a seed. Words follow Zipf's law with the steeper tail that makes a vocabula
 the most frequent ones are English stop words, and a passage repeats words of its own topic; 7,000 passages hold 35,600
 different terms, 7,113 real ones of HotpotQA and 2WikiMultihopQA 34,000. Then it builds the index in DIR/KIND through
 the library's own builder, opens it in a fresh process and searches, and prints one JSON object: seconds, peak memory
-of the build (all its processes), bytes a passage, queries a second one by one and in batches.
+of the build (all its processes), bytes a passage, queries a second one by one and in batches. Where other work runs on
+the machine, the CPU times and the load average beside the wall times tell how much of them it took.
 
 Every kind is one class below with `build` and `open`; the corpus and the questions are the same for all.
 """
@@ -182,8 +183,11 @@ def measure_build(arguments: argparse.Namespace, kind: Any) -> dict[str, Any]:
     started = time.perf_counter()
     with PeakMemory() as peak:
         figures = kind.build(passages, directory, arguments)
+    usages = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return figures | {
         "build_seconds": round(time.perf_counter() - started, 1),
+        "build_cpu_seconds": round(sum(usage.ru_utime + usage.ru_stime for usage in usages), 1),
+        "load_average_after_build": round(os.getloadavg()[0], 1),
         "peak_resident_bytes": peak.resident,
         "peak_own_bytes": peak.own,
         "maxrss_bytes_main": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -199,19 +203,23 @@ def measure_search(arguments: argparse.Namespace, kind: Any) -> dict[str, Any]:
     figures: dict[str, Any] = {"open_seconds": round(time.perf_counter() - started, 3)}
     asked = questions(arguments.queries, arguments.seed)
     retriever.search(asked[:64], arguments.top_k)
-    seconds = []
+    seconds, cpu = [], time.process_time()
     for question in asked:
         started = time.perf_counter()
         retriever.search([question], arguments.top_k)
         seconds.append(time.perf_counter() - started)
     figures["single_queries_per_second"] = round(len(asked) / sum(seconds), 1)
+    figures["single_cpu_milliseconds_mean"] = round(1000 * (time.process_time() - cpu) / len(asked), 3)
     figures["single_milliseconds"] = {
         f"p{part}": round(1000 * float(np.percentile(seconds, part)), 2) for part in (50, 95, 99)
     }
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     for start in range(0, len(asked), arguments.batch):
         retriever.search(asked[start : start + arguments.batch], arguments.top_k)
     figures[f"batch_{arguments.batch}_queries_per_second"] = round(len(asked) / (time.perf_counter() - started), 1)
+    figures[f"batch_{arguments.batch}_cpu_milliseconds_per_query"] = round(
+        1000 * (time.process_time() - cpu) / len(asked), 3
+    )
     stages, batch = {}, asked[: arguments.batch]
     started = time.perf_counter()
     encoded = retriever.encode(batch)
@@ -223,6 +231,7 @@ def measure_search(arguments: argparse.Namespace, kind: Any) -> dict[str, Any]:
     figures["batch_stage_milliseconds_per_query"] = {
         name: round(1000 * value / len(batch), 3) for name, value in stages.items()
     }
+    figures["load_average_after_search"] = round(os.getloadavg()[0], 1)
     figures["searching_maxrss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return figures
 
