@@ -137,7 +137,7 @@ class RemoteRetriever:
         return f"retrieval server{'s' * (len(self.urls) > 1)} at {', '.join(self.urls)}"
 
     def close(self) -> None:
-        """Close the pooled connections; the retriever cannot be used afterwards, and waiting searches fail."""
+        """Close the pooled connections; the retriever cannot be used afterwards, and searches that wait fail."""
         with self._lock:
             self._closed = True
             self._lock.notify_all()
