@@ -385,7 +385,9 @@ def _result(options: BenchOptions, samples: list[Samples], requests: int, distin
             f"--processes (now {len(samples)}) or another machine"
         )
     if distinct < options.queries:
-        notes.append(f"{distinct:,} of the {options.queries:,} queries are distinct; a cache answers the others")
+        notes.append(
+            f"{distinct:,} of the {options.queries:,} queries are distinct; a cache may have answered the others"
+        )
     return BenchResult(
         options.url,
         options.concurrency,

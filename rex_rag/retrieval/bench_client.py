@@ -51,7 +51,7 @@ class Samples:
     cpu_seconds: float = 0.0
 
 
-class _Failed(Exception):
+class RequestFailed(Exception):
     """A request without a usable answer; the text is the cause that is counted."""
 
 
@@ -61,7 +61,7 @@ def drive(load: Load, ready: Callable[[], object], tick: Callable[[int], object]
 
 
 async def _drive(load: Load, ready: Callable[[], object], tick: Callable[[int], object]) -> Samples:
-    connections = [_Connection(load.url, load.timeout) for _ in range(load.concurrency)]
+    connections = [Connection(load.url, load.timeout) for _ in range(load.concurrency)]
     await _send(connections, load.warm_up, load.top_k, Samples(), lambda _: None)
     ready()
     samples = Samples(started=perf_counter())
@@ -74,7 +74,7 @@ async def _drive(load: Load, ready: Callable[[], object], tick: Callable[[int], 
 
 
 async def _send(
-    connections: list[_Connection],
+    connections: list[Connection],
     batches: Sequence[Sequence[str]],
     top_k: int,
     samples: Samples,
@@ -85,7 +85,7 @@ async def _send(
 
 
 async def _work(
-    connection: _Connection,
+    connection: Connection,
     waiting: Iterator[Sequence[str]],
     top_k: int,
     samples: Samples,
@@ -98,7 +98,7 @@ async def _work(
             timing, body = await connection.send(request)
             seconds = perf_counter() - started
             _check(body, len(queries))
-        except _Failed as failure:
+        except RequestFailed as failure:
             samples.errors[str(failure)] += 1
         else:
             samples.latencies.append(seconds)
@@ -117,14 +117,14 @@ def _check(body: bytes, count: int) -> None:
     try:
         result = json.loads(body)["result"]
     except (ValueError, KeyError, TypeError):
-        raise _Failed(f"no Search-R1 answer: {shorten(body[:60])}") from None
+        raise RequestFailed(f"no Search-R1 answer: {shorten(body[:60])}") from None
     if len(result) != count:
-        raise _Failed(f"{len(result)} results for {count} queries")
+        raise RequestFailed(f"{len(result)} results for {count} queries")
     if not all(result):
-        raise _Failed("an empty ranking")
+        raise RequestFailed("an empty ranking")
 
 
-class _Connection:
+class Connection:
     """One kept HTTP/1.1 connection, opened when first needed and again after a failure."""
 
     def __init__(self, url: str, timeout: float) -> None:
@@ -152,13 +152,13 @@ class _Connection:
                 status, timing, body = await self._exchange(request)
         except TimeoutError:
             self.close()
-            raise _Failed(f"no answer within {self._timeout:g} s") from None
+            raise RequestFailed(f"no answer within {self._timeout:g} s") from None
         except (OSError, EOFError, asyncio.LimitOverrunError, ValueError) as error:
             self.close()
             await asyncio.sleep(_PAUSE_SECONDS)
-            raise _Failed(f"connection failed ({type(error).__name__})") from None
+            raise RequestFailed(f"connection failed ({type(error).__name__})") from None
         if status != 200:
-            raise _Failed(f"HTTP {status}: {body[:200].decode('utf-8', 'replace')}")
+            raise RequestFailed(f"HTTP {status}: {body[:200].decode('utf-8', 'replace')}")
         return timing, body
 
     def close(self) -> None:
