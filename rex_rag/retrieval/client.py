@@ -37,8 +37,9 @@ MIN_QUERIES_PER_REQUEST = 32
 REQUESTS_AT_ONCE_PER_SERVER = 8
 # How often a server that is away is asked for its health.
 PROBE_SECONDS = 1.0
-# A server that stays in trouble is named again after this time, not at every request.
-SECONDS_BETWEEN_WARNINGS = 60.0
+# A server is named when its trouble begins, unless it comes and goes, and from time to time while it lasts.
+SECONDS_BETWEEN_WARNINGS = 5.0
+SECONDS_BETWEEN_REMINDERS = 60.0
 
 
 @dataclass(eq=False)
@@ -357,7 +358,8 @@ class RemoteRetriever:
 
     def _warn(self, server: _Server, trouble: Trouble) -> None:
         now = time.monotonic()
-        if now - server.warned < SECONDS_BETWEEN_WARNINGS:
+        told = server.aside_since is not None and server.warned >= server.aside_since
+        if now - server.warned < (SECONDS_BETWEEN_REMINDERS if told else SECONDS_BETWEEN_WARNINGS):
             return
         server.warned = now
         others = "the other servers are asked meanwhile" if len(self._servers) > 1 else "searches wait for it"

@@ -10,7 +10,7 @@ from email.utils import formatdate
 
 import pytest
 
-from rex_rag.retrieval import endpoint
+from rex_rag.retrieval import client, endpoint
 from rex_rag.retrieval.base import DEFAULT_MAX_ATTEMPTS, RetrievalError, Retriever
 from rex_rag.retrieval.client import MAX_BACKOFF_SECONDS, RemoteRetriever
 from tests.retrieval.servers import BehavingServer, free_port
@@ -19,6 +19,7 @@ pytest.importorskip("fastapi", reason="the HTTP tests need fastapi: install the 
 pytest.importorskip("uvicorn", reason="the HTTP tests need uvicorn: install the dev extra")
 
 BACKOFF = 0.01
+CLIENT = "rex_rag.retrieval.client"
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +85,32 @@ def test_no_queries_need_no_server(server, remote):
 @pytest.mark.parametrize("status", [500, 503, 429, 408])
 def test_passing_trouble_is_retried_and_told_once_and_its_end_too(server, remote, caplog, status):
     behaviour = f"status-{status}-3"
-    with caplog.at_level(logging.INFO, logger="rex_rag.retrieval.client"):
+    with caplog.at_level(logging.INFO, logger=CLIENT):
         assert remote(behaviour, max_attempts=4).search(["oslo"], 1)[0][0].text == "about oslo"
     assert server.calls[behaviour] == 4
     warning, end = [(r.levelname, r.getMessage()) for r in caplog.records]
     assert warning[0] == "WARNING" and f"/{behaviour}/retrieve" in warning[1]
     assert f"HTTP {status}" in warning[1] and "out of order" in warning[1]
     assert end[0] == "INFO" and "answers again" in end[1]
+
+
+def test_trouble_that_comes_and_goes_is_not_told_each_time_and_a_new_outage_is(server, remote, caplog, monkeypatch):
+    retriever = remote("ok")
+
+    def outage():
+        server.statuses["ok"] = 500
+        with ThreadPoolExecutor(1) as pool:
+            search = pool.submit(retriever.search, ["a"], 1)
+            time.sleep(0.05)
+            server.statuses["ok"] = 200
+            search.result()
+
+    for _ in range(5):
+        outage()
+    assert [record.levelname for record in caplog.records if record.name == CLIENT] == ["WARNING"]
+    monkeypatch.setattr(client, "SECONDS_BETWEEN_WARNINGS", 0.0)
+    outage()
+    assert [record.levelname for record in caplog.records if record.name == CLIENT] == ["WARNING"] * 2
 
 
 def test_attempts_are_bounded_and_the_error_names_url_attempts_and_cause(server, remote):
