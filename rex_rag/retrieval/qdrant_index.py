@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.indexed import NO_ROW
 from rex_rag.retrieval.qdrant_calls import QdrantCalls, connect_qdrant, full_fingerprint, is_complete, is_embedded
-from rex_rag.retrieval.qdrant_load import ROWS_IN_FLIGHT, load_qdrant
+from rex_rag.retrieval.qdrant_load import load_qdrant
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,7 +89,7 @@ class QdrantIndex:
     ) -> QdrantIndex:
         """An index in this process, filled from `blocks` as `load_qdrant` takes them."""
         client = connect_qdrant()
-        load_qdrant(blocks, client, "passages", rows, dimension, fingerprint, workers=1, batch_size=ROWS_IN_FLIGHT)
+        load_qdrant(blocks, client, "passages", rows, dimension, fingerprint, workers=1)
         return cls(client, "passages", rows, dimension, fingerprint, exact=True)
 
     @classmethod
