@@ -60,7 +60,8 @@ def estimate_bm25(
     merged = shards * vocabulary(shard)
     working = min(processes, shards)
     counting = shard * (
-        working * (_TEXT_COPIES * text + _BYTES_PER_TOKEN * tokens) + (working * SHARDS_AHEAD + 1) * text
+        # A shard on its way to a process is there twice: as it was read, and packed for the pipe.
+        working * (_TEXT_COPIES * text + _BYTES_PER_TOKEN * tokens) + (2 * (working + SHARDS_AHEAD) + 1) * text
     )
     block = min(total * postings, BLOCK_POSTINGS)
     writing = block * _BYTES_PER_BLOCK_POSTING + min(block, shard * postings) * _BYTES_PER_SPAN_POSTING

@@ -33,7 +33,7 @@ SHARD_PASSAGES = 50_000
 # Postings that the last step holds in memory at once, 8 bytes each besides what scoring takes; a single longer list is
 # held whole.
 BLOCK_POSTINGS = 1 << 25
-# Shards waiting for each process, so that none is idle while the next one is read.
+# Shards read ahead for all processes together: reading one takes a small part of the time that counting it does.
 SHARDS_AHEAD = 2
 # Terms are read back in pieces of this size, all shards at once: a file held open for each would exceed the limits.
 _BYTES_PER_READ = 1 << 16
@@ -105,7 +105,7 @@ def count_shards(passages: PassageSource, shards: list[Shard], options: BM25Opti
             try:
                 running = {}
                 for shard in waiting:
-                    while len(running) >= workers * SHARDS_AHEAD:
+                    while len(running) >= workers + SHARDS_AHEAD:
                         _collect(running, bar)
                     running[pool.submit(_work, shard, _lines(passages, shard))] = shard
                 while running:
