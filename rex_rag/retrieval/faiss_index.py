@@ -30,8 +30,9 @@ NLIST_PER_ROOT = 4
 # The same guidelines ask for 30 to 256 training vectors a list; FAISS itself warns below 39.
 TRAINING_PER_LIST = 64
 MIN_TRAINING_PER_LIST = 39
-# A sixteenth of the lists: what it loses against exact search is measured in docs/retrieval.md.
+# A sixteenth of the lists, but of short ones at least this many: what it loses is measured in docs/retrieval.md.
 NPROBE_SHARE = 16
+MIN_NPROBE = 64
 # Malkov and Yashunin, arXiv 1603.09320, section 4: M from 5 to 48, larger for high dimension and recall.
 HNSW_M = 32
 HNSW_EF_CONSTRUCTION = 200
@@ -95,7 +96,7 @@ class FaissOptions:
 
     def probes(self, total: int) -> int:
         """The number of lists a search reads."""
-        return min(self.nprobe or math.ceil(self.lists(total) / NPROBE_SHARE), self.lists(total))
+        return _probes(self.nprobe, self.lists(total))
 
 
 def build_faiss_index(vectors: VectorShards, path: str | Path, options: FaissOptions) -> None:
@@ -151,7 +152,7 @@ class FaissIndex:
         settings = ""
         if options.kind == "ivf":
             lists = self._index.nlist
-            probes = min(options.nprobe or math.ceil(lists / NPROBE_SHARE), lists)
+            probes = _probes(options.nprobe, lists)
             self._parameters = faiss.SearchParametersIVF(nprobe=probes)
             settings = f" ({probes} of {lists} lists, {options.storage})"
         elif options.kind == "hnsw":
@@ -195,6 +196,10 @@ class FaissIndex:
             return self._parameters
         # A graph search returns at most as many rows as it keeps candidates.
         return import_faiss().SearchParametersHNSW(efSearch=max(self.options.ef_search, count))
+
+
+def _probes(asked: int | None, lists: int) -> int:
+    return min(asked or max(MIN_NPROBE, math.ceil(lists / NPROBE_SHARE)), lists)
 
 
 def _trained_ivf(vectors: VectorShards, options: FaissOptions):

@@ -134,7 +134,8 @@ def test_a_ranking_that_cannot_be_filled_ends_with_no_row(tmp_path):
 def test_defaults_follow_the_number_of_vectors():
     options = FaissOptions("ivf")
     assert (options.lists(1_000_000), options.probes(1_000_000)) == (4000, 250)
-    assert (options.lists(100), options.probes(100)) == (2, 1)
+    assert (options.lists(100_000), options.probes(100_000)) == (1265, 80)
+    assert (options.lists(10_000), options.probes(10_000)) == (256, 64)
     assert (options.lists(5), options.probes(5)) == (1, 1)
     assert [FaissOptions(kind).dtype for kind in ("flat", "flat-fp16", "ivf", "hnsw")] == [
         "float32",
@@ -220,23 +221,25 @@ def test_threads_see_the_same_rankings(tmp_path):
 
 
 MEMORY = """
-import json, resource, sys
-import numpy as np
+import json, re, sys
 from pathlib import Path
 from rex_rag.retrieval.encode_corpus import VectorShards
 from rex_rag.retrieval.faiss_index import FaissOptions, FaissIndex, build_faiss_index
-import faiss
+import faiss, numpy
 
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def status(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+def grown(work):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = status("VmRSS")
+    work()
+    return status("VmHWM") - before
 
 shards = VectorShards(sys.argv[1])
-before = resident()
-build_faiss_index(shards, sys.argv[2], FaissOptions("flat-fp16"))
-built = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-before = resident()
-FaissIndex(sys.argv[2], FaissOptions("flat-fp16"))
-print(json.dumps([built, resident() - before]))
+build = grown(lambda: build_faiss_index(shards, sys.argv[2], FaissOptions("flat-fp16")))
+held = []
+print(json.dumps([build, grown(lambda: held.append(FaissIndex(sys.argv[2], FaissOptions("flat-fp16"))))]))
 """
 
 
