@@ -23,6 +23,9 @@ from rex_rag.retrieval.stages import Ranking, Served, Timings, attempt, encode, 
 
 logger = logging.getLogger(__name__)
 
+# In all, a batch waits this many times `wait` for the clients just answered, however regularly they come.
+MAX_WAITS = 10
+
 
 class ResultCache:
     """The rankings of the latest (query, top_k), at most `size` of them; 0 keeps none.
@@ -80,14 +83,17 @@ class _Job:
 class MicroBatcher:
     """Serves an indexed retriever in three threads (encode, rank, fetch), one batch after the other in each.
 
-    While a batch is ranked, the next one is encoded as soon as it is as large as the one being ranked; smaller ones
-    wait and grow, because searching a batch costs less than searching its queries one by one. To be made on the event
-    loop that it serves.
+    Searching a batch costs less than searching its parts, so that batches should be large, without anyone waiting for
+    long. While one is ranked, the next is encoded if it is larger, and grows until then. Once it is answered, its
+    clients tend to ask again at once: a smaller batch waits for them, until none came for `wait`. Without this, the
+    clients of a busy server would split into two halves that take turns. A client by itself never waits.
+
+    To be made on the event loop that it serves.
 
     Args:
         max_batch: queries in a batch, >= 1.
         max_waiting: unanswered queries beyond which `submit` refuses, >= 1.
-        wait: seconds to let an idle server's first batch grow, >= 0.
+        wait: seconds without a new query after which a batch waits no longer for clients just answered, >= 0.
         cache_size: rankings kept, >= 0.
     """
 
@@ -112,6 +118,9 @@ class MicroBatcher:
         self._waiting: deque[_Job] = deque()
         self._unanswered = 0
         self._ranking = 0  # queries in the batch being ranked
+        self._last_batch = 0  # queries in the batch ranked last
+        self._ranked_at = self._answered_at = self._arrived_at = 0.0
+        self._fetching = False
         self._ready: list[_Request] = []
         self._open: set[_Request] = set()
         self._ended_by: RetrievalError | None = None
@@ -139,6 +148,7 @@ class MicroBatcher:
         if not request.missing:
             self._fetch_soon(request)
             return future
+        self._arrived_at = self._loop.time()
         self._unanswered += request.missing
         for position, ranking in enumerate(rankings):
             if ranking is None:
@@ -175,11 +185,11 @@ class MicroBatcher:
 
     async def _form_batches(self) -> None:
         while True:
-            while not self._waiting or len(self._waiting) < min(self._ranking, self._max_batch):
+            while not self._is_worth_starting():
                 self._changed.clear()
                 await self._changed.wait()
-            if self._wait and not self._ranking and len(self._waiting) < self._max_batch:
-                await asyncio.sleep(self._wait)
+            while self._expects_more():
+                await asyncio.sleep(self._wait / 4)
             batch = self._take()
             if not batch:
                 continue
@@ -188,6 +198,18 @@ class MicroBatcher:
             await self._rank_free.acquire()
             self._ranking = len(batch)
             self._spawn(self._rank(batch, queries, encoded, seconds))
+
+    def _is_worth_starting(self) -> bool:
+        waiting = len(self._waiting)
+        return waiting >= self._max_batch or waiting > self._ranking
+
+    def _expects_more(self) -> bool:
+        """Whether the clients of the batch just answered are still coming back with their next queries."""
+        if self._ranking or len(self._waiting) >= min(self._last_batch, self._max_batch):
+            return False
+        now = self._loop.time()
+        latest = now if self._fetching else max(self._answered_at, self._arrived_at)
+        return now - latest < self._wait and now - self._ranked_at < self._wait * MAX_WAITS
 
     def _take(self) -> list[_Job]:
         batch: list[_Job] = []
@@ -203,7 +225,7 @@ class MicroBatcher:
     async def _rank(self, batch: list[_Job], queries: list[str], encoded: Any, encode_seconds: float) -> None:
         top_ks = [job.top_k for job in batch]
         outcomes, seconds = await self._in_thread("rank", timed, rank, self._retriever, queries, top_ks, encoded)
-        self._ranking = 0
+        self._ranking, self._last_batch, self._ranked_at = 0, len(batch), self._loop.time()
         self._rank_free.release()
         self._changed.set()
         pace = max(encode_seconds, seconds) / len(batch)
@@ -246,8 +268,9 @@ class MicroBatcher:
         while True:
             await self._fetchable.wait()
             self._fetchable.clear()
-            requests, self._ready = self._ready, []
+            requests, self._ready, self._fetching = self._ready, [], True
             bodies = await self._in_thread("fetch", self._fetch, requests)
+            self._fetching, self._answered_at = False, self._loop.time()
             now = perf_counter()
             for request, (body, seconds) in zip(requests, bodies, strict=True):
                 if isinstance(body, Exception):

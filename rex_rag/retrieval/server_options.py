@@ -56,8 +56,11 @@ class ServerOptions:
         metadata={"help": "Queries searched together at most."},
     )
     batch_wait_ms: float = field(
-        default=0.0,
-        metadata={"help": "Milliseconds that an idle server lets a batch grow before it searches."},
+        default=2.0,
+        metadata={
+            "help": "A batch smaller than the last waits for the clients just answered to ask again, until none came "
+            "for so many milliseconds; 0 never waits."
+        },
     )
     max_waiting: int = field(
         default=16_384,
@@ -81,7 +84,7 @@ class ServerOptions:
             raise ValueError(f"micro_batching={self.micro_batching!r}; it must be true or false")
         wait = self.batch_wait_ms
         if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= 1000:
-            raise ValueError(f"batch_wait_ms={wait!r}; it must be between 0 and 1000, and 0 to 2 make sense")
+            raise ValueError(f"batch_wait_ms={wait!r}; it must be between 0 and 1000, and 0 to 5 make sense")
         if self.default_top_k > self.max_top_k:
             raise ValueError(
                 f"default_top_k={self.default_top_k} is above max_top_k={self.max_top_k}, so that a request without "

@@ -40,7 +40,7 @@ def test_what_waits_while_a_batch_is_searched_becomes_the_next_batch():
         batcher = make(engine)
         first = batcher.submit(["1"], 3, True)
         await until(lambda: engine.ranked == [["1"]])
-        # Larger than the batch being ranked, so it is encoded meanwhile; what comes after that has to wait longer.
+        # More than the batch being ranked, so they are encoded meanwhile; what comes after that has to wait longer.
         second = batcher.submit(["2", "3"], 3, True)
         await until(lambda: ["2", "3"] in engine.encoded)
         others = [batcher.submit([str(n)], 3, True) for n in range(4, 10)]
@@ -86,15 +86,36 @@ def test_no_batch_exceeds_the_limit_and_a_request_may():
     run(test)
 
 
-def test_an_idle_server_lets_a_batch_grow_when_told_to():
+def test_a_batch_waits_for_the_clients_just_answered():
+    async def test():
+        engine = ToyRetriever()
+        batcher = make(engine, wait=0.3)
+
+        async def client(name, pause):
+            await batcher.submit([f"{name}1"], 1, True)
+            await asyncio.sleep(pause)
+            await batcher.submit([f"{name}2"], 1, True)
+
+        # The second queries come 0, 50 and 100 ms after the answers, each sooner after the last one than the limit.
+        await asyncio.gather(*(client(name, 0.05 * (name - 1)) for name in (1, 2, 3)))
+        assert engine.ranked == [["11", "21", "31"], ["12", "22", "32"]]
+        await batcher.close()
+
+    run(test)
+
+
+def test_a_batch_does_not_wait_for_clients_that_stay_away_nor_a_client_by_itself():
     async def test():
         engine = ToyRetriever()
         batcher = make(engine, wait=0.2)
-        futures = [batcher.submit(["1"], 3, True)]
-        await asyncio.sleep(0.02)
-        futures.append(batcher.submit(["2"], 3, True))
-        await asyncio.gather(*futures)
-        assert engine.ranked == [["1", "2"]]
+        await asyncio.gather(*(batcher.submit([str(n)], 1, True) for n in range(3)))
+        started = time.monotonic()
+        await batcher.submit(["4"], 1, True)
+        assert 0.15 < time.monotonic() - started < 1
+        for n in range(5, 15):
+            await batcher.submit([str(n)], 1, True)
+        # Ten waits would have taken two seconds.
+        assert time.monotonic() - started < 1.5
         await batcher.close()
 
     run(test)
@@ -234,12 +255,12 @@ def test_nobody_searches_for_a_client_that_went_away_and_its_place_stays_taken_u
     async def test():
         engine = ToyRetriever()
         engine.gate.clear()
-        batcher = make(engine, max_waiting=3)
+        batcher = make(engine, max_waiting=4)
         running = batcher.submit(["1"], 1, True)
         await until(lambda: engine.ranked)
-        # "2" is encoded ahead; "3" still waits, for a client that leaves.
-        ahead = batcher.submit(["2"], 1, True)
-        await until(lambda: ["2"] in engine.encoded)
+        # "2" and "5" are encoded ahead; "3" still waits, for a client that leaves.
+        ahead = batcher.submit(["2", "5"], 1, True)
+        await until(lambda: ["2", "5"] in engine.encoded)
         gone = batcher.submit(["3"], 1, True)
         gone.cancel()
         with pytest.raises(Overloaded):
@@ -247,7 +268,7 @@ def test_nobody_searches_for_a_client_that_went_away_and_its_place_stays_taken_u
         engine.gate.set()
         await asyncio.gather(running, ahead)
         assert read(await batcher.submit(["4"], 1, True)) == [expected("4", 1)]
-        assert engine.ranked == [["1"], ["2"], ["4"]]
+        assert engine.ranked == [["1"], ["2", "5"], ["4"]]
         await batcher.close()
 
     run(test)
