@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rex_rag.retrieval.bm25_postings import ROWS_PER_RANGE
 from rex_rag.retrieval.bm25_shards import BLOCK_POSTINGS, SHARD_PASSAGES, SHARDS_AHEAD, Shard, write_shard
 from rex_rag.retrieval.bm25_text import BM25Options, TermSplitter
 from rex_rag.retrieval.estimate import Estimate
@@ -75,15 +76,15 @@ def estimate_bm25(
     )
     return Estimate(
         peak_ram=int(max(counting, writing + lasting)),
-        serving_ram=int(4 * total * cores),
+        serving_ram=4 * min(total, ROWS_PER_RANGE) * cores,
         work_disk=int(work),
         final_disk=int(final),
         seconds=sum(steps),
         notes=(
             f"BM25: {tokens:.0f} terms a passage, {postings:.0f} of them different, in a sample of {len(sample):,}; "
             f"{terms:,.0f} terms in all if the vocabulary grows by the power {exponent:.2f} of the corpus",
-            f"BM25: memory for {working} processes; a search adds up in 4 bytes a passage and thread, and is fast "
-            "while the system can keep the index's files in free memory",
+            f"BM25: memory for {working} processes; the index is read through the system's file cache: searching is "
+            "fast while free memory holds it",
         ),
     )
 

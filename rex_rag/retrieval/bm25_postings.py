@@ -11,7 +11,6 @@ optimizations", 1995).
 from __future__ import annotations
 
 import mmap
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,8 @@ TERM_MAXIMA_FILE = "term_maxima.npy"
 
 # A look-up by binary search costs about as much as adding this many neighbouring postings (measured with numpy 2.3).
 POSTINGS_PER_LOOKUP = 32
+# Rows searched together: their sums take 4 MiB, about what a core's caches hold.
+ROWS_PER_RANGE = 1 << 20
 # The k-th best of a list is bounded from below by the k-th best of this many maxima of its parts.
 PARTS_PER_RESULT = 64
 
@@ -94,15 +95,55 @@ class Postings:
         return self.indices[span], self.data[span]
 
 
+@dataclass
+class _List:
+    """A term's postings within a range of rows; rows are kept as in the index, `first` is where the range starts."""
+
+    rows: np.ndarray
+    scores: np.ndarray
+    bound: float  # the most it can add to a passage
+    times: int  # how often the query has the term
+    first: int
+
+    def weighted(self) -> np.ndarray:
+        import numpy as np
+
+        return self.scores if self.times == 1 else self.scores * np.float32(self.times)
+
+    def look_up(self, candidates: np.ndarray) -> np.ndarray:
+        """The scores of candidate rows, once, 0 for those without the term."""
+        import numpy as np
+
+        if not len(self.rows):
+            return np.zeros(len(candidates), np.float32)
+        places = np.searchsorted(self.rows, candidates)
+        places[places == len(self.rows)] = 0
+        return np.where(self.rows[places] == candidates, self.scores[places], np.float32(0))
+
+    def gather(self, candidates: np.ndarray, sums: np.ndarray) -> np.ndarray:
+        """As `look_up`, times how often the query has the term, the cheaper way of two; `sums` stays zero."""
+        import numpy as np
+
+        if len(candidates) * POSTINGS_PER_LOOKUP < len(self.rows):
+            return self.look_up(candidates) * np.float32(self.times)
+        places = self.rows.astype(np.intp) - self.first
+        sums[places] = self.weighted()
+        gathered = sums.take(candidates - self.first)
+        sums[places] = 0
+        return gathered
+
+
 class PostingsSearcher:
-    """Finds the best rows of queries. Safe between threads: each search borrows an array of its own to add up in."""
+    """Finds the best rows of queries. Safe between threads: each search borrows an array of its own to add up in.
+
+    Rows are searched range by range: what is added up then stays in the processor's cache and takes little memory, and
+    what the first range found tells from the start which lists can matter in the next.
+    """
 
     def __init__(self, postings: Postings) -> None:
         self.postings = postings
         self._free: list[np.ndarray] = []
         self._lock = threading.Lock()
-        # More searches at once than cores would not be faster, but each takes 4 bytes a passage.
-        self._turns = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
 
     def search(self, terms: Sequence[int], top_k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (scores, rows), float32 and int64 of shape (min(top_k, rows),), best first, equal scores by row.
@@ -111,110 +152,115 @@ class PostingsSearcher:
         """
         import numpy as np
 
-        count = min(top_k, self.postings.rows)
-        candidates = self._candidates(terms, count) if terms else np.empty(0, self.postings.indices.dtype)
-        scores = self._scores(terms, candidates)
-        # A score too small for a float32 is 0 like that of a row without any of the terms.
-        candidates, scores = candidates[scores > 0], scores[scores > 0]
-        order = np.lexsort((candidates, -scores))[:count]
-        best, rows = scores[order], candidates[order].astype(np.int64)
+        postings = self.postings
+        count = min(top_k, postings.rows)
+        best, rows = np.empty(0, np.float32), np.empty(0, postings.indices.dtype)
+        repeats = Counter(terms)
+        # The term that can add most first: rare ones, whose lists are short.
+        order = sorted(repeats, key=lambda term: (-float(postings.maxima[term]) * repeats[term], term))
+        with self._borrowed() as sums:
+            for first in range(0, postings.rows if terms else 0, ROWS_PER_RANGE):
+                lists = {term: self._list(term, repeats[term], first) for term in order}
+                candidates = _candidates(
+                    list(lists.values()), count, float(best[-1]) if len(best) == count else 0, sums
+                )
+                # Added up in the order of the query, as bm25s does it.
+                scores = np.zeros(len(candidates), np.float32)
+                found = {term: lists[term].look_up(candidates) for term in order} if len(candidates) else {}
+                for term in terms if len(candidates) else ():
+                    scores += found[term]
+                # A score too small for a float32 is 0 like that of a row without any of the terms.
+                best, rows = np.append(best, scores[scores > 0]), np.append(rows, candidates[scores > 0])
+                ranking = np.lexsort((rows, -best))[:count]
+                best, rows = best[ranking], rows[ranking]
+        rows = rows.astype(np.int64)
         if len(rows) < count:
-            others = np.setdiff1d(np.arange(min(self.postings.rows, count + len(rows))), rows)[: count - len(rows)]
+            others = np.setdiff1d(np.arange(min(postings.rows, count + len(rows))), rows)[: count - len(rows)]
             best, rows = np.append(best, np.zeros(len(others), np.float32)), np.append(rows, others)
         return best, rows
 
-    def _scores(self, terms: Sequence[int], candidates: np.ndarray) -> np.ndarray:
-        """The scores of a few rows, added up in the order of the terms, as bm25s does it."""
+    def _list(self, term: int, times: int, first: int) -> _List:
         import numpy as np
 
-        scores = np.zeros(len(candidates), np.float32)
-        found = {term: self._look_up(term, candidates) for term in set(terms)}
-        for term in terms:
-            scores += found[term]
-        return scores
-
-    def _look_up(self, term: int, candidates: np.ndarray) -> np.ndarray:
-        import numpy as np
-
-        rows, data = self.postings.of_term(term)
-        places = np.searchsorted(rows, candidates)
-        places[places == len(rows)] = 0
-        return np.where(rows[places] == candidates, data[places], np.float32(0))
-
-    def _candidates(self, terms: Sequence[int], count: int) -> np.ndarray:
-        """Rows among which the best `count` are for certain; every row that matches, where these are fewer."""
-        import numpy as np
-
-        repeats = Counter(terms)
-        bounds = {term: float(self.postings.maxima[term]) * times for term, times in repeats.items()}
-        queue = sorted(repeats, key=lambda term: (-bounds[term], term))
-        # Sums in another order round differently: by less than this, so near misses stay in.
-        slack = sum(bounds.values()) * (len(terms) + 2) * 2.0**-22
-        left = sum(bounds.values())
-        threshold = 0.0
-        with self._borrowed() as sums:
-            reached: list[np.ndarray] = []
-            while queue and left >= threshold - slack:
-                term = queue.pop(0)
-                left -= bounds[term]
-                rows, values = self.postings.of_term(term)
-                rows = rows.astype(np.intp)
-                before = sums.take(rows)
-                # Every posting's score is above 0, so a sum of 0 tells a row that no list has reached yet.
-                reached.append(rows[before == 0] if reached else rows)
-                before += values if repeats[term] == 1 else values * np.float32(repeats[term])
-                sums[rows] = before
-                threshold = max(threshold, _lower_bound(before, count))
-            cut = threshold - max(left, 0.0) - slack
-            candidates = np.concatenate([rows[sums.take(rows) >= cut] if cut > 0 else rows for rows in reached])
-            partial = sums.take(candidates)
-            for rows in reached:
-                sums[rows] = 0
-            candidates = candidates.astype(self.postings.indices.dtype)
-            for term in queue:
-                partial += self._gather(term, candidates, sums) * np.float32(repeats[term])
-                left -= bounds[term]
-                if len(partial) > count:
-                    threshold = max(threshold, float(np.partition(partial, len(partial) - count)[-count]))
-                keep = partial >= threshold - max(left, 0.0) - slack
-                candidates, partial = candidates[keep], partial[keep]
-        if len(partial) > count:
-            threshold = float(np.partition(partial, len(partial) - count)[-count])
-            candidates = candidates[partial >= threshold - slack]
-        return candidates
-
-    def _gather(self, term: int, candidates: np.ndarray, sums: np.ndarray) -> np.ndarray:
-        """The scores of a term in candidate rows, the cheaper way of two; `sums` is zero before and after."""
-        rows, values = self.postings.of_term(term)
-        if len(candidates) * POSTINGS_PER_LOOKUP < len(rows):
-            return self._look_up(term, candidates)
-        sums[rows] = values
-        gathered = sums.take(candidates)
-        sums[rows] = 0
-        return gathered
+        rows, scores = self.postings.of_term(term)
+        if self.postings.rows > ROWS_PER_RANGE:
+            # Of the type of the rows: another would have the whole list converted.
+            borders = np.array((first, min(first + ROWS_PER_RANGE, self.postings.rows)), np.int64)
+            low, high = np.searchsorted(rows, borders.astype(rows.dtype))
+            rows, scores = rows[low:high], scores[low:high]
+        return _List(rows, scores, float(self.postings.maxima[term]) * times, times, first)
 
     @contextmanager
     def _borrowed(self) -> Iterator[np.ndarray]:
         import numpy as np
 
-        with self._turns:
-            with self._lock:
-                sums = self._free.pop() if self._free else None
-            if sums is None:
-                sums = np.zeros(self.postings.rows, np.float32)
-            yield sums
-            # Not after an error: what it left in the array would be added to the next search.
-            with self._lock:
-                self._free.append(sums)
+        with self._lock:
+            sums = self._free.pop() if self._free else None
+        if sums is None:
+            sums = np.zeros(min(self.postings.rows, ROWS_PER_RANGE), np.float32)
+        yield sums
+        # Not after an error: what it left in the array would be added to the next search.
+        with self._lock:
+            self._free.append(sums)
 
 
-def _lower_bound(values: np.ndarray, count: int) -> float:
-    """A number that at least `count` of the values reach, 0 where there are not as many."""
+def _candidates(lists: list[_List], count: int, threshold: float, sums: np.ndarray) -> np.ndarray:
+    """Rows of a range among which are all that belong to the best `count`, given that as many reach `threshold`.
+
+    lists: in descending order of their bounds; sums: zeros for every row of the range, zeros again at the end.
+    """
+    import numpy as np
+
+    left = sum(part.bound for part in lists)
+    # Sums in another order round differently: by less than this, so near misses stay in.
+    slack = left * (sum(part.times for part in lists) + 2) * 2.0**-22
+    reached: list[np.ndarray] = []
+    added = 0
+    while added < len(lists) and left >= threshold - slack:
+        part = lists[added]
+        added += 1
+        left -= part.bound
+        if not len(part.rows):
+            continue
+        places = part.rows.astype(np.intp)
+        places -= part.first
+        before = sums.take(places)
+        # Every posting's score is above 0, so a sum of 0 tells a row that no list has reached yet.
+        reached.append(places[before == 0] if reached else places)
+        before += part.weighted()
+        sums[places] = before
+        threshold = max(threshold, _lower_bound(before, count))
+    if not reached:
+        return np.empty(0, lists[0].rows.dtype)
+    cut = threshold - max(left, 0.0) - slack
+    places = np.concatenate([part[sums.take(part) >= cut] if cut > 0 else part for part in reached])
+    partial = sums.take(places)
+    for part in reached:
+        sums[part] = 0
+    candidates = (places + lists[0].first).astype(lists[0].rows.dtype)
+    for part in lists[added:]:
+        if not len(candidates):
+            break
+        partial += part.gather(candidates, sums)
+        left -= part.bound
+        threshold = max(threshold, _kth_best(partial, count))
+        keep = partial >= threshold - max(left, 0.0) - slack
+        candidates, partial = candidates[keep], partial[keep]
+    return candidates[partial >= max(threshold, _kth_best(partial, count)) - slack]
+
+
+def _kth_best(values: np.ndarray, count: int) -> float:
+    """The `count`-th highest of the values, 0 where there are not as many."""
     import numpy as np
 
     if len(values) < count:
         return 0.0
+    return float(np.partition(values, len(values) - count)[len(values) - count])
+
+
+def _lower_bound(values: np.ndarray, count: int) -> float:
+    """A number that at least `count` of the values reach, 0 where there are not as many."""
     parts = count * PARTS_PER_RESULT
     if len(values) > 4 * parts:
         values = values[: len(values) // parts * parts].reshape(parts, -1).max(axis=1)
-    return float(np.partition(values, len(values) - count)[len(values) - count])
+    return _kth_best(values, count)

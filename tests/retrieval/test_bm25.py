@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from rex_rag.data.corpus import CorpusError, read_corpus, write_corpus
+from rex_rag.retrieval import bm25_postings
 from rex_rag.retrieval.base import RetrievalError, Retriever, checked_search
 from rex_rag.retrieval.bm25 import BM25Retriever
-from rex_rag.retrieval.bm25_postings import PostingsSearcher
 from rex_rag.types import Passage
 
 REAL_DATA = Path(__file__).parents[3] / "shared" / "data" / "hotpotqa_sample"
@@ -104,18 +104,31 @@ def test_lists_of_common_words_are_not_added_up_when_they_cannot_matter(monkeypa
     retriever = BM25Retriever(passages)
     [rare, common] = retriever.encode(["rare common"])[0]
     looked_up = []
-    look_up = PostingsSearcher._look_up
+    look_up = bm25_postings._List.look_up
 
-    def watched(self, term, candidates):
-        looked_up.append((term, len(candidates)))
-        return look_up(self, term, candidates)
+    def watched(self, candidates):
+        looked_up.append((len(self.rows), len(candidates)))
+        return look_up(self, candidates)
 
-    monkeypatch.setattr(PostingsSearcher, "_look_up", watched)
+    monkeypatch.setattr(bm25_postings._List, "look_up", watched)
     _, [rows] = retriever.rank([[common, rare]], 5)
     assert rows.tolist() == [0, 2500, 5000, 7500, 10000]
-    # Once to find what may win, and once more for the exact scores: 20 candidates, never 50,000.
-    assert looked_up[0] == (common, 20)
+    # First to find what may win, then for the exact scores: 20 candidates in a list of 50,000.
+    assert looked_up[0] == (50_000, 20)
     assert max(count for _, count in looked_up) == 20
+
+
+@pytest.mark.parametrize("rows_per_range", [1, 7, 64, 1000])
+def test_ranges_of_rows_leave_the_ranking_as_it_is(rows_per_range, monkeypatch):
+    draws = random.Random(rows_per_range)
+    passages = _random_corpus(draws, 400, 60, 12)
+    queries = [" ".join(f"w{int(draws.paretovariate(0.5))}" for _ in range(draws.randint(1, 8))) for _ in range(60)]
+    whole = BM25Retriever(passages)
+    expected = {top_k: whole.search(queries, top_k) for top_k in (1, 5, 400)}
+    monkeypatch.setattr(bm25_postings, "ROWS_PER_RANGE", rows_per_range)
+    ranged = BM25Retriever(passages)
+    assert {top_k: ranged.search(queries, top_k) for top_k in (1, 5, 400)} == expected
+    assert all(len(sums) == min(400, rows_per_range) for sums in ranged._searcher._free)
 
 
 def test_what_a_search_adds_up_does_not_leak_into_the_next():
