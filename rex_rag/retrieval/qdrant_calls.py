@@ -61,6 +61,10 @@ def connect_qdrant(url: str | None = None, timeout: float = 60.0) -> QdrantClien
         raise RetrievalError(f"the Qdrant address {url!r} is malformed ({error}); use https://host:6333") from error
 
 
+class NotApplied(Exception):
+    """The cluster took a request without saying that it was carried out; sending it again is worth a try."""
+
+
 class QdrantCalls:
     """Calls of the client with bounded retries where trouble may pass, and one kind of error."""
 
@@ -84,6 +88,8 @@ class QdrantCalls:
                 cause, passing, wait = error.source, True, 0.0
             except UnexpectedResponse as error:
                 cause, passing, wait = error, error.status_code == 429 or (error.status_code or 500) >= 500, 0.0
+            except NotApplied as error:
+                cause, passing, wait = error, True, 0.0
             except ValueError as error:
                 cause, passing, wait = error, False, 0.0
             said = " ".join(f"{type(cause).__name__}: {cause}".split())

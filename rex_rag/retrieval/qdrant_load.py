@@ -20,6 +20,7 @@ from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.qdrant_calls import (
     COMPLETE_KEY,
     FINGERPRINT_KEY,
+    NotApplied,
     QdrantCalls,
     full_fingerprint,
     is_complete,
@@ -202,12 +203,13 @@ def _upsert(calls: QdrantCalls, first: int, batch: np.ndarray) -> None:
     from qdrant_client import models
 
     points = models.Batch(ids=list(range(first, first + len(batch))), vectors=batch.tolist())
-    result = calls(calls.client.upsert, calls.collection, points, wait=True)
-    if result.status != models.UpdateStatus.COMPLETED:
-        raise RetrievalError(
-            f"Qdrant collection {calls.collection!r} answered {result.status} to the rows from {first} "
-            "on, not that they are stored; run the load again, it continues"
-        )
+
+    def upsert() -> None:
+        status = calls.client.upsert(calls.collection, points, wait=True).status
+        if status != models.UpdateStatus.COMPLETED:
+            raise NotApplied(f"the cluster answered {status.value!r} to the rows from {first} on")
+
+    calls(upsert)
 
 
 def _wait_until_indexed(calls: QdrantCalls, rows: int, timeout: float) -> None:

@@ -91,7 +91,12 @@ class Cluster:
 
         @route("PUT", at + "/points", "upsert")
         def upsert(name, body):
-            return self.client.upsert(name, models.Batch(**body["batch"])).model_dump(mode="json")
+            if self.unapplied:
+                self.unapplied -= 1
+                return {"operation_id": 1, "status": "wait_timeout"}
+            rows = [row for row in body["batch"]["ids"] if row != self.loses]
+            vectors = body["batch"]["vectors"][: len(rows)]
+            return self.client.upsert(name, models.Batch(ids=rows, vectors=vectors)).model_dump(mode="json")
 
         @route("POST", at + "/points/count", "count")
         def count(name, body):
@@ -119,6 +124,8 @@ class Cluster:
         self.keys = set()
         self.fail = {}
         self.keeps_metadata = True
+        self.unapplied = 0  # so many coming uploads are only queued
+        self.loses = None  # a row that is acknowledged and not kept
 
     def stop(self):
         self._server.should_exit = True
@@ -241,6 +248,22 @@ def test_a_load_whose_older_batches_failed_while_newer_ones_arrived_leaves_no_ho
         load(cluster, vectors, batch_size=100, workers=4, max_attempts=1)
     load(cluster, vectors, batch_size=100)
     assert cluster.client.count(NAME).count == 1200
+
+
+def test_an_upload_that_is_only_queued_is_sent_again(cluster):
+    cluster.unapplied = 2
+    load(cluster, unit_vectors(50), workers=1, max_attempts=3)
+    assert cluster.rows_sent() == 3 * list(range(50))
+    assert cluster.client.count(NAME).count == 50
+
+
+def test_a_cluster_that_loses_rows_is_not_called_complete(cluster):
+    vectors = unit_vectors(50)
+    cluster.loses = 49
+    with pytest.raises(RetrievalError, match="holds 49 points after 50 rows were loaded"):
+        load(cluster, vectors)
+    with pytest.raises(RetrievalError, match="is incomplete"):
+        connect(cluster, vectors)
 
 
 def test_a_complete_collection_is_not_loaded_again(cluster):
