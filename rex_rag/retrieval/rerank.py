@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What is not among the candidates cannot be found: of the gold passages of hotpotqa_sample within 7,113 passages, exact
-# search with all-MiniLM-L6-v2 has .81 among the first 10 and .88 among the first 50.
+# What is not among the candidates cannot be found: of the gold passages of hotpotqa_sample within 7,113 passages,
+# exact search with all-MiniLM-L6-v2 has .81 among the first 10 and .88 among the first 50.
 DEFAULT_CANDIDATES = 50
 DEFAULT_BATCH_SIZE = 32  # sentence-transformers' own
 PAIRS_PER_CALL = 8192  # bounds the texts held at once, a few megabytes
