@@ -12,7 +12,7 @@ from rex_rag.retrieval.encode_corpus import DEFAULT_SHARD_ROWS
 from rex_rag.retrieval.encode_corpus import DTYPES as DTYPE_BYTES
 from rex_rag.retrieval.encoder import Encoder
 from rex_rag.retrieval.estimate import Estimate
-from rex_rag.retrieval.faiss_index import TRAINING_PER_LIST, FaissOptions
+from rex_rag.retrieval.faiss_index import ADD_ROWS, TRAINING_PER_LIST, FaissOptions
 from rex_rag.retrieval.flat_file import import_faiss
 from rex_rag.types import Passage
 
@@ -60,7 +60,8 @@ def estimate_index(total: int, dimension: int, options: FaissOptions) -> Estimat
     """Estimate building one kind of index over vectors that are there. Index bytes are exact, seconds are rough."""
     size = index_bytes(total, dimension, options)
     seconds = size / _DISK_BYTES_PER_SECOND
-    peak, notes = DEFAULT_SHARD_ROWS * dimension * DTYPE_BYTES[options.dtype], ()
+    # Vectors on their way from shards into the index, as stored and as float32.
+    peak, notes = ADD_ROWS * dimension * 8, ()
     if options.kind == "ivf":
         lists = options.lists(total)
         training = min(total, lists * TRAINING_PER_LIST)

@@ -40,7 +40,7 @@ HNSW_EF_SEARCH = 128
 # The largest top_k of FAISS on GPUs.
 MAX_GPU_TOP_K = 2048
 # Rows handed to FAISS at a time, so that a graph does not depend on the size of shards.
-_ADD_ROWS = 16_384
+ADD_ROWS = 16_384
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def build_faiss_index(vectors: VectorShards, path: str | Path, options: FaissOpt
     with _threads(threads):
         index = _trained_ivf(vectors, options) if options.kind == "ivf" else _empty_hnsw(vectors, options)
         with progress_bar(len(vectors), f"Building {options.kind}", unit="vectors") as bar:
-            for block in _blocks(vectors, _ADD_ROWS):
+            for block in _blocks(vectors, ADD_ROWS):
                 index.add(block)
                 bar.update(len(block))
     with written_whole(path) as file:
@@ -226,7 +226,7 @@ def _trained_ivf(vectors: VectorShards, options: FaissOptions):
     logger.info("looking for %d lists in a sample of %d vectors", lists, wanted)
     index.train(vectors.take(rows))
     counts = np.zeros(lists, dtype=np.int64)
-    for block in _blocks(vectors, _ADD_ROWS):
+    for block in _blocks(vectors, ADD_ROWS):
         counts += np.bincount(quantizer.search(block, 1)[1][:, 0], minlength=lists)
     # A list that grows by doubling may take twice its room; sized once, the index takes what it needs.
     inverted = faiss.downcast_InvertedLists(index.invlists)
@@ -244,9 +244,12 @@ def _empty_hnsw(vectors: VectorShards, options: FaissOptions):
     else:
         index = faiss.IndexHNSWFlat(vectors.dimension, options.m, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = options.ef_construction
+    # As for lists: memory set aside once instead of doubled whenever it is full. Links as `index_bytes` counts them.
     storage = faiss.downcast_index(index.storage)
-    storage.codes.resize(len(vectors) * storage.code_size)
-    storage.codes.resize(0)
+    links = 2 * options.m + options.m / (options.m - 1)
+    for array, size in ((storage.codes, storage.code_size), (index.hnsw.neighbors, 1.01 * links)):
+        array.resize(int(size * len(vectors)))
+        array.resize(0)
     return index
 
 
@@ -304,8 +307,8 @@ def _on_gpus(codes: np.ndarray, gpus: list[int]):
         config = faiss.GpuIndexFlatConfig()
         config.device, config.useFloat16 = gpu, True
         part = faiss.GpuIndexFlatIP(resources, codes.shape[1], config)
-        for start in range(int(first), int(last), _ADD_ROWS):
-            part.add(np.ascontiguousarray(codes[start : min(start + _ADD_ROWS, int(last))], dtype=np.float32))
+        for start in range(int(first), int(last), ADD_ROWS):
+            part.add(np.ascontiguousarray(codes[start : min(start + ADD_ROWS, int(last))], dtype=np.float32))
         part.referenced_objects = [resources]
         shards.add_shard(part)
     return shards
