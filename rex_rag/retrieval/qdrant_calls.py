@@ -43,6 +43,11 @@ def connect_qdrant(url: str | None = None, timeout: float = 60.0) -> QdrantClien
         return QdrantClient(":memory:")
     if not url.startswith(("http://", "https://")):
         raise RetrievalError(f"the Qdrant address {url!r} is not an http(s) URL; use https://host:6333")
+    if "@" in url.partition("://")[2].partition("/")[0]:
+        raise RetrievalError(
+            f"the Qdrant address holds a user name or password, which would end up in manifests; put a key into "
+            f"{API_KEY_VARIABLE} and give the host alone"
+        )
     key = os.environ.get(API_KEY_VARIABLE, "").strip()
     # A key that no HTTP header can carry would otherwise be spelled out in the transport's own error.
     if not (key.isascii() and key.isprintable()):

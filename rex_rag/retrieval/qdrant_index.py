@@ -104,8 +104,7 @@ class QdrantIndex:
         **options: Any,
     ) -> QdrantIndex:
         """An index over a collection of the cluster at `url`; `options` are those of the constructor."""
-        address = url.rpartition("@")[2] if "@" in url else url
-        return cls(connect_qdrant(url, timeout), collection, rows, dimension, fingerprint, address=address, **options)
+        return cls(connect_qdrant(url, timeout), collection, rows, dimension, fingerprint, address=url, **options)
 
     @property
     def description(self) -> str:

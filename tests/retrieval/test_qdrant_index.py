@@ -11,12 +11,16 @@ import time
 import numpy as np
 import pytest
 
+from rex_rag.cli import main
+from rex_rag.data.corpus import write_corpus
 from rex_rag.retrieval import qdrant_load
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.indexed import NO_ROW
+from rex_rag.retrieval.load import RetrieverArguments, load_retriever
 from rex_rag.retrieval.qdrant_calls import API_KEY_VARIABLE, connect_qdrant
 from rex_rag.retrieval.qdrant_index import QUERIES_PER_REQUEST, QdrantIndex
 from rex_rag.retrieval.qdrant_load import ROWS_IN_FLIGHT, QdrantOptions, load_qdrant
+from tests.retrieval.dense_parts import save_word_encoder, word_passages
 
 qdrant_client = pytest.importorskip("qdrant_client", reason="needs qdrant-client: install the retrieval extra")
 fastapi = pytest.importorskip("fastapi", reason="the HTTP tests need fastapi: install the dev extra")
@@ -396,6 +400,7 @@ def test_blocks_that_are_not_what_was_promised_are_refused(blocks, message):
     ("make", "message"),
     [
         (lambda: connect_qdrant("localhost:6333"), "'localhost:6333' is not an http"),
+        (lambda: connect_qdrant("https://me:secret@host:6333"), "put a key into QDRANT_API_KEY"),
         (lambda: QdrantOptions(hnsw_m=1), "hnsw_m=1; use 2 or more"),
         (lambda: QdrantOptions(shards=0), "shards=0"),
         (lambda: load_qdrant([], QdrantClient(":memory:"), NAME, 1, 1, {}, batch_size=4096, workers=2), "4096"),
@@ -421,3 +426,24 @@ def test_threads_share_an_index():
     for thread in threads:
         thread.join()
     assert found == {row: row for row in range(0, 200, 10)}
+
+
+@pytest.mark.parametrize("place", ["embedded", "cluster"])
+def test_an_index_directory_is_built_and_searched_like_any_other(cluster, tmp_path, place):
+    passages = word_passages(300)
+    write_corpus(passages, tmp_path / "corpus.jsonl")
+    build = ["index", "--corpus", str(tmp_path / "corpus.jsonl"), "--kind", "dense", "--devices", "cpu"]
+    build += ["--model", str(save_word_encoder(tmp_path / "encoder")), "--query-prefix", "", "--passage-prefix", ""]
+    on_cluster = ["--qdrant-url", cluster.url, "--qdrant-collection", NAME] if place == "cluster" else []
+    assert main([*build, "--output", str(tmp_path / "qdrant"), "--index", "qdrant", *on_cluster]) == 0
+    assert main([*build, "--output", str(tmp_path / "flat"), "--index", "flat-fp16"]) == 0
+    queries = [passage.text for passage in word_passages(20, seed=1)]
+    found, expected = (
+        load_retriever(RetrieverArguments(str(tmp_path / name))).search(queries, 5) for name in ("qdrant", "flat")
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [passage.score for passage in ours] == pytest.approx([passage.score for passage in theirs], abs=1e-5)
+    clear = [row for row, ranking in enumerate(expected) if ranking[0].score - ranking[1].score > 1e-4]
+    assert len(clear) > 10
+    assert [found[row][0].text for row in clear] == [expected[row][0].text for row in clear]
+    assert cluster.client.collection_exists(NAME) == (place == "cluster")
