@@ -108,7 +108,8 @@ class Cluster:
 
         @route("POST", at + "/points/query/batch", "query")
         def query(name, body):
-            requests = [models.QueryRequest(**request) for request in body["searches"]]
+            # The embedded mode would warn that it always searches exactly.
+            requests = [models.QueryRequest(**{**request, "params": None}) for request in body["searches"]]
             return [answer.model_dump(mode="json") for answer in self.client.query_batch_points(name, requests)]
 
         listener = socket.socket()
@@ -221,9 +222,9 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("stop_at", [0, 1, 4000, 5000, 9999])
+@pytest.mark.parametrize("stop_at", [0, 1, 4000, 5999])
 def test_a_killed_load_goes_on_where_it_was_and_ends_the_same(cluster, stop_at):
-    vectors = unit_vectors(10_000)
+    vectors = unit_vectors(6000)
 
     def dying():
         for first, block in in_blocks(vectors, size=1000):
@@ -240,9 +241,9 @@ def test_a_killed_load_goes_on_where_it_was_and_ends_the_same(cluster, stop_at):
     cluster.requests.clear()
     load(cluster, vectors, batch_size=1024, workers=4)
     assert min(cluster.rows_sent()) == max(0, there - ROWS_IN_FLIGHT)
-    assert cluster.client.count(NAME).count == 10_000
+    assert cluster.client.count(NAME).count == 6000
     sample = vectors[::997]
-    assert connect(cluster, vectors).search(sample, 1)[1].ravel().tolist() == list(range(0, 10_000, 997))
+    assert connect(cluster, vectors).search(sample, 1)[1].ravel().tolist() == list(range(0, 6000, 997))
 
 
 def test_a_load_whose_older_batches_failed_while_newer_ones_arrived_leaves_no_hole(cluster):
