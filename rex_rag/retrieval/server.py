@@ -32,6 +32,7 @@ try:
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, Response
     from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
+    from starlette.requests import ClientDisconnect
 except ImportError as error:
     raise ImportError(
         'the retrieval server needs fastapi and uvicorn: install them with `pip install "rex-rag[retrieval]"`'
@@ -256,6 +257,8 @@ class _Service:
         self._metrics.in_flight.inc()
         try:
             response = await self._answer(request, started)
+        except ClientDisconnect:
+            response = Response(status_code=CLIENT_CLOSED_REQUEST)
         except _Refused as refused:
             response = _problem(refused.status, str(refused), refused.retry_after)
         except Overloaded as error:

@@ -264,6 +264,16 @@ def test_nobody_searches_for_a_client_that_hung_up(start):
     assert engine.ranked == [["1"], ["2", "5"], ["4"]]
 
 
+def test_a_client_that_hangs_up_within_its_request_is_counted_and_harms_nobody(start):
+    server = start().ready()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b'POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"queries": ["1')
+    until(lambda: server.metrics().get('rexrag_retrieval_requests_total{status="499"}') == 1)
+    assert server.metrics()["rexrag_retrieval_in_flight"] == 0
+    assert server.search(["1"]).json() == {"result": [expected("1", 3)]}
+
+
 @pytest.mark.parametrize("micro_batching", [True, False])
 def test_64_clients_at_once_lose_and_swap_nothing(start, micro_batching):
     engine = ToyRetriever(100_000)
