@@ -239,7 +239,9 @@ def _write_postings(
 
     indptr = np.load(directory / INDPTR_FILE, allow_pickle=False)
     numbers = np.asarray(np.memmap(work / "numbers.i32", np.int32, "r"))
-    lengths = np.concatenate([shard.load("lengths") for shard in shards])
+    lengths = np.empty(shards[-1].first + shards[-1].rows, np.int32)
+    for shard in shards:  # one at a time: each map holds a file open
+        lengths[shard.first : shard.first + shard.rows] = shard.load("lengths")
     terms, postings = len(indptr) - 1, int(indptr[-1])
     files = {
         DATA_FILE: _ArrayFile(directory / DATA_FILE, np.dtype("<f4"), postings),

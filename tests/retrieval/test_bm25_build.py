@@ -160,6 +160,23 @@ def test_processes_shards_and_blocks_leave_every_byte_as_it_is(tmp_path):
     assert len(_hashes(tmp_path / "one")) == 9
 
 
+def test_more_shards_than_files_may_be_open(tmp_path):
+    store = _store(_random_corpus(300), tmp_path / "store")
+    code = """
+import resource, sys
+from rex_rag.retrieval.bm25_build import build_bm25
+from rex_rag.retrieval.passages import PassageStore
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+build_bm25(PassageStore(sys.argv[1]), sys.argv[2], shard_passages=1, block_postings=2000, processes=1)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, store, tmp_path / "limited"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    build_bm25(PassageStore(store), tmp_path / "free", processes=1)
+    assert _hashes(tmp_path / "limited") == _hashes(tmp_path / "free")
+
+
 BUILD = """
 import sys
 from rex_rag.retrieval.bm25_build import build_bm25
