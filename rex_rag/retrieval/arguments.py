@@ -77,9 +77,11 @@ class IndexArguments:
     index: str = field(default="flat", metadata={"help": f"dense: one of {', '.join(INDEX_TYPES)}."})
     nlist: int | None = field(default=None, metadata={"help": "ivf: number of lists. Default: 4 sqrt(passages)."})
     nprobe: int | None = field(default=None, metadata={"help": "ivf: lists searched. Default: a sixteenth of them."})
-    hnsw_m: int | None = field(default=None, metadata={"help": "hnsw: links a passage. Default: 32."})
+    hnsw_m: int | None = field(
+        default=None, metadata={"help": "hnsw, qdrant: links a passage. Default: 32, qdrant 16."}
+    )
     ef_construction: int | None = field(
-        default=None, metadata={"help": "hnsw: candidates while building. Default: 200."}
+        default=None, metadata={"help": "hnsw, qdrant: candidates while building. Default: 200, qdrant 100."}
     )
     ef_search: int | None = field(default=None, metadata={"help": "hnsw: candidates while searching. Default: 128."})
     qdrant_url: str | None = field(

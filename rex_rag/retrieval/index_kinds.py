@@ -139,8 +139,9 @@ class DenseKind:
         write_check_vectors(vectors, directory)
         if self._arguments.qdrant_url:
             from rex_rag.retrieval.qdrant_calls import connect_qdrant
-            from rex_rag.retrieval.qdrant_load import load_qdrant
+            from rex_rag.retrieval.qdrant_load import QdrantOptions, load_qdrant
 
+            graph = {"hnsw_m": self._arguments.hnsw_m, "hnsw_ef_construct": self._arguments.ef_construction}
             load_qdrant(
                 _numbered(vectors),
                 connect_qdrant(self._arguments.qdrant_url),
@@ -148,6 +149,7 @@ class DenseKind:
                 len(passages),
                 encoder.dimension,
                 _qdrant_fingerprint(corpus_sha256, described),
+                QdrantOptions(**{name: value for name, value in graph.items() if value is not None}),
             )
             place = {"url": self._arguments.qdrant_url, "collection": self._arguments.qdrant_collection}
             return described, {"type": "qdrant", **place}
