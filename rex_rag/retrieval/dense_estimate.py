@@ -65,8 +65,8 @@ def estimate_index(total: int, dimension: int, options: FaissOptions) -> Estimat
     if options.kind == "ivf":
         lists = options.lists(total)
         training = min(total, lists * TRAINING_PER_LIST)
-        peak += size + 2 * training * dimension * 4
-        products = _KMEANS_ITERATIONS * training * lists + 2 * total * lists
+        peak += size + 4 * total + 2 * training * dimension * 4
+        products = _KMEANS_ITERATIONS * training * lists + total * lists
         seconds += 2 * products * dimension / _product_rate(dimension)
         notes = (f"{lists:,} lists found from {training:,} vectors",)
     elif options.kind == "hnsw":

@@ -49,7 +49,8 @@ class VectorShards:
         self.dtype: str = content["dtype"]
         self._rows: int = content["rows"]
         self._names: list[str] = content["shards"]
-        found = sum(len(shard) for shard in self)
+        self._lengths = [len(shard) for shard in self]
+        found = sum(self._lengths)
         if found != self._rows:
             raise RetrievalError(f"{path} lists {self._rows} vectors, its shards hold {found}; start the build again")
 
@@ -57,31 +58,34 @@ class VectorShards:
         return self._rows
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        import numpy as np
-
-        for name in self._names:
-            shard = np.load(self.directory / name, mmap_mode="r", allow_pickle=False)
-            if shard.ndim != 2 or shard.shape[1] != self.dimension or shard.dtype != self.dtype:
-                raise RetrievalError(
-                    f"{self.directory / name} holds {shard.dtype} of shape {shard.shape}, not {self.dtype} of "
-                    f"{self.dimension} columns; delete it and start the build again"
-                )
-            yield shard
+        return map(self._shard, self._names)
 
     def take(self, rows: Sequence[int]) -> np.ndarray:
-        """Return the vectors of some rows as (n, dimension) float32; ascending rows read each shard once."""
+        """Return the vectors of some rows as (n, dimension) float32, reading the shards that hold them alone."""
         import numpy as np
 
         rows = np.asarray(rows, dtype=np.int64)
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows from {rows.min()} to {rows.max()} of {len(self)} vectors")
         taken = np.empty((len(rows), self.dimension), dtype=np.float32)
-        start = 0
-        for shard in self:
-            here = np.flatnonzero((rows >= start) & (rows < start + len(shard)))
-            taken[here] = shard[rows[here] - start]
-            start += len(shard)
+        ends = np.cumsum(self._lengths)
+        holders = np.searchsorted(ends, rows, side="right")
+        for number in np.unique(holders):
+            here = np.flatnonzero(holders == number)
+            first = ends[number] - self._lengths[number]
+            taken[here] = self._shard(self._names[number])[rows[here] - first]
         return taken
+
+    def _shard(self, name: str) -> np.ndarray:
+        import numpy as np
+
+        shard = np.load(self.directory / name, mmap_mode="r", allow_pickle=False)
+        if shard.ndim != 2 or shard.shape[1] != self.dimension or shard.dtype != self.dtype:
+            raise RetrievalError(
+                f"{self.directory / name} holds {shard.dtype} of shape {shard.shape}, not {self.dtype} of "
+                f"{self.dimension} columns; delete it and start the build again"
+            )
+        return shard
 
 
 def encode_corpus(

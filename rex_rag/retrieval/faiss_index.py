@@ -114,11 +114,7 @@ def build_faiss_index(vectors: VectorShards, path: str | Path, options: FaissOpt
         return
     threads = options.build_threads or (1 if options.kind == "hnsw" else faiss.omp_get_max_threads())
     with _threads(threads):
-        index = _trained_ivf(vectors, options) if options.kind == "ivf" else _empty_hnsw(vectors, options)
-        with progress_bar(len(vectors), f"Building {options.kind}", unit="vectors") as bar:
-            for block in _blocks(vectors, ADD_ROWS):
-                index.add(block)
-                bar.update(len(block))
+        index = _filled_ivf(vectors, options) if options.kind == "ivf" else _filled_hnsw(vectors, options)
     with written_whole(path) as file:
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
 
@@ -202,7 +198,7 @@ def _probes(asked: int | None, lists: int) -> int:
     return min(asked or max(MIN_NPROBE, math.ceil(lists / NPROBE_SHARE)), lists)
 
 
-def _trained_ivf(vectors: VectorShards, options: FaissOptions):
+def _filled_ivf(vectors: VectorShards, options: FaissOptions):
     """An inverted-list index whose lists are found from a seeded sample, with room for every vector and no more."""
     import numpy as np
 
@@ -225,18 +221,25 @@ def _trained_ivf(vectors: VectorShards, options: FaissOptions):
     rows = np.sort(np.random.default_rng(options.seed).choice(total, size=wanted, replace=False))
     logger.info("looking for %d lists in a sample of %d vectors", lists, wanted)
     index.train(vectors.take(rows))
-    counts = np.zeros(lists, dtype=np.int64)
-    for block in _blocks(vectors, ADD_ROWS):
-        counts += np.bincount(quantizer.search(block, 1)[1][:, 0], minlength=lists)
+    assigned = np.empty(total, dtype=np.int32)
+    with progress_bar(total, "Choosing lists", unit="vectors") as bar:
+        for start, block in _blocks(vectors):
+            assigned[start : start + len(block)] = quantizer.search(block, 1)[1][:, 0]
+            bar.update(len(block))
     # A list that grows by doubling may take twice its room; sized once, the index takes what it needs.
     inverted = faiss.downcast_InvertedLists(index.invlists)
-    for number, count in enumerate(counts):
+    for number, count in enumerate(np.bincount(assigned, minlength=lists)):
         inverted.resize(number, int(count))
         inverted.resize(number, 0)
+    with progress_bar(total, "Filling lists", unit="vectors") as bar:
+        for start, block in _blocks(vectors):
+            chosen = assigned[start : start + len(block)].astype(np.int64)
+            index.add_core(len(block), faiss.swig_ptr(block), None, faiss.swig_ptr(chosen))
+            bar.update(len(block))
     return index
 
 
-def _empty_hnsw(vectors: VectorShards, options: FaissOptions):
+def _filled_hnsw(vectors: VectorShards, options: FaissOptions):
     faiss = import_faiss()
     if options.storage == "float16":
         halves = faiss.ScalarQuantizer.QT_fp16
@@ -244,20 +247,26 @@ def _empty_hnsw(vectors: VectorShards, options: FaissOptions):
     else:
         index = faiss.IndexHNSWFlat(vectors.dimension, options.m, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = options.ef_construction
-    # As for lists: memory set aside once instead of doubled whenever it is full. Links as `index_bytes` counts them.
+    # As for lists: memory set aside once instead of doubled whenever it is full. Each level above the ground has one
+    # in M of the nodes.
     storage = faiss.downcast_index(index.storage)
     links = 2 * options.m + options.m / (options.m - 1)
     for array, size in ((storage.codes, storage.code_size), (index.hnsw.neighbors, 1.01 * links)):
         array.resize(int(size * len(vectors)))
         array.resize(0)
+    with progress_bar(len(vectors), "Building the graph", unit="vectors") as bar:
+        for _, block in _blocks(vectors):
+            index.add(block)
+            bar.update(len(block))
     return index
 
 
-def _blocks(vectors: VectorShards, rows: int) -> Iterator[np.ndarray]:
+def _blocks(vectors: VectorShards) -> Iterator[tuple[int, np.ndarray]]:
+    """First row and float32 vectors of runs of `ADD_ROWS` rows."""
     import numpy as np
 
-    for start in range(0, len(vectors), rows):
-        yield vectors.take(np.arange(start, min(start + rows, len(vectors))))
+    for start in range(0, len(vectors), ADD_ROWS):
+        yield start, vectors.take(np.arange(start, min(start + ADD_ROWS, len(vectors))))
 
 
 def _read(path: Path):
