@@ -154,6 +154,9 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--query-file", metavar="FILE", help="JSON lines with `question` or `query`, or one query a line"
     )
+    parser.add_argument(
+        "--processes", type=_positive, metavar="N", help="processes that send (default: one for every 64 connections)"
+    )
     parser.add_argument("--index", metavar="DIR", help="also call this index in process, one batch after the other")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there too")
     parser.set_defaults(run=_bench)
@@ -168,6 +171,7 @@ def _bench(options: argparse.Namespace) -> None:
         queries=options.queries,
         batch_size=options.batch_size,
         top_k=options.top_k,
+        processes=options.processes,
     )
     queries = load_queries(options.query_file) if options.query_file else None
     results = [run_bench(wanted, queries)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from rex_rag.types import Passage
 PASSAGES_FILE = "passages.jsonl"
 OFFSETS_FILE = "offsets.u64"
 OFFSET_BYTES = 8
+_TO_JSON = json.JSONEncoder(ensure_ascii=False).encode  # `json.dumps` with options makes an encoder each time
 
 
 class PassageSource(Protocol):
@@ -42,8 +44,9 @@ def passage_json(passage: Passage) -> bytes:
     White space in the title is reduced to single blanks: `contents` keeps the title on its first line.
     """
     title = " ".join(passage.title.split())
-    row = {"id": passage.id, "contents": join_contents(Passage(passage.id, title, passage.text))}
-    return json.dumps(row, ensure_ascii=False).encode()
+    if title != passage.title:
+        passage = replace(passage, title=title)
+    return _TO_JSON({"id": passage.id, "contents": join_contents(passage)}).encode()
 
 
 class PassageList:
