@@ -277,7 +277,7 @@ def _is_expected(error: Exception) -> bool:
     import yaml
 
     from rex_rag.retrieval.base import RetrievalError
-    from rex_rag.retrieval.estimate import NotEnoughRoom
+    from rex_rag.retrieval.index.estimate import NotEnoughRoom
 
     return isinstance(error, ValueError | OSError | RetrievalError | NotEnoughRoom | yaml.YAMLError)
 

@@ -65,7 +65,7 @@ class REXRAGTrainer(GRPOTrainer):
 
     ```python
     >>> from rex_rag import REXRAGConfig, REXRAGTrainer
-    >>> from rex_rag.retrieval.bm25 import BM25Retriever
+    >>> from rex_rag.retrieval.bm25.retriever import BM25Retriever
     >>> from datasets import load_dataset
 
     >>> trainer = REXRAGTrainer(

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from rex_rag.retrieval.dense import DenseRetriever
-from rex_rag.retrieval.dense_estimate import estimate_dense
-from rex_rag.retrieval.encode_corpus import encode_corpus
-from rex_rag.retrieval.encoder import Encoder
-from rex_rag.retrieval.encoder_families import resolve_encoder
-from rex_rag.retrieval.faiss_index import KINDS, FaissIndex, FaissOptions, build_faiss_index
+from rex_rag.retrieval.dense.encode_corpus import encode_corpus
+from rex_rag.retrieval.dense.encoder import Encoder
+from rex_rag.retrieval.dense.estimate import estimate_dense
+from rex_rag.retrieval.dense.faiss_index import KINDS, FaissIndex, FaissOptions, build_faiss_index
+from rex_rag.retrieval.dense.families import resolve_encoder
+from rex_rag.retrieval.dense.retriever import DenseRetriever
+from rex_rag.retrieval.dense.torch_index import TorchFlatIndex
 from rex_rag.retrieval.passages import PassageStore
-from rex_rag.retrieval.torch_index import TorchFlatIndex
 
 DIMENSION = 384
 VOCABULARY = 30_000

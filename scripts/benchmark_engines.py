@@ -20,18 +20,18 @@ from pathlib import Path
 import numpy as np
 
 from rex_rag.data.corpus import read_corpus
-from rex_rag.retrieval.bm25 import BM25Retriever
-from rex_rag.retrieval.bm25_build import build_bm25
-from rex_rag.retrieval.dense import DenseRetriever
-from rex_rag.retrieval.encode_corpus import VectorShards, encode_corpus
-from rex_rag.retrieval.encoder import Encoder
-from rex_rag.retrieval.encoder_families import resolve_encoder
-from rex_rag.retrieval.faiss_index import FaissIndex, FaissOptions, build_faiss_index
-from rex_rag.retrieval.flat_file import map_flat
+from rex_rag.retrieval.bm25.build import build_bm25
+from rex_rag.retrieval.bm25.retriever import BM25Retriever
+from rex_rag.retrieval.dense.encode_corpus import VectorShards, encode_corpus
+from rex_rag.retrieval.dense.encoder import Encoder
+from rex_rag.retrieval.dense.faiss_index import FaissIndex, FaissOptions, build_faiss_index
+from rex_rag.retrieval.dense.families import resolve_encoder
+from rex_rag.retrieval.dense.flat_file import map_flat
+from rex_rag.retrieval.dense.qdrant_index import QdrantIndex
+from rex_rag.retrieval.dense.retriever import DenseRetriever
+from rex_rag.retrieval.dense.torch_index import TorchFlatIndex
+from rex_rag.retrieval.dense.vector_index import VectorIndex
 from rex_rag.retrieval.passages import PassageList
-from rex_rag.retrieval.qdrant_index import QdrantIndex
-from rex_rag.retrieval.torch_index import TorchFlatIndex
-from rex_rag.retrieval.vector_index import VectorIndex
 
 CUTS = (2, 3, 5, 10)
 SPEED_QUESTIONS = 1_000

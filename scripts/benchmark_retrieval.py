@@ -126,7 +126,7 @@ class BM25Kind:
 
     @staticmethod
     def build(passages: PassageStore, directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-        from rex_rag.retrieval.bm25_build import build_bm25, estimate_bm25
+        from rex_rag.retrieval.bm25.build import build_bm25, estimate_bm25
 
         step = max(1, len(passages) // arguments.sample)
         sample = [passages[row] for row in range(0, len(passages), step)]
@@ -136,7 +136,7 @@ class BM25Kind:
 
     @staticmethod
     def open(passages: PassageStore, directory: Path) -> Any:
-        from rex_rag.retrieval.bm25 import BM25Retriever
+        from rex_rag.retrieval.bm25.retriever import BM25Retriever
 
         return BM25Retriever.load(directory, passages)
 

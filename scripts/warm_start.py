@@ -46,7 +46,7 @@ from rex_rag.data.hopworld import HopQuestion, HopWorldConfig, build_hopworld, h
 from rex_rag.exploration import DEFAULT_POOL
 from rex_rag.generation import TransformersGenerator
 from rex_rag.protocol import ALL_TAGS, FEEDBACK_TEXT, PROMPT_TEMPLATE, build_prompt
-from rex_rag.retrieval.bm25 import BM25Retriever
+from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.rollout import RolloutBudget, RolloutEngine
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

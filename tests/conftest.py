@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models lose time to thread
 import pytest
 from parts import PASSAGES, make_bpe_tokenizer, make_word_tokenizer
 
-from rex_rag.retrieval.bm25 import BM25Retriever
+from rex_rag.retrieval.bm25.retriever import BM25Retriever
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from parts import PASSAGES, make_tiny_model, make_word_tokenizer
 from transformers import Qwen2ForCausalLM
 
 from rex_rag.config import REXRAGConfig
-from rex_rag.retrieval.bm25 import BM25Retriever
+from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.trainer import REXRAGTrainer
 
 

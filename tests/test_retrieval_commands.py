@@ -20,9 +20,9 @@ import yaml
 from rex_rag.cli import main
 from rex_rag.commands.retrieval import _index_as_retriever
 from rex_rag.commands.sections import parse_section
-from rex_rag.retrieval.arguments import IndexArguments
+from rex_rag.retrieval.index.arguments import IndexArguments
 from rex_rag.retrieval.load import RetrieverArguments
-from rex_rag.retrieval.server_options import ServerOptions
+from rex_rag.retrieval.server.options import ServerOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes" / "retrieval").glob("*.yaml"))

@@ -11,7 +11,7 @@ from rex_rag.exploration import ExplorationPool
 from rex_rag.generation import Generation
 from rex_rag.protocol import FEEDBACK_TEXT, OBSERVATION_HEAD, OBSERVATION_TAIL
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.bm25 import BM25Retriever
+from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.rollout import RolloutBudget, RolloutEngine
 from rex_rag.types import Passage, SegmentKind, Truncation
 

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, Qwen2Config
 
 from rex_rag.config import REXRAGConfig
 from rex_rag.protocol import ALL_TAGS
-from rex_rag.retrieval.bm25 import BM25Retriever
+from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.types import Passage
 
 ROOT = Path(__file__).resolve().parents[1]

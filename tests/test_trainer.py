@@ -14,7 +14,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rex_rag.config import REXRAGConfig
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.bm25 import BM25Retriever
+from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.trainer import REXRAGTrainer
 from rex_rag.types import SegmentKind
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 def index(words: Sequence[str]) -> None:
     """Build an index directory, or check one."""
-    from rex_rag.retrieval.arguments import IndexArguments
-    from rex_rag.retrieval.builder import build_index
-    from rex_rag.retrieval.manifest import verify
+    from rex_rag.retrieval.index.arguments import IndexArguments
+    from rex_rag.retrieval.index.builder import build_index
+    from rex_rag.retrieval.index.manifest import verify
 
     def switches(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--dry-run", action="store_true", help="say what the build would take, and stop")
@@ -43,7 +43,7 @@ def index(words: Sequence[str]) -> None:
 def serve(words: Sequence[str]) -> None:
     """Answer searches over HTTP until told to stop."""
     from rex_rag.retrieval.load import RetrieverArguments, load_retriever
-    from rex_rag.retrieval.server_options import ServerOptions
+    from rex_rag.retrieval.server.options import ServerOptions
 
     description = (
         "Serve a retriever in the Search-R1 wire format: POST /retrieve, GET /health, /metrics and /docs. Reachable "
@@ -57,7 +57,7 @@ def serve(words: Sequence[str]) -> None:
         _index_as_retriever(words),
         _add_serve_switches,
     )
-    from rex_rag.retrieval.server import serve as run
+    from rex_rag.retrieval.server.app import serve as run
 
     logging.getLogger("rex_rag").setLevel(logging.INFO)
     run(lambda: load_retriever(retrieval), options)
@@ -163,7 +163,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from rex_rag.retrieval.bench import BenchOptions, bench_in_process, load_queries, run_bench
+    from rex_rag.retrieval.server.bench import BenchOptions, bench_in_process, load_queries, run_bench
 
     wanted = BenchOptions(
         url=options.url,
@@ -186,8 +186,8 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _bench_index(options: argparse.Namespace, queries: Sequence[str] | None, bench_in_process):
-    from rex_rag.retrieval.bench import invent_queries
     from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+    from rex_rag.retrieval.server.bench import invent_queries
 
     retriever = load_retriever(RetrieverArguments(retriever=[options.index]))
     queries = queries or invent_queries(retriever.search, options.queries)

@@ -130,8 +130,8 @@ class RetrieverArguments:
             )
         if self.kind == "online" and not self.search_cache:
             yield (
-                f"retriever={self.retriever[0]!r} needs search_cache, the directory that keeps answers and the count of "
-                "paid searches"
+                f"retriever={self.retriever[0]!r} needs search_cache, the directory that keeps answers and the count "
+                "of paid searches"
             )
         if self.kind == "online" and self.max_paid_searches is None and self.search_cache_mode != "replay":
             yield (
@@ -177,11 +177,11 @@ def load_retriever(arguments: RetrieverArguments) -> Retriever:
 
 def _load_engine(arguments: RetrieverArguments) -> Retriever:
     if arguments.kind == BM25:
-        from rex_rag.retrieval.bm25 import BM25Retriever
+        from rex_rag.retrieval.bm25.retriever import BM25Retriever
 
         return BM25Retriever.from_corpus(arguments.corpus)
     if arguments.kind == "remote":
-        from rex_rag.retrieval.client import RemoteRetriever
+        from rex_rag.retrieval.remote.client import RemoteRetriever
 
         return RemoteRetriever(
             arguments.retriever,
@@ -189,7 +189,7 @@ def _load_engine(arguments: RetrieverArguments) -> Retriever:
             max_attempts=arguments.retriever_max_attempts,
         )
     if arguments.kind == "online":
-        from rex_rag.retrieval.online import OnlineRetriever
+        from rex_rag.retrieval.online.retriever import OnlineRetriever
 
         return OnlineRetriever(
             arguments.retriever[0],
@@ -197,7 +197,7 @@ def _load_engine(arguments: RetrieverArguments) -> Retriever:
             max_searches=arguments.max_paid_searches or 0,
             mode=arguments.search_cache_mode,
         )
-    from rex_rag.retrieval.index_kinds import SearchOptions, open_index
+    from rex_rag.retrieval.index.kinds import SearchOptions, open_index
 
     return open_index(
         Path(arguments.retriever[0]),

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rex_rag.retrieval.base import RetrievalError, Retriever, check_request, checked_search
-from rex_rag.retrieval.encoder_files import find_checkpoint
+from rex_rag.retrieval.dense.checkpoints import find_checkpoint
 from rex_rag.retrieval.indexed import NO_ROW, IndexedRetriever
 from rex_rag.types import Passage
 

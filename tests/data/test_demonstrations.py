@@ -13,7 +13,7 @@ from rex_rag.data.demonstrations import build_demonstrations, tokenize_demonstra
 from rex_rag.data.hopworld import HopQuestion, HopWorldConfig, build_hopworld, hopworld_words
 from rex_rag.protocol import ALL_TAGS, OBSERVATION_HEAD, build_prompt, parse_action
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.bm25 import BM25Retriever
+from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.types import Passage, SegmentKind
 
 QUESTION = HopQuestion("q", "Who is the friend of the mentor of red oak?", ("mentor", "friend"), ("oak", "elm", "fox"))

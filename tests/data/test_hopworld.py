@@ -20,7 +20,7 @@ from rex_rag.data.hopworld import (
     hopworld_words,
     write_hopworld,
 )
-from rex_rag.retrieval.bm25 import BM25Retriever
+from rex_rag.retrieval.bm25.retriever import BM25Retriever
 
 SMALL = {
     "people": 20,

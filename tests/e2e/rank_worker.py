@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from rex_rag.config import REXRAGConfig
 from rex_rag.generation import Generation
-from rex_rag.retrieval.bm25 import BM25Retriever
+from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.trainer import REXRAGTrainer
 from rex_rag.types import Passage
 

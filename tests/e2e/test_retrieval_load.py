@@ -15,12 +15,12 @@ import httpx
 import numpy as np
 import pytest
 
-from rex_rag.retrieval.arguments import IndexArguments
-from rex_rag.retrieval.bench import BenchOptions, bench_in_process, load_queries, run_bench
-from rex_rag.retrieval.bench_client import Connection
-from rex_rag.retrieval.builder import build_index
+from rex_rag.retrieval.index.arguments import IndexArguments
+from rex_rag.retrieval.index.builder import build_index
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
-from rex_rag.retrieval.wire import decode_rankings
+from rex_rag.retrieval.remote.wire import decode_rankings
+from rex_rag.retrieval.server.bench import BenchOptions, bench_in_process, load_queries, run_bench
+from rex_rag.retrieval.server.bench_load import Connection
 from tests.retrieval.servers import free_port
 
 ROOT = Path(__file__).resolve().parents[2]

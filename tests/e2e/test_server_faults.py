@@ -20,7 +20,7 @@ from transformers import Qwen2ForCausalLM, TrainerCallback
 from rex_rag.config import REXRAGConfig
 from rex_rag.data.corpus import write_corpus
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.client import RemoteRetriever
+from rex_rag.retrieval.remote.client import RemoteRetriever
 from rex_rag.trainer import REXRAGTrainer
 from rex_rag.types import Passage
 from rex_rag.visualization import read_completion_tables
@@ -31,7 +31,7 @@ pytest.importorskip("fastapi", reason="the server needs fastapi: install the dev
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = "import sys; from rex_rag.cli import main; sys.exit(main(sys.argv[1:]))"
 STEPS = 5
-CLIENT = "rex_rag.retrieval.client"
+CLIENT = "rex_rag.retrieval.remote.client"
 pytestmark = pytest.mark.slow
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import time
 import httpx
 import uvicorn
 
-from rex_rag.retrieval.server import create_app
+from rex_rag.retrieval.server.app import create_app
 
 
 class Running:

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.batching import MicroBatcher, ResultCache
-from rex_rag.retrieval.runner import DirectRunner, Overloaded, QueryFailed
+from rex_rag.retrieval.server.batching import MicroBatcher, ResultCache
+from rex_rag.retrieval.server.runner import DirectRunner, Overloaded, QueryFailed
 from rex_rag.types import Passage
 from tests.retrieval.toy_engine import ToyRetriever, expected
 

@@ -7,7 +7,8 @@ import time
 import pytest
 
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.bench import (
+from rex_rag.retrieval.server.app import ServerOptions
+from rex_rag.retrieval.server.bench import (
     BenchError,
     BenchOptions,
     Spread,
@@ -16,7 +17,6 @@ from rex_rag.retrieval.bench import (
     load_queries,
     run_bench,
 )
-from rex_rag.retrieval.server import ServerOptions
 from rex_rag.types import Passage
 from tests.retrieval.running import Running
 from tests.retrieval.toy_engine import ToyRetriever

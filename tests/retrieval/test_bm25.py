@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from rex_rag.data.corpus import CorpusError, read_corpus, write_corpus
-from rex_rag.retrieval import bm25_postings
 from rex_rag.retrieval.base import RetrievalError, Retriever, checked_search
-from rex_rag.retrieval.bm25 import BM25Retriever
+from rex_rag.retrieval.bm25 import postings as bm25_postings
+from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.types import Passage
 
 REAL_DATA = Path(__file__).parents[3] / "shared" / "data" / "hotpotqa_sample"
@@ -183,7 +183,7 @@ def test_contract_quietness_and_description(tmp_path, capfd, caplog):
     assert isinstance(retriever, Retriever) and len(retriever) == 2
     assert retriever.description == "BM25 over 2 passages of world/corpus.jsonl"
     assert capfd.readouterr() == ("", "")
-    assert {record.name for record in caplog.records} <= {"rex_rag.retrieval.bm25"}
+    assert {record.name for record in caplog.records} <= {"rex_rag.retrieval.bm25.retriever"}
 
 
 def test_from_corpus_reports_a_bad_file(tmp_path):

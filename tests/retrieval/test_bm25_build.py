@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 
 from rex_rag.data.corpus import read_corpus
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.bm25 import SETTINGS_FILE, BM25Retriever
-from rex_rag.retrieval.bm25_build import DATA_FILE, MAX_PASSAGES, build_bm25, estimate_bm25
-from rex_rag.retrieval.bm25_postings import MappedVocabulary, Postings, PostingsSearcher
-from rex_rag.retrieval.bm25_text import BM25Options, TermSplitter, passage_text
+from rex_rag.retrieval.bm25.build import DATA_FILE, MAX_PASSAGES, build_bm25, estimate_bm25
+from rex_rag.retrieval.bm25.postings import MappedVocabulary, Postings, PostingsSearcher
+from rex_rag.retrieval.bm25.retriever import SETTINGS_FILE, BM25Retriever
+from rex_rag.retrieval.bm25.text import BM25Options, TermSplitter, passage_text
 from rex_rag.retrieval.passages import OFFSETS_FILE, PASSAGES_FILE, PassageList, PassageStore, passage_json
 from rex_rag.types import Passage
 
@@ -164,7 +164,7 @@ def test_more_shards_than_files_may_be_open(tmp_path):
     store = _store(_random_corpus(300), tmp_path / "store")
     code = """
 import resource, sys
-from rex_rag.retrieval.bm25_build import build_bm25
+from rex_rag.retrieval.bm25.build import build_bm25
 from rex_rag.retrieval.passages import PassageStore
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 build_bm25(PassageStore(sys.argv[1]), sys.argv[2], shard_passages=1, block_postings=2000, processes=1)
@@ -179,7 +179,7 @@ build_bm25(PassageStore(sys.argv[1]), sys.argv[2], shard_passages=1, block_posti
 
 BUILD = """
 import sys
-from rex_rag.retrieval.bm25_build import build_bm25
+from rex_rag.retrieval.bm25.build import build_bm25
 from rex_rag.retrieval.passages import PassageStore
 build_bm25(PassageStore(sys.argv[1]), sys.argv[2], shard_passages=100, block_postings=500, processes=2)
 """
@@ -361,7 +361,7 @@ def test_an_index_of_other_passages_is_refused(tmp_path):
 
 
 def test_a_loaded_index_answers_many_threads_alike(tmp_path, monkeypatch):
-    monkeypatch.setattr("rex_rag.retrieval.bm25.ROWS_WORTH_THREADS", 1)
+    monkeypatch.setattr("rex_rag.retrieval.bm25.retriever.ROWS_WORTH_THREADS", 1)
     passages = _random_corpus(2_000)
     build_bm25(passages, tmp_path, processes=1)
     retriever = BM25Retriever.load(tmp_path, passages)

@@ -16,14 +16,14 @@ import pytest
 
 from rex_rag.cli import main
 from rex_rag.data.corpus import write_corpus
-from rex_rag.retrieval import builder
-from rex_rag.retrieval.arguments import IndexArguments
+from rex_rag.durable import locked
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.bm25 import BM25Retriever
-from rex_rag.retrieval.builder import build_index
-from rex_rag.retrieval.durable import locked
-from rex_rag.retrieval.estimate import NotEnoughRoom, Room
-from rex_rag.retrieval.index_kinds import SearchOptions, open_index
+from rex_rag.retrieval.bm25.retriever import BM25Retriever
+from rex_rag.retrieval.index import builder
+from rex_rag.retrieval.index.arguments import IndexArguments
+from rex_rag.retrieval.index.builder import build_index
+from rex_rag.retrieval.index.estimate import NotEnoughRoom, Room
+from rex_rag.retrieval.index.kinds import SearchOptions, open_index
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
 from rex_rag.types import Passage
 

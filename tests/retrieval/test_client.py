@@ -10,16 +10,16 @@ from email.utils import formatdate
 
 import pytest
 
-from rex_rag.retrieval import client, endpoint
 from rex_rag.retrieval.base import DEFAULT_MAX_ATTEMPTS, RetrievalError, Retriever
-from rex_rag.retrieval.client import MAX_BACKOFF_SECONDS, RemoteRetriever
+from rex_rag.retrieval.remote import client, endpoint
+from rex_rag.retrieval.remote.client import MAX_BACKOFF_SECONDS, RemoteRetriever
 from tests.retrieval.servers import BehavingServer, free_port
 
 pytest.importorskip("fastapi", reason="the HTTP tests need fastapi: install the dev extra")
 pytest.importorskip("uvicorn", reason="the HTTP tests need uvicorn: install the dev extra")
 
 BACKOFF = 0.01
-CLIENT = "rex_rag.retrieval.client"
+CLIENT = "rex_rag.retrieval.remote.client"
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.client import RemoteRetriever
+from rex_rag.retrieval.remote.client import RemoteRetriever
 from tests.retrieval.servers import BehavingServer, ProcessServer, free_port
 
 pytest.importorskip("fastapi", reason="the HTTP tests need fastapi: install the dev extra")
 pytest.importorskip("uvicorn", reason="the HTTP tests need uvicorn: install the dev extra")
 
-CLIENT = "rex_rag.retrieval.client"
+CLIENT = "rex_rag.retrieval.remote.client"
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ import pytest
 
 from rex_rag.data.corpus import read_corpus
 from rex_rag.retrieval.base import RetrievalError, Retriever, checked_search
-from rex_rag.retrieval.dense import DenseRetriever
-from rex_rag.retrieval.encode_corpus import encode_corpus
-from rex_rag.retrieval.encoder import Encoder
-from rex_rag.retrieval.encoder_families import resolve_encoder
-from rex_rag.retrieval.faiss_index import FaissIndex, FaissOptions, build_faiss_index
+from rex_rag.retrieval.dense.encode_corpus import encode_corpus
+from rex_rag.retrieval.dense.encoder import Encoder
+from rex_rag.retrieval.dense.faiss_index import FaissIndex, FaissOptions, build_faiss_index
+from rex_rag.retrieval.dense.families import resolve_encoder
+from rex_rag.retrieval.dense.retriever import DenseRetriever
+from rex_rag.retrieval.dense.torch_index import TorchFlatIndex
 from rex_rag.retrieval.passages import PassageList
-from rex_rag.retrieval.torch_index import TorchFlatIndex
 from rex_rag.types import Passage
 from tests.retrieval.dense_parts import minilm_folder, save_word_encoder
 

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.dense_estimate import estimate_dense, estimate_index, index_bytes
-from rex_rag.retrieval.encode_corpus import (
+from rex_rag.retrieval.dense.encode_corpus import (
     VectorShards,
     check_rows,
     encode_corpus,
     read_check_vectors,
     write_check_vectors,
 )
-from rex_rag.retrieval.encoder import Encoder, check_encoder
-from rex_rag.retrieval.encoder_families import resolve_encoder
-from rex_rag.retrieval.faiss_index import FaissOptions, build_faiss_index
+from rex_rag.retrieval.dense.encoder import Encoder, check_encoder
+from rex_rag.retrieval.dense.estimate import estimate_dense, estimate_index, index_bytes
+from rex_rag.retrieval.dense.faiss_index import FaissOptions, build_faiss_index
+from rex_rag.retrieval.dense.families import resolve_encoder
 from rex_rag.retrieval.passages import PassageList
 from rex_rag.types import Passage
 from tests.retrieval.dense_parts import save_word_encoder, unit_vectors, vectors_on_disk, word_passages
@@ -89,9 +89,9 @@ def test_finished_shards_are_not_encoded_again(tmp_path, encoder):
 
 KILLED = """
 import sys
-from rex_rag.retrieval.encode_corpus import encode_corpus
-from rex_rag.retrieval.encoder import Encoder
-from rex_rag.retrieval.encoder_families import resolve_encoder
+from rex_rag.retrieval.dense.encode_corpus import encode_corpus
+from rex_rag.retrieval.dense.encoder import Encoder
+from rex_rag.retrieval.dense.families import resolve_encoder
 from rex_rag.retrieval.passages import PassageList
 from tests.retrieval.dense_parts import word_passages
 

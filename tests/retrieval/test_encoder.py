@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.encoder import CHUNK_ROWS, Encoder, EncoderSpec, check_encoder, spec_from_dict
-from rex_rag.retrieval.encoder_families import resolve_encoder
+from rex_rag.retrieval.dense.encoder import CHUNK_ROWS, Encoder, EncoderSpec, check_encoder, spec_from_dict
+from rex_rag.retrieval.dense.families import resolve_encoder
 from rex_rag.types import Passage
 from tests.retrieval.dense_parts import WORDS, minilm_folder, save_word_encoder, word_passages
 
@@ -223,7 +223,7 @@ def test_the_check_of_an_encoder_tells_prefixes_weights_and_passages_apart(tmp_p
 WORKERS = """
 import os, sys
 import numpy as np
-from rex_rag.retrieval.encoder import Encoder, EncoderSpec
+from rex_rag.retrieval.dense.encoder import Encoder, EncoderSpec
 
 if __name__ == "__main__":
     encoder = Encoder(EncoderSpec(sys.argv[1]), ["cpu", "cpu"])

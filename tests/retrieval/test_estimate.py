@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rex_rag.retrieval.estimate import (
+from rex_rag.retrieval.index.estimate import (
     Estimate,
     NotEnoughRoom,
     Room,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.encode_corpus import VectorShards
-from rex_rag.retrieval.faiss_index import FaissIndex, FaissOptions, build_faiss_index
+from rex_rag.retrieval.dense.encode_corpus import VectorShards
+from rex_rag.retrieval.dense.faiss_index import FaissIndex, FaissOptions, build_faiss_index
 from rex_rag.retrieval.indexed import NO_ROW
 from tests.retrieval.dense_parts import unit_vectors, vectors_on_disk
 
@@ -223,8 +223,8 @@ def test_threads_see_the_same_rankings(tmp_path):
 MEMORY = """
 import json, re, sys
 from pathlib import Path
-from rex_rag.retrieval.encode_corpus import VectorShards
-from rex_rag.retrieval.faiss_index import FaissOptions, FaissIndex, build_faiss_index
+from rex_rag.retrieval.dense.encode_corpus import VectorShards
+from rex_rag.retrieval.dense.faiss_index import FaissOptions, FaissIndex, build_faiss_index
 import faiss, numpy
 
 def status(name):

@@ -8,9 +8,9 @@ from trl import GRPOConfig, ModelConfig, TrlParser
 
 from rex_rag.data.corpus import CorpusError, write_corpus
 from rex_rag.data.qa import QuestionArguments
-from rex_rag.retrieval.bm25 import BM25Retriever
-from rex_rag.retrieval.client import RemoteRetriever
+from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+from rex_rag.retrieval.remote.client import RemoteRetriever
 from rex_rag.types import Passage
 
 
@@ -79,8 +79,8 @@ def test_field_names_do_not_clash_with_the_trainer_and_help_renders():
 
 def test_imports_stay_light():
     code = (
-        "import sys, rex_rag.retrieval.load, rex_rag.retrieval.bm25, rex_rag.retrieval.client, rex_rag.data.qa, "
-        "rex_rag.data.corpus\n"
+        "import sys, rex_rag.retrieval.load, rex_rag.retrieval.bm25.retriever, rex_rag.retrieval.remote.client\n"
+        "import rex_rag.data.qa, rex_rag.data.corpus\n"
         "print([name for name in ('torch', 'transformers', 'datasets', 'bm25s') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -13,14 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from rex_rag.retrieval.base import RetrievalError, Retriever, checked_search
-from rex_rag.retrieval.online import (
+from rex_rag.retrieval.online.cache import CacheMode, SpendCapReached
+from rex_rag.retrieval.online.retriever import (
     CHECK_QUERY,
     MAX_QUERY_CHARACTERS,
     NOTHING_FOUND,
     OnlineRetriever,
     QuotaExceeded,
 )
-from rex_rag.retrieval.online_cache import CacheMode, SpendCapReached
 from rex_rag.types import Passage
 
 fastapi = pytest.importorskip("fastapi", reason="the HTTP tests need fastapi: install the dev extra")

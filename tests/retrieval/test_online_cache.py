@@ -8,7 +8,7 @@ import time
 import pytest
 
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.online_cache import CacheMode, Hit, OnlineCache, SpendCapReached, normalize_query
+from rex_rag.retrieval.online.cache import CacheMode, Hit, OnlineCache, SpendCapReached, normalize_query
 
 HITS = [Hit("Müller", "https://a.example/1", "first"), Hit("Two", "https://a.example/2", "zweites – Ende")]
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rex_rag.data.corpus import CorpusError, read_corpus
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.passage_writer import _shared_digests, sample_passages, scan_corpus, write_store
+from rex_rag.retrieval.index.passage_writer import _shared_digests, sample_passages, scan_corpus, write_store
 from rex_rag.retrieval.passages import PassageList, PassageStore, passage_json
 from rex_rag.types import Passage
 

@@ -13,13 +13,13 @@ import pytest
 
 from rex_rag.cli import main
 from rex_rag.data.corpus import write_corpus
-from rex_rag.retrieval import qdrant_load
 from rex_rag.retrieval.base import RetrievalError
+from rex_rag.retrieval.dense import qdrant_load
+from rex_rag.retrieval.dense.qdrant_calls import API_KEY_VARIABLE, connect_qdrant
+from rex_rag.retrieval.dense.qdrant_index import QUERIES_PER_REQUEST, QdrantIndex
+from rex_rag.retrieval.dense.qdrant_load import ROWS_IN_FLIGHT, QdrantOptions, load_qdrant
 from rex_rag.retrieval.indexed import NO_ROW
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
-from rex_rag.retrieval.qdrant_calls import API_KEY_VARIABLE, connect_qdrant
-from rex_rag.retrieval.qdrant_index import QUERIES_PER_REQUEST, QdrantIndex
-from rex_rag.retrieval.qdrant_load import ROWS_IN_FLIGHT, QdrantOptions, load_qdrant
 from tests.retrieval.dense_parts import save_word_encoder, word_passages
 
 qdrant_client = pytest.importorskip("qdrant_client", reason="needs qdrant-client: install the retrieval extra")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rex_rag.retrieval.base import RetrievalError, Retriever
-from rex_rag.retrieval.bm25 import BM25Retriever
+from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.retrieval.indexed import NO_ROW, IndexedRetriever
 from rex_rag.retrieval.passages import PassageList
 from rex_rag.retrieval.rerank import (

@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.client import RemoteRetriever
-from rex_rag.retrieval.server import ServerOptions, serve
+from rex_rag.retrieval.remote.client import RemoteRetriever
+from rex_rag.retrieval.server.app import ServerOptions, serve
 from rex_rag.types import Passage
 from tests.retrieval.running import Running, until
 from tests.retrieval.toy_engine import ToyRetriever, expected
@@ -327,7 +327,7 @@ def test_engines_without_an_index_are_served_too(start):
 SERVE = """
 import logging, sys, time
 from tests.retrieval.toy_engine import ToyRetriever
-from rex_rag.retrieval.server import ServerOptions, serve
+from rex_rag.retrieval.server.app import ServerOptions, serve
 logging.basicConfig(level=logging.INFO)
 def load():
     if sys.argv[1] == "fail":

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.faiss_index import FaissIndex, FaissOptions, build_faiss_index
-from rex_rag.retrieval.flat_file import map_flat
-from rex_rag.retrieval.torch_index import TorchFlatIndex
+from rex_rag.retrieval.dense.faiss_index import FaissIndex, FaissOptions, build_faiss_index
+from rex_rag.retrieval.dense.flat_file import map_flat
+from rex_rag.retrieval.dense.torch_index import TorchFlatIndex
 from tests.retrieval.dense_parts import unit_vectors, vectors_on_disk
 
 VECTORS = np.array([[1, 0], [0, 1], [3, 4], [-1, 0], [1, 0]], dtype=np.float32)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.passages import passage_json
-from rex_rag.retrieval.wire import WireError, decode_rankings, encode_rankings, encode_request
+from rex_rag.retrieval.remote.wire import WireError, decode_rankings, encode_rankings, encode_request
 from rex_rag.types import Passage
 
 OWL = b'{"id": "7", "contents": "\\"Owl\\"\\nin the oak"}'

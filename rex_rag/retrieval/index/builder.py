@@ -1,0 +1,191 @@
+"""Build an index directory: estimate, passages, index, manifest, and only then the directory's own name.
+
+All work happens in `OUTPUT.building/`, held by a lock. A build that is killed at any moment goes on where it stood
+when the same command is given again, and ends with the same bytes; `OUTPUT` itself appears by one rename, complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rex_rag.data.corpus import corpus_files
+from rex_rag.data.jsonl import shorten
+from rex_rag.durable import locked, sync_folder, write_json
+from rex_rag.retrieval.base import RetrievalError
+from rex_rag.retrieval.index.arguments import IndexArguments
+from rex_rag.retrieval.index.estimate import Estimate, Room, check_room, human_bytes, human_seconds, measure_room
+from rex_rag.retrieval.index.kinds import IndexKind, index_kind
+from rex_rag.retrieval.index.manifest import MANIFEST_FILE, Manifest, hash_files, library_versions
+from rex_rag.retrieval.index.passage_writer import CorpusFile, sample_passages, scan_corpus, write_store
+from rex_rag.retrieval.passages import OFFSET_BYTES, PASSAGES_FILE, PassageStore, passage_json
+from rex_rag.types import Passage
+
+SAMPLE_SIZE = 1_000
+# Reading, checking and writing passages, on one core of 2020s hardware; the estimate's only unmeasured rate.
+_STORE_ROWS_PER_SECOND = 40_000
+
+
+def build_index(
+    arguments: IndexArguments,
+    say: Callable[[str], None],
+    force: bool = False,
+    dry_run: bool = False,
+) -> Path | None:
+    """Build the index that `arguments` ask for, and return its directory; `say` gets the estimate and what happens.
+
+    force: build even if the estimate exceeds what the machine can give. dry_run: stop after the estimate.
+
+    Raises:
+        CorpusError: for a corpus that is missing, empty or malformed.
+        NotEnoughRoom: when memory or disk do not suffice.
+        RetrievalError: when the directory holds another index, another process builds it, or what lies there
+            unfinished was asked for otherwise.
+    """
+    files = corpus_files(arguments.corpus)
+    output = Path(arguments.output)
+    building = output.with_name(output.name + ".building")
+    scanned = scan_corpus(files)
+    plan = {
+        "arguments": arguments.identity,
+        "corpus_files": [asdict(file) for file in scanned],
+        "versions": library_versions(),
+    }
+    if output.exists() and not _is_empty_folder(output):
+        _check_built(output, plan)
+        shutil.rmtree(building, ignore_errors=True)
+        say(f"{output} is already built: nothing to do")
+        return output
+    kind = index_kind(arguments)
+    total = sum(file.lines for file in scanned)
+    sample = sample_passages(files, SAMPLE_SIZE)
+    estimate = _store_estimate(sample, total).then(kind.estimate(sample, total))
+    room = measure_room(output)
+    room = Room(room.ram, room.disk + _size(building))
+    say(describe_estimate(estimate, room, total))
+    if not force:
+        check_room(estimate, room)
+    if dry_run:
+        return None
+    building.mkdir(parents=True, exist_ok=True)
+    with locked(building / "lock") as ours:
+        if not ours:
+            raise RetrievalError(f"another process is building {output}; wait for it, or stop it and try again")
+        _check_plan(building, plan, say)
+        _build(kind, files, scanned, building, plan)
+        os.rename(building / "index", output)
+        sync_folder(output.parent)
+        shutil.rmtree(building, ignore_errors=True)
+    manifest = Manifest.read(output)
+    size = sum(entry["bytes"] for entry in manifest.files.values())
+    say(f"{output}: {manifest.passages:,} passages, {human_bytes(size)}, fingerprint {manifest.fingerprint}")
+    return output
+
+
+def describe_estimate(estimate: Estimate, room: Room, total: int) -> str:
+    """The estimate for people, beside what the machine has."""
+    lines = [
+        f"about {total:,} passages; this build will take",
+        f"  time    {human_seconds(estimate.seconds)}",
+        f"  memory  {human_bytes(estimate.peak_ram)} ({human_bytes(room.ram)} free), "
+        f"{human_bytes(estimate.serving_ram)} to search afterwards",
+        f"  disk    {human_bytes(estimate.final_disk)}, and {human_bytes(estimate.work_disk)} while building "
+        f"({human_bytes(room.disk)} free)",
+    ]
+    return "\n".join(lines + [f"  {note}" for note in estimate.notes])
+
+
+def _build(
+    kind: IndexKind, files: Sequence[Path], scanned: Sequence[CorpusFile], building: Path, plan: dict[str, Any]
+) -> None:
+    index, work = building / "index", building / "work"
+    if (index / MANIFEST_FILE).exists():
+        return
+    index.mkdir(exist_ok=True)
+    work.mkdir(exist_ok=True)
+    info = write_store(files, scanned, index, building / "passages.json")
+    passages = PassageStore(index)
+    encoder, parameters = kind.build(passages, info.sha256, index, work)
+    Manifest(
+        kind=plan["arguments"]["kind"],
+        passages=info.passages,
+        corpus_files=plan["corpus_files"],
+        corpus_sha256=info.sha256,
+        encoder=encoder,
+        index=parameters,
+        files=hash_files(index, known={PASSAGES_FILE: info.sha256}),
+        arguments=plan["arguments"],
+        versions=plan["versions"],
+    ).write(index)
+
+
+def _store_estimate(sample: Sequence[Passage], total: int) -> Estimate:
+    row = sum(len(passage_json(passage)) + 1 for passage in sample) / len(sample) + OFFSET_BYTES
+    return Estimate(
+        peak_ram=total * 3 * OFFSET_BYTES,  # digests of all ids, and their sorted copy with the order
+        serving_ram=0,
+        work_disk=0,
+        final_disk=int(row * total),
+        seconds=total / _STORE_ROWS_PER_SECOND,
+    )
+
+
+def _check_built(output: Path, plan: dict[str, Any]) -> None:
+    if not output.is_dir():
+        raise RetrievalError(f"{output} is a file; choose another output directory")
+    if not (output / MANIFEST_FILE).is_file():
+        raise RetrievalError(
+            f"{output} exists and is no index; it is not touched: choose another output directory, or remove it"
+        )
+    manifest = Manifest.read(output)
+    found = {"arguments": manifest.arguments, "corpus_files": manifest.corpus_files, "versions": manifest.versions}
+    differing = _differences(found, plan, ("arguments", "corpus_files"))
+    if differing:
+        raise RetrievalError(
+            f"{output} holds an index of its own ({differing}); it is not overwritten: choose another output "
+            "directory, or remove it"
+        )
+
+
+def _check_plan(building: Path, plan: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Refuse to go on with what another command began; write down what this one asks for."""
+    state = building / "plan.json"
+    if not state.exists():
+        write_json(state, plan)
+        return
+    differing = _differences(json.loads(state.read_text(encoding="utf-8")), plan, tuple(plan))
+    if differing:
+        raise RetrievalError(
+            f"{building} holds an unfinished build of something else ({differing}); give the command that began it to "
+            "finish it, or remove the directory to begin anew"
+        )
+    say(f"going on with the unfinished build in {building}")
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any], parts: Sequence[str]) -> str:
+    """What differs between two plans, in words; empty if nothing does."""
+    said = []
+    for part in parts:
+        if found[part] == wanted[part]:
+            continue
+        if part == "corpus_files":
+            said.append("another corpus")
+            continue
+        for name in sorted(found[part].keys() | wanted[part].keys()):
+            old, new = found[part].get(name), wanted[part].get(name)
+            if old != new:
+                said.append(f"{name} {shorten(old)}, now {shorten(new)}")
+    return ", ".join(said)
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

@@ -1,0 +1,403 @@
+"""A retrieval server in the Search-R1 wire format, over any retriever.
+
+Invariants: what it accepted it answers, with one non-empty ranking a query or an error; what it cannot take it refuses
+at once and says why. A failed search is never an empty result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable
+from time import perf_counter
+
+from rex_rag.data.jsonl import shorten
+from rex_rag.retrieval.base import RetrievalError, Retriever
+from rex_rag.retrieval.indexed import IndexedRetriever
+from rex_rag.retrieval.remote.wire import HEALTH_PATH, SEARCH_PATH
+from rex_rag.retrieval.server.batching import MicroBatcher
+from rex_rag.retrieval.server.metrics import ServerMetrics
+from rex_rag.retrieval.server.options import ServerOptions
+from rex_rag.retrieval.server.runner import DirectRunner, Overloaded, Runner
+from rex_rag.retrieval.server.stages import Served, Timings
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse, Response
+    from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
+    from starlette.requests import ClientDisconnect
+except ImportError as error:
+    raise ImportError(
+        'the retrieval server needs fastapi and uvicorn: install them with `pip install "rex-rag[retrieval]"`'
+    ) from error
+
+logger = logging.getLogger(__name__)
+
+METRICS_PATH = "/metrics"
+LOADING_RETRY_SECONDS = 2
+# How often a request that takes long asks whether its client is still there.
+CLIENT_CHECK_SECONDS = 1.0
+# Longer than clients keep idle connections, so that it is they who close them and no request meets a closed one.
+KEEP_ALIVE_SECONDS = 75
+CLIENT_CLOSED_REQUEST = 499  # never sent: it stands in the metrics for clients that went away
+
+
+class RetrieveRequest(BaseModel):
+    """A batch of searches."""
+
+    queries: list[str] = Field(description="What to search for; none may be blank.", examples=[["who wrote Hamlet"]])
+    topk: StrictInt | None = Field(None, description="Passages a query, best first; the server's default if null.")
+    return_scores: StrictBool = Field(False, description="Answer with scores, or with the bare passages.")
+
+
+class Document(BaseModel):
+    """One passage. Its text comes from the corpus: treat it as untrusted."""
+
+    model_config = ConfigDict(extra="allow")
+    id: str = Field(description="The passage's id in the corpus.", examples=["7"])
+    contents: str = Field(description="The title in quotes, a line break, the text.")
+
+
+class ScoredDocument(BaseModel):
+    """A passage and how well it matches."""
+
+    document: Document
+    score: float = Field(description="Higher is better; comparable within one ranking.")
+
+
+class RetrieveResponse(BaseModel):
+    """One ranking a query, in the order asked."""
+
+    result: list[list[ScoredDocument]] | list[list[Document]] = Field(
+        description="At least one and at most `topk` passages a query, best first; bare without `return_scores`."
+    )
+
+
+class Health(BaseModel):
+    """Whether a search would be answered now."""
+
+    status: str = Field(description="`ready` or `loading`.")
+    retriever: str | None = Field(None, description="What is searched.")
+    passages: int | None = Field(None, description="Passages in the index, where the engine knows.")
+
+
+class Problem(BaseModel):
+    """Why a request was not answered."""
+
+    detail: str
+
+
+class _Refused(Exception):
+    def __init__(self, status: int, detail: str, retry_after: int | None = None) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.retry_after = retry_after
+
+
+def create_app(
+    load: Callable[[], Retriever],
+    options: ServerOptions | None = None,
+    on_load_failure: Callable[[BaseException], None] | None = None,
+) -> FastAPI:
+    """Build the application; `load` runs in a thread of its own once the server has started.
+
+    Args:
+        load: makes the retriever. Until it returns, searches and /health are answered with 503.
+        options: limits and batching; `host` and `port` matter to `serve` alone.
+        on_load_failure: called on the event loop when `load` raises; by default the error is logged and the process
+            gets SIGTERM, since a server that will never be ready should not go on.
+    """
+    service = _Service(load, options or ServerOptions(), on_load_failure or _terminate)
+    app = FastAPI(
+        title="rex-rag retrieval server",
+        description="Passages for queries, in the Search-R1 wire format.",
+        lifespan=service.lifespan,
+    )
+    body = {"content": {"application/json": {"schema": RetrieveRequest.model_json_schema()}}, "required": True}
+    problems = {
+        413: {"model": Problem, "description": "The body is larger than the limit."},
+        422: {"model": Problem, "description": "Malformed, a blank query, or more than a limit allows."},
+        500: {"model": Problem, "description": "A query could not be answered."},
+        503: {"model": Problem, "description": "Loading, or too much waits: come back after Retry-After seconds."},
+    }
+    app.add_api_route(
+        SEARCH_PATH,
+        service.retrieve,
+        methods=["POST"],
+        summary="Search",
+        responses={200: {"model": RetrieveResponse}, **problems},
+        openapi_extra={"requestBody": body},
+        response_class=Response,
+    )
+    app.add_api_route(
+        HEALTH_PATH,
+        service.health,
+        methods=["GET"],
+        summary="Is the index loaded?",
+        responses={200: {"model": Health}, 503: {"model": Health, "description": "Still loading."}},
+        response_class=Response,
+    )
+    app.add_api_route(
+        METRICS_PATH, service.show_metrics, methods=["GET"], summary="Prometheus metrics", response_class=Response
+    )
+    return app
+
+
+def serve(load: Callable[[], Retriever], options: ServerOptions | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what was accepted; a second signal ends the process at once.
+
+    Raises:
+        RetrievalError: when the address cannot be bound.
+        Exception: whatever `load` raises.
+    """
+    options = options or ServerOptions()
+    failures: list[BaseException] = []
+
+    def stop(error: BaseException) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    def load_for_good() -> Retriever:
+        retriever = load()
+        # What was loaded stays: without this, every full collection would walk through all of it.
+        gc.collect()
+        gc.freeze()
+        return retriever
+
+    app = create_app(load_for_good, options, on_load_failure=stop)
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, lifespan="on"
+    )
+    server = _Server(config)
+    with _bind(options) as listener:
+        host, port = listener.getsockname()[:2]
+        logger.info("listening at http://%s:%d, loading", f"[{host}]" if ":" in host else host, port)
+        if not options.is_loopback:
+            logger.warning(
+                "host=%s is reachable from other machines, and whoever reaches port %d may search without a password; "
+                "keep it inside a trusted network",
+                options.host,
+                port,
+            )
+        server.run(sockets=[listener])
+    if failures:
+        raise failures[0]
+
+
+class _Service:
+    """The state of one application."""
+
+    def __init__(
+        self, load: Callable[[], Retriever], options: ServerOptions, on_load_failure: Callable[[BaseException], None]
+    ) -> None:
+        self._load = load
+        self._options = options
+        self._on_load_failure = on_load_failure
+        self._metrics = ServerMetrics()
+        self._retriever: Retriever | None = None
+        self._runner: Runner | None = None
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        # Daemon: a stop does not wait for an index that is still being loaded.
+        threading.Thread(target=self._load_in_thread, args=(asyncio.get_running_loop(),), daemon=True).start()
+        yield
+        if self._runner is not None:
+            await self._runner.close()
+
+    def _load_in_thread(self, loop: asyncio.AbstractEventLoop) -> None:
+        started = perf_counter()
+        try:
+            retriever = self._load()
+            if isinstance(retriever, IndexedRetriever):
+                # The first search of an index reads its pages and compiles what compiles: not at a client's cost.
+                retriever.check()
+        except BaseException as error:
+            then, argument = self._on_load_failure, error
+        else:
+            logger.info("ready after %.1f s: %s", perf_counter() - started, retriever.description)
+            then, argument = self._start, retriever
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server stopped meanwhile
+            loop.call_soon_threadsafe(then, argument)
+
+    def _start(self, retriever: Retriever) -> None:
+        options = self._options
+        if options.micro_batching and isinstance(retriever, IndexedRetriever):
+            self._runner = MicroBatcher(
+                retriever,
+                max_batch=options.max_batch,
+                max_waiting=options.max_waiting,
+                wait=options.batch_wait_ms / 1000,
+                cache_size=options.cache_size,
+                observer=self._metrics,
+            )
+        else:
+            self._runner = DirectRunner(retriever, max_waiting=options.max_waiting, observer=self._metrics)
+        self._retriever = retriever
+
+    async def health(self) -> Response:
+        if self._retriever is None:
+            return JSONResponse({"status": "loading"}, 503, {"Retry-After": str(LOADING_RETRY_SECONDS)})
+        passages = len(self._retriever) if hasattr(self._retriever, "__len__") else None
+        return JSONResponse({"status": "ready", "retriever": self._retriever.description, "passages": passages})
+
+    async def show_metrics(self) -> Response:
+        body, content_type = self._metrics.render()
+        return Response(body, headers={"Content-Type": content_type})
+
+    async def retrieve(self, request: Request) -> Response:
+        started = perf_counter()
+        self._metrics.in_flight.inc()
+        try:
+            response = await self._answer(request, started)
+        except ClientDisconnect:
+            response = Response(status_code=CLIENT_CLOSED_REQUEST)
+        except _Refused as refused:
+            response = _problem(refused.status, str(refused), refused.retry_after)
+        except Overloaded as error:
+            response = _problem(503, str(error), error.retry_after)
+        except RetrievalError as error:
+            logger.warning("a request failed: %s", error)
+            response = _problem(500, str(error))
+        finally:
+            self._metrics.in_flight.dec()
+        self._metrics.request(response.status_code)
+        return response
+
+    async def _answer(self, request: Request, started: float) -> Response:
+        if self._runner is None:
+            raise _Refused(503, "the index is still being loaded; ask /health", LOADING_RETRY_SECONDS)
+        body = await _read_body(request, self._options.max_body_bytes)
+        asked = _parse(body)
+        top_k = self._options.default_top_k if asked.topk is None else asked.topk
+        _check_limits(asked.queries, top_k, self._options)
+        if not asked.queries:
+            return Response(b'{"result":[]}', media_type="application/json")
+        served = await self._wait(request, self._runner.submit(asked.queries, top_k, asked.return_scores))
+        if served is None:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        served.timings.finish(perf_counter() - started)
+        self._metrics.answered(len(asked.queries), served.timings)
+        return Response(
+            served.body, media_type="application/json", headers={"Server-Timing": _server_timing(served.timings)}
+        )
+
+    async def _wait(self, request: Request, future: asyncio.Future[Served]) -> Served | None:
+        """The answer, or `None` when the client went away: nobody should search for it then."""
+        while True:
+            done, _ = await asyncio.wait((future,), timeout=CLIENT_CHECK_SECONDS)
+            if done:
+                return future.result()
+            if await request.is_disconnected():
+                future.cancel()
+                return None
+
+
+class _Server(uvicorn.Server):
+    """Differs from uvicorn's in what signals do: the first one stops gracefully with exit status 0, the next kills."""
+
+    _signalled = False
+
+    def handle_exit(self, sig: int, frame: object) -> None:
+        if self._signalled:
+            os._exit(128 + sig)
+        self._signalled = self.should_exit = True
+        logger.info("%s: finishing what was accepted; a second signal ends at once", signal.Signals(sig).name)
+
+
+def _bind(options: ServerOptions) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise RetrievalError(
+            f"host={options.host!r} is no address of this machine ({error}); use 127.0.0.1"
+        ) from error
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise RetrievalError(
+            f"cannot listen at {options.host}:{options.port} ({error}); stop what listens there, or take another port "
+            "(0 for a free one) or host"
+        ) from error
+    return listener
+
+
+def _terminate(error: BaseException) -> None:
+    logger.critical("the index could not be loaded, the server ends", exc_info=error)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > limit:
+        raise _too_large(f"is {int(announced)} bytes long", limit)
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise _too_large(f"is longer than {limit} bytes", limit)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _too_large(said: str, limit: int) -> _Refused:
+    return _Refused(413, f"the body {said}, and the limit is {limit} bytes; send fewer queries a request")
+
+
+def _parse(body: bytes) -> RetrieveRequest:
+    try:
+        return RetrieveRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        found = "" if first["type"] in ("json_invalid", "missing") else f", found {shorten(first['input'])}"
+        raise _Refused(
+            422,
+            f"{f'{place}: ' if place else ''}{first['msg']}{found}; a request is "
+            '{"queries": ["…"], "topk": 3, "return_scores": true}',
+        ) from None
+
+
+def _check_limits(queries: list[str], top_k: int, options: ServerOptions) -> None:
+    if len(queries) > options.max_queries:
+        raise _Refused(
+            422, f"{len(queries)} queries, and the limit is {options.max_queries} a request; send several requests"
+        )
+    if not 1 <= top_k <= options.max_top_k:
+        raise _Refused(422, f"topk is {top_k}, and it must be between 1 and the limit of {options.max_top_k}")
+    for position, query in enumerate(queries):
+        if not query.strip():
+            raise _Refused(
+                422, f"query {position} of {len(queries)} is blank ({shorten(query)}); leave it out of the request"
+            )
+        if len(query) > options.max_query_characters:
+            raise _Refused(
+                422,
+                f"query {position} of {len(queries)} has {len(query)} characters, and the limit is "
+                f"{options.max_query_characters}; shorten it",
+            )
+
+
+def _problem(status: int, detail: str, retry_after: int | None = None) -> Response:
+    headers = None if retry_after is None else {"Retry-After": str(retry_after)}
+    return JSONResponse({"detail": detail}, status, headers)
+
+
+def _server_timing(timings: Timings) -> str:
+    return (
+        f"queue;dur={timings.queue * 1e3:.3f}, encode;dur={timings.encode * 1e3:.3f}, "
+        f"search;dur={timings.search * 1e3:.3f}, fetch;dur={timings.fetch * 1e3:.3f}, "
+        f"total;dur={timings.total * 1e3:.3f}"
+    )
