@@ -210,6 +210,7 @@ def _progress(work, shards, terms):
     return counted / 2 + (json.loads(written.read_text()) / terms / 2 if written.exists() else 0)
 
 
+@pytest.mark.slow
 def test_a_build_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(tmp_path):
     store = _store(_random_corpus(5_000), tmp_path / "store")
     straight = _start_build(store, tmp_path / "straight")

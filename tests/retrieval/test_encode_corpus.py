@@ -100,6 +100,7 @@ encode_corpus(PassageList(word_passages(60_000)), encoder, sys.argv[2], shard_ro
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(tmp_path, folder, encoder):
     passages = PassageList(word_passages(60_000))
     encode_corpus(passages, encoder, tmp_path / "whole", shard_rows=500)
