@@ -1,0 +1,85 @@
+"""What an evaluation run reads and leaves behind, as plain data: questions, and what a method wrote for each.
+
+A run's directory holds `run.json` (the protocol card) and, for each benchmark, a folder with `predictions.jsonl` (one
+`Prediction` a line, in the order of the questions) and `timings.jsonl`. Predictions hold nothing that depends on the
+clock or the machine, so that equal runs give equal bytes; scores are worked out from them and never stored in them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rex_rag.types import Trajectory
+
+RUN_FILE = "run.json"
+PREDICTIONS_FILE = "predictions.jsonl"
+TIMINGS_FILE = "timings.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One test question. `choices` (letter -> text) makes it multiple choice; its gold answers are letters then."""
+
+    id: str
+    question: str
+    golden_answers: tuple[str, ...]
+    choices: dict[str, str] | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One attempt at a question.
+
+    answer: what the method took as its answer, from model-written text alone; `None` if it gave none. segments: as
+    `Trajectory.segment_texts`. searches: query and ids of the passages, in order. tokens: written by the model.
+    truncations: cause -> how often, causes of `Truncation`.
+    """
+
+    answer: str | None
+    segments: list[dict[str, str]]
+    searches: list[dict[str, Any]]
+    tokens: int
+    invalid_actions: int
+    truncations: dict[str, int]
+
+    @classmethod
+    def of(cls, trajectory: Trajectory) -> Sample:
+        return cls(
+            answer=trajectory.answer,
+            segments=trajectory.segment_texts(),
+            searches=[
+                {"query": call.query, "passages": [passage.id for passage in call.passages]}
+                for call in trajectory.searches
+            ],
+            tokens=sum(len(segment.ids) for segment in trajectory.segments if segment.kind.is_trained),
+            invalid_actions=trajectory.invalid_actions,
+            truncations={str(cause): count for cause, count in sorted(trajectory.truncations.items())},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a method made of one question: k samples, one where it decodes greedily."""
+
+    id: str
+    question: str
+    golden_answers: tuple[str, ...]
+    samples: tuple[Sample, ...]
+    choices: dict[str, str] | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def as_row(self) -> dict[str, Any]:
+        """A JSON-able row of `predictions.jsonl`."""
+        return asdict(self)
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Prediction:
+        """The inverse of `as_row`.
+
+        Raises:
+            TypeError, KeyError: for a row of another form.
+        """
+        samples = tuple(Sample(**sample) for sample in row["samples"])
+        return cls(**{**row, "golden_answers": tuple(row["golden_answers"]), "samples": samples})
