@@ -86,6 +86,10 @@ def test_ids_that_repeat_whatever_is_put_in_front_are_refused(tmp_path: Path):
     two = write_lines(tmp_path / "x" / "two.jsonl", [{"id": "b", "contents": "B2"}])
     with pytest.raises(CorpusError, match="still repeat"):
         store_of([one, two], tmp_path / "store")
+    # Within one file: its own "b" becomes what another of its ids already is.
+    write_lines(one, [{"id": "b", "contents": "B"}, {"id": "x/one:b", "contents": "!"}])
+    with pytest.raises(CorpusError, match="still repeat"):
+        store_of([one, two], tmp_path / "other")
 
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="needs the Wikipedia passages in ../shared/data")
@@ -152,6 +156,13 @@ def test_a_file_that_changes_meanwhile_is_refused(tmp_path: Path):
     write_lines(corpus, [{"contents": "a"}, {"contents": "b"}])
     with pytest.raises(CorpusError, match="changed while it was read"):
         write_store([corpus], scanned, tmp_path, tmp_path / "info.json")
+
+
+def test_a_store_that_is_gone_is_written_again_whatever_was_noted_of_it(tmp_path: Path):
+    corpus = write_lines(tmp_path / "c.jsonl", [{"contents": "a"}])
+    store_of([corpus], tmp_path / "store")
+    (tmp_path / "store" / "passages.jsonl").unlink()
+    assert [passage.text for passage in store_of([corpus], tmp_path / "store")] == ["a"]
 
 
 def test_different_ids_with_the_same_digest_are_no_fault(tmp_path: Path):

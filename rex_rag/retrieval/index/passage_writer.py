@@ -106,7 +106,7 @@ def write_store(files: Sequence[Path], scanned: Sequence[CorpusFile], directory:
         CorpusError: for a file that is malformed, or changed since it was scanned; for an id that occurs twice in a
             file.
     """
-    if info_path.exists():
+    if info_path.exists() and all((directory / name).exists() for name in (PASSAGES_FILE, OFFSETS_FILE)):
         return StoreInfo(**json.loads(info_path.read_text(encoding="utf-8")))
     info, shared = _write_pass(files, scanned, directory, prefixed=None)
     if shared is not None:
@@ -156,7 +156,7 @@ def _write_pass(
         for file in (text, offsets):
             file.flush()
             os.fsync(file.fileno())
-    shared = _shared_digests(files, counts, digests.values())
+    shared = _shared_digests(files, counts, digests.values(), prefixed is not None)
     if shared is None:
         for part, name in zip(parts, names, strict=True):
             os.replace(part, directory / name)
@@ -164,15 +164,20 @@ def _write_pass(
     return StoreInfo(sum(counts), position, content.hexdigest(), count_prefixed), shared
 
 
-def _shared_digests(files: Sequence[Path], counts: Sequence[int], digests: np.ndarray) -> np.ndarray | None:
-    """Digests of ids that occur in more than one file, sorted; refuses an id that occurs twice in one."""
+def _shared_digests(
+    files: Sequence[Path], counts: Sequence[int], digests: np.ndarray, prefixed: bool = False
+) -> np.ndarray | None:
+    """Digests of ids that occur in more than one file, sorted; refuses an id that occurs twice in one.
+
+    prefixed: ids have files' names in front by now, so any that are equal, in one file or several, are returned.
+    """
     import numpy as np
 
     origin = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     order = np.argsort(digests, kind="stable")
     ordered, origin = digests[order], origin[order]
     equal = ordered[1:] == ordered[:-1]
-    within = equal & (origin[1:] == origin[:-1])
+    within = equal & (origin[1:] == origin[:-1]) & (not prefixed)
     for file_number in np.unique(origin[1:][within]):
         suspects = set(ordered[1:][within & (origin[1:] == file_number)].tolist())
         _refuse_repeated(files[file_number], suspects)
