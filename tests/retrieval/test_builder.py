@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -88,6 +89,72 @@ def test_a_directory_that_is_no_index_and_a_file_are_not_touched(corpus: Path, t
     assert (output / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "notes.txt"])
+def test_what_lies_where_the_work_area_would_be_is_not_touched(corpus: Path, tmp_path: Path, name: str):
+    """An output named `a.building` is what building `a` would work in, and remove."""
+    if name == "manifest.json":
+        build(corpus, tmp_path / "a.building")
+    else:
+        (tmp_path / "a.building").mkdir()
+        (tmp_path / "a.building" / name).write_text("mine")
+    before = contents(tmp_path / "a.building")
+    with pytest.raises(RetrievalError, match=r"a\.building, where the index would be built .* no build left there"):
+        build(corpus, tmp_path / "a")
+    assert contents(tmp_path / "a.building") == before
+
+
+def test_a_link_is_followed_and_the_working_directory_is_taken(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "real").mkdir()
+    for target in ("real", "absent"):
+        (tmp_path / f"to_{target}").symlink_to(target)
+        build(corpus, tmp_path / f"to_{target}")
+        assert (tmp_path / f"to_{target}").is_symlink() and len(open_index(tmp_path / target)) == len(CITIES)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    build(corpus, Path("."))
+    assert len(open_index(tmp_path / "here")) == len(CITIES)
+
+
+def test_a_parent_that_does_not_exist_is_made_and_relative_paths_are_of_the_working_directory(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    build(Path("corpus.jsonl"), Path("p/q/index"))
+    assert len(open_index(tmp_path / "p" / "q" / "index")) == len(CITIES)
+
+
+SMALL_DISK = """
+set -e
+mount -t tmpfs -o size={size} tmpfs "$1"
+exec "$0" -m rex_rag.cli index --workers 1 --force --corpus "$2" --output "$1{inside}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "inside", "message"),
+    [
+        ("4k", "/index", r"the disk is full: \S+/index\.building could not be written"),
+        ("1m", "", "is a mount point, which no rename replaces; name a directory inside it"),
+    ],
+)
+def test_a_full_disk_and_a_mount_point_are_named(corpus: Path, tmp_path: Path, size: str, inside: str, message: str):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("a file system of its own needs user namespaces")
+    script = SMALL_DISK.format(size=size, inside=inside)
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, sys.executable, str(disk), str(corpus)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 2, done.stderr
+    assert re.search(message, done.stderr.splitlines()[-1])
+
+
 def test_an_empty_directory_is_taken(corpus: Path, tmp_path: Path):
     (tmp_path / "index").mkdir()
     build(corpus, tmp_path / "index")
@@ -123,6 +190,66 @@ def test_two_builders_of_one_directory_do_not_meet(corpus: Path, tmp_path: Path)
     build(corpus, tmp_path / "index")
 
 
+def test_a_lock_whose_file_its_holder_removed_is_no_lock(tmp_path: Path):
+    """What a second process opened before the first one, at its end, removed the work area with the lock in it."""
+    path = tmp_path / "lock"
+    code = (
+        "import fcntl, sys\nfrom pathlib import Path\nfrom rex_rag import durable\n"
+        "flock = fcntl.flock\n"
+        "def late(file, how):\n    print('opened', flush=True)\n    sys.stdin.readline()\n    flock(file, how)\n"
+        "fcntl.flock = late\n"
+        "with durable.locked(Path(sys.argv[1])) as ours:\n    print(ours)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    ) as second:
+        assert second.stdout.readline() == "opened\n"
+        path.unlink()
+        assert second.communicate("go\n")[0] == "False\n"
+
+
+def test_an_index_that_another_process_finished_meanwhile_is_taken(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The other one's build falls between this one's first look and its work."""
+    build(corpus, tmp_path / "other")
+    estimate = builder.measure_room
+
+    def finishing(directory: Path) -> Room:
+        os.rename(tmp_path / "other", tmp_path / "index")
+        return estimate(directory)
+
+    monkeypatch.setattr(builder, "measure_room", finishing)
+    said = build(corpus, tmp_path / "index")
+    assert said[-1] == f"{tmp_path / 'index'} is already built: nothing to do"
+    assert not (tmp_path / "index.building").exists()
+
+
+def test_killed_between_its_last_two_steps_and_removed_by_hand_a_build_begins_anew(corpus: Path, tmp_path: Path):
+    """The index has its name, the work area is still there: all but the index."""
+    build(corpus, tmp_path / "index")
+    whole = contents(tmp_path / "index")
+    building = tmp_path / "index.building"
+    shutil.rmtree(tmp_path / "index")
+    building.mkdir()
+    (building / "passages.json").write_text(
+        json.dumps({"passages": 8, "bytes": 1, "sha256": "0" * 64, "prefixed_ids": 0})
+    )
+    build(corpus, tmp_path / "index")
+    assert contents(tmp_path / "index") == whole
+
+
+def test_files_made_large_ahead_of_their_content_do_not_count_as_disk_that_a_build_has(tmp_path: Path):
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(1 << 30)
+    (tmp_path / "full").write_bytes(b"x" * 10_000)
+    assert 10_000 <= builder._size(tmp_path) < 1 << 20
+
+
 def test_an_unfinished_build_is_not_taken_for_an_index_nor_finished_as_another(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -147,7 +274,9 @@ def test_a_broken_corpus_leaves_no_index(corpus: Path, tmp_path: Path, capsys: p
     corpus.write_text(corpus.read_text() + '{"id": "x", "contents": \n')
     assert main(["index", "--corpus", str(corpus), "--output", str(tmp_path / "index")]) == 2
     assert f"{corpus}, line 9: broken JSON" in capsys.readouterr().err
-    assert not (tmp_path / "index").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl"]
+    corpus.write_text(corpus.read_text().replace('"contents": \n', '"contents": "mended"}\n'))
+    assert main(["index", "--corpus", str(corpus), "--output", str(tmp_path / "index"), "--workers", "1"]) == 0
 
 
 def test_an_index_is_checked_against_the_corpus_that_a_recipe_names(corpus: Path, tmp_path: Path):

@@ -6,15 +6,17 @@ when the same command is given again, and ends with the same bytes; `OUTPUT` its
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rex_rag.data.corpus import corpus_files
+from rex_rag.data.corpus import CorpusError, corpus_files
 from rex_rag.data.jsonl import shorten
 from rex_rag.durable import locked, sync_folder, write_json
 from rex_rag.retrieval.base import RetrievalError
@@ -27,6 +29,8 @@ from rex_rag.retrieval.passages import OFFSET_BYTES, PASSAGES_FILE, PassageStore
 from rex_rag.types import Passage
 
 SAMPLE_SIZE = 1_000
+# All that a build makes in its work area; a directory of that name that holds anything else is somebody's.
+_WORK_AREA = {"lock", "plan.json", ".plan.json.part", "passages.json", ".passages.json.part", "index", "work"}
 # Reading, checking and writing passages, on one core of 2020s hardware; the estimate's only unmeasured rate.
 _STORE_ROWS_PER_SECOND = 40_000
 
@@ -48,19 +52,18 @@ def build_index(
             unfinished was asked for otherwise.
     """
     files = corpus_files(arguments.corpus)
-    output = Path(arguments.output)
-    building = output.with_name(output.name + ".building")
+    output, building = _places(arguments.output)
     scanned = scan_corpus(files)
     plan = {
         "arguments": arguments.identity,
         "corpus_files": [asdict(file) for file in scanned],
         "versions": library_versions(),
     }
-    if output.exists() and not _is_empty_folder(output):
-        _check_built(output, plan)
+    if _is_built(output, plan, say):
         shutil.rmtree(building, ignore_errors=True)
-        say(f"{output} is already built: nothing to do")
         return output
+    if output.is_mount():
+        raise RetrievalError(f"{output} is a mount point, which no rename replaces; name a directory inside it")
     kind = index_kind(arguments)
     total = sum(file.lines for file in scanned)
     sample = sample_passages(files, SAMPLE_SIZE)
@@ -76,8 +79,20 @@ def build_index(
     with locked(building / "lock") as ours:
         if not ours:
             raise RetrievalError(f"another process is building {output}; wait for it, or stop it and try again")
+        if _is_built(output, plan, say):  # by another process, since this one looked
+            shutil.rmtree(building, ignore_errors=True)
+            return output
         _check_plan(building, plan, say)
-        _build(kind, files, scanned, building, plan)
+        try:
+            _build(kind, files, scanned, building, plan)
+        except OSError as error:
+            # numpy says how many numbers it could not write, but not why, and neither says where.
+            if error.errno == errno.ENOSPC or (error.errno is None and " requested and " in str(error)):
+                raise RetrievalError(
+                    f"the disk is full: {building} could not be written to its end ({error}); make room and give the "
+                    "same command again, which goes on from there"
+                ) from error
+            raise
         os.rename(building / "index", output)
         sync_folder(output.parent)
         shutil.rmtree(building, ignore_errors=True)
@@ -108,7 +123,12 @@ def _build(
         return
     index.mkdir(exist_ok=True)
     work.mkdir(exist_ok=True)
-    info = write_store(files, scanned, index, building / "passages.json")
+    try:
+        info = write_store(files, scanned, index, building / "passages.json")
+    except CorpusError:
+        # The corpus must change, so nothing of this is worth keeping, and left there it would refuse the mended one.
+        shutil.rmtree(building, ignore_errors=True)
+        raise
     passages = PassageStore(index)
     encoder, parameters = kind.build(passages, info.sha256, index, work)
     Manifest(
@@ -133,6 +153,34 @@ def _store_estimate(sample: Sequence[Passage], total: int) -> Estimate:
         final_disk=int(row * total),
         seconds=total / _STORE_ROWS_PER_SECOND,
     )
+
+
+def _places(given: str) -> tuple[Path, Path]:
+    """Where the index will lie and where it is built: beside each other, so that one rename moves it.
+
+    Raises:
+        RetrievalError: for a work area in which something else lies.
+    """
+    output = Path(given)
+    if output.is_symlink() or not output.name:
+        output = output.resolve()  # a rename would not follow a link, and `.` has no name to add to
+    building = output.with_name(output.name + ".building")
+    found = {path.name for path in building.iterdir()} if building.is_dir() else set()
+    if foreign := sorted(found - _WORK_AREA):
+        raise RetrievalError(
+            f"{building}, where the index would be built and which is removed at the end, holds {foreign[0]!r}, which "
+            "no build left there; it is not touched: choose another output directory, or move it away"
+        )
+    return output, building
+
+
+def _is_built(output: Path, plan: dict[str, Any], say: Callable[[str], None]) -> bool:
+    """Whether the index that is asked for lies there; whatever else lies there is refused."""
+    if not output.exists() or _is_empty_folder(output):
+        return False
+    _check_built(output, plan)
+    say(f"{output} is already built: nothing to do")
+    return True
 
 
 def _check_built(output: Path, plan: dict[str, Any]) -> None:
@@ -188,4 +236,9 @@ def _is_empty_folder(path: Path) -> bool:
 
 
 def _size(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    """Bytes that a folder takes on disk: files made large ahead of their content do not count in full."""
+    taken = 0
+    for path in directory.rglob("*"):
+        with suppress(FileNotFoundError):  # another process may be building there
+            taken += path.lstat().st_blocks * 512
+    return taken
