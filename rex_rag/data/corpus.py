@@ -186,6 +186,10 @@ def _string(row: Mapping[str, Any], name: str) -> str:
     value = row[name]
     if not isinstance(value, str):
         raise CorpusError(f"field {name!r} must be a string, found {type(value).__name__} {shorten(value)}")
+    return _encodable(value, name)
+
+
+def _encodable(value: str, name: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -204,4 +208,4 @@ def _row_id(row: Mapping[str, Any], default_id: str) -> str:
         raise CorpusError(
             f"field 'id' must be a non-blank string or an integer, found {shorten(value)}; or leave it out"
         )
-    return str(value)
+    return _encodable(str(value), "id")

@@ -80,6 +80,7 @@ def test_contents_are_split_at_the_first_line(contents, title, text):
         ('{"id": "x", "title": "T", "text": "\\ud800"}', "half a surrogate pair"),
         ('{"id": true, "title": "T", "text": "t"}', "field 'id' must be"),
         ('{"id": " ", "title": "T", "text": "t"}', "field 'id' must be"),
+        ('{"id": "\\ud800", "title": "T", "text": "t"}', "field 'id' holds half a surrogate pair"),
         ('{"id": 1, "title": "T", "text": "t"}', "the id '1' already occurs on line 1"),
     ],
 )
