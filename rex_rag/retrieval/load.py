@@ -77,10 +77,10 @@ class RetrieverArguments:
     )
 
     def __post_init__(self) -> None:
-        # YAML gives a lone entry as a string and whole numbers as integers.
+        # YAML gives a lone entry as such and whole numbers as integers.
         for name in ("retriever", "corpus", "retriever_devices"):
             value = getattr(self, name)
-            setattr(self, name, [value] if isinstance(value, str) else list(value or []))
+            setattr(self, name, list(value) if isinstance(value, list | tuple) else [] if value is None else [value])
         if isinstance(self.retriever_timeout, int) and not isinstance(self.retriever_timeout, bool):
             self.retriever_timeout = float(self.retriever_timeout)
         problems = [*self._source_problems(), *self._value_problems()]

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from rex_rag.data.corpus import write_corpus
 from rex_rag.durable import locked
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
+from rex_rag.retrieval.dense import faiss_index
+from rex_rag.retrieval.dense.qdrant_load import QdrantOptions
 from rex_rag.retrieval.index import builder
 from rex_rag.retrieval.index.arguments import IndexArguments
 from rex_rag.retrieval.index.builder import build_index
@@ -314,8 +317,20 @@ def test_options_that_an_index_does_not_take_are_refused(corpus: Path, tmp_path:
         ({"model": "m"}, "model='m' is for kind='dense'"),
         ({"kind": "dense", "model": "m", "index": "tree"}, "index='tree'; it must be one of flat"),
         ({"b": 2.0}, r"b=2\.0 is outside"),
-        ({"kind": "dense", "model": "m", "nlist": 4, "nprobe": 5}, "nprobe=5 is more than nlist=4"),
+        ({"kind": "dense", "model": "m", "index": "ivf", "nlist": 4, "nprobe": 5}, "nprobe=5 is more than nlist=4"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": None}, "batch_size=None"),
+        ({"k1": None}, r"k1=None is outside \[0, inf\]"),
+        ({"output": 3}, "output=3 is no text"),
+        ({"corpus": 3}, r"corpus=\[3\] holds 3"),
+        ({"corpus": {"a": 1}}, r"holds \{'a': 1\}"),
+        ({"kind": "dense", "model": "m", "devices": 0}, r"devices=\[0\] holds 0"),
+        ({"kind": "dense", "model": "m", "revision": 1234567}, "revision=1234567 is no text"),
+        ({"pooling": "cls"}, "pooling='cls' is for kind='dense', but kind is 'bm25'"),
+        ({"nlist": 4}, "nlist=4 is for index='ivf', but kind is 'bm25'"),
+        ({"kind": "dense", "model": "m", "nprobe": 4}, "nprobe=4 is for index='ivf', but index is 'flat'"),
+        ({"kind": "dense", "model": "m", "index": "ivf", "hnsw_m": 4}, "is for index='hnsw' or 'qdrant', but index"),
+        ({"kind": "dense", "model": "m", "workers": 2, "devices": ["cpu"]}, "both say how many processes encode"),
         ({"qdrant_url": "http://q"}, "are for index='qdrant'"),
         ({"kind": "dense", "model": "m", "index": "qdrant", "qdrant_url": "http://q"}, "needs qdrant_collection"),
     ],
@@ -323,6 +338,16 @@ def test_options_that_an_index_does_not_take_are_refused(corpus: Path, tmp_path:
 def test_arguments_that_make_no_sense_are_refused_together(values: dict, message: str):
     with pytest.raises(ValueError, match=message):
         IndexArguments(**values)
+
+
+def test_help_says_what_the_defaults_are():
+    text = {entry.name: entry.metadata.get("help", "") for entry in fields(IndexArguments)}
+    assert f"at least {faiss_index.MIN_NPROBE}" in text["nprobe"] and faiss_index.NPROBE_SHARE == 16
+    assert f"{faiss_index.NLIST_PER_ROOT} sqrt(passages)" in text["nlist"]
+    assert f"Default: {faiss_index.HNSW_M}, qdrant {QdrantOptions().hnsw_m}." in text["hnsw_m"]
+    built = f"Default: {faiss_index.HNSW_EF_CONSTRUCTION}, qdrant {QdrantOptions().hnsw_ef_construct}."
+    assert built in text["ef_construction"]
+    assert f"Default: {faiss_index.HNSW_EF_SEARCH}." in text["ef_search"]
 
 
 def test_a_recipes_part_gives_defaults_and_the_command_line_goes_over_them(

@@ -50,6 +50,8 @@ def test_a_missing_corpus_is_named(tmp_path):
         ({"retriever": "http://x", "corpus": ["a"]}, "leave corpus out"),
         ({"corpus": ["a", " "]}, "holds ' '"),
         ({"corpus": [3]}, "holds 3"),
+        ({"corpus": ["a"], "retriever_devices": 0}, r"retriever_devices=\[0\] holds 0"),
+        ({"retriever": 3}, "holds 3"),
         ({"corpus": ["a"], "retriever_timeout": 0}, "retriever_timeout=0.0"),
         ({"corpus": ["a"], "retriever_timeout": float("nan")}, "retriever_timeout=nan"),
         ({"corpus": ["a"], "retriever_max_attempts": 0}, "retriever_max_attempts=0"),

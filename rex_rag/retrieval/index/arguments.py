@@ -11,7 +11,24 @@ DTYPES = ("float32", "bfloat16", "float16")
 # Arguments that say where and how fast to work, and so leave the index what it is.
 _NOT_IDENTITY = ("corpus", "output", "workers", "devices", "qdrant_url")
 _COUNTS = ("workers", "max_tokens", "batch_size", "nlist", "nprobe", "hnsw_m", "ef_construction", "ef_search")
+_LISTS = ("corpus", "devices")
 _BM25_ONLY = ("k1", "b", "stemmer", "stopwords")
+# What only a dense index has, unset by default; and of that, what only some types of it have.
+_DENSE_ONLY = (
+    *("model", "revision", "encoder_family", "query_prefix", "passage_prefix", "passage_format", "pooling"),
+    *("normalize", "max_tokens", "dtype", "devices"),
+)
+_TYPES_OF = {
+    "nlist": ("ivf",),
+    "nprobe": ("ivf",),
+    "hnsw_m": ("hnsw", "qdrant"),
+    "ef_construction": ("hnsw", "qdrant"),
+    "ef_search": ("hnsw",),
+}
+_TEXTS = (
+    *("stemmer", "stopwords", "model", "revision", "encoder_family", "query_prefix", "passage_prefix"),
+    *("passage_format", "pooling", "qdrant_url", "qdrant_collection"),
+)
 
 
 @dataclass
@@ -29,7 +46,8 @@ class IndexArguments:
     output: str = field(default="", metadata={"help": "Directory to make; refused if it holds another index."})
     kind: str = field(default="bm25", metadata={"help": "bm25 (lexical) or dense (an encoder's vectors)."})
     workers: int | None = field(
-        default=None, metadata={"help": "Processes that tokenise or encode. Default: one a device, or one a core."}
+        default=None,
+        metadata={"help": "Processes that tokenise (default: one a core), or that encode on the CPU (default: one)."},
     )
 
     k1: float = field(default=1.5, metadata={"help": "bm25: term frequency saturation (bm25s's default)."})
@@ -76,7 +94,9 @@ class IndexArguments:
     )
     index: str = field(default="flat", metadata={"help": f"dense: one of {', '.join(INDEX_TYPES)}."})
     nlist: int | None = field(default=None, metadata={"help": "ivf: number of lists. Default: 4 sqrt(passages)."})
-    nprobe: int | None = field(default=None, metadata={"help": "ivf: lists searched. Default: a sixteenth of them."})
+    nprobe: int | None = field(
+        default=None, metadata={"help": "ivf: lists searched. Default: a sixteenth of them, and at least 64."}
+    )
     hnsw_m: int | None = field(
         default=None, metadata={"help": "hnsw, qdrant: links a passage. Default: 32, qdrant 16."}
     )
@@ -93,14 +113,22 @@ class IndexArguments:
         for name in ("stemmer", "stopwords"):  # a command line has no other word for YAML's null
             if getattr(self, name) in ("none", "null"):
                 setattr(self, name, None)
-        # YAML gives a lone path as a string.
-        self.corpus = [self.corpus] if isinstance(self.corpus, str) else list(self.corpus or [])
-        self.devices = [self.devices] if isinstance(self.devices, str) else list(self.devices or [])
+        for name in _LISTS:  # YAML gives a lone entry as such
+            value = getattr(self, name)
+            setattr(self, name, list(value) if isinstance(value, list | tuple) else [] if value is None else [value])
         problems = list(self._problems())
         if problems:
             raise ValueError("; ".join(problems))
 
     def _problems(self):
+        for name in _LISTS:
+            wrong = [value for value in getattr(self, name) if not isinstance(value, str) or not value.strip()]
+            if wrong:
+                yield f"{name}={getattr(self, name)} holds {wrong[0]!r}; each entry must be a non-blank string"
+        for name in ("output", *_TEXTS):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                yield f"{name}={value!r} is no text; put it in quotes"
         if not self.corpus:
             yield "corpus is empty; name at least one JSON lines file of passages"
         if not self.output:
@@ -111,33 +139,42 @@ class IndexArguments:
             yield f"index={self.index!r}; it must be one of {', '.join(INDEX_TYPES)}"
         if self.kind == "dense" and not self.model:
             yield "kind='dense' needs an encoder; set model, for example intfloat/e5-base-v2"
-        if self.kind == "bm25" and self.model:
-            yield f"model={self.model!r} is for kind='dense', but kind is 'bm25'; set kind to dense, or drop model"
+        yield from self._misplaced()
         if self.dtype is not None and self.dtype not in DTYPES:
             yield f"dtype={self.dtype!r}; it must be one of {', '.join(DTYPES)}"
-        if not self.k1 >= 0:
-            yield f"k1={self.k1} is negative; use 0 or more"
-        if not 0 <= self.b <= 1:
-            yield f"b={self.b} is outside [0, 1]"
-        for name in (
-            "workers",
-            "max_tokens",
-            "batch_size",
-            "nlist",
-            "nprobe",
-            "hnsw_m",
-            "ef_construction",
-            "ef_search",
-        ):
+        for name, highest in (("k1", float("inf")), ("b", 1)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= highest:
+                yield f"{name}={value!r} is outside [0, {highest}]"
+        whole = True
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if (value is not None or name == "batch_size") and (type(value) is not int or value < 1):
+                whole = False
                 yield f"{name}={value!r}; it must be an integer of at least 1"
-        if self.nlist and self.nprobe and self.nprobe > self.nlist:
+        if whole and self.nlist and self.nprobe and self.nprobe > self.nlist:
             yield f"nprobe={self.nprobe} is more than nlist={self.nlist}; search at most all lists"
         if (self.qdrant_url or self.qdrant_collection) and self.index != "qdrant":
             yield f"qdrant_url and qdrant_collection are for index='qdrant', but index is {self.index!r}"
         if self.qdrant_url and not self.qdrant_collection:
             yield f"qdrant_url={self.qdrant_url!r} needs qdrant_collection, the name to load the passages under"
+
+    def _misplaced(self):
+        """Settings of another kind or type of index: taking them and doing nothing with them would mislead."""
+        if self.kind == "bm25":
+            for name in _DENSE_ONLY:
+                if getattr(self, name) not in (None, []):
+                    given = f"{name}={getattr(self, name)!r}"
+                    yield f"{given} is for kind='dense', but kind is 'bm25'; set kind to dense, or drop {name}"
+        for name, types in _TYPES_OF.items():
+            if getattr(self, name) is not None and (self.kind == "bm25" or self.index not in types):
+                given = "kind is 'bm25'" if self.kind == "bm25" else f"index is {self.index!r}"
+                yield f"{name}={getattr(self, name)!r} is for index={' or '.join(map(repr, types))}, but {given}"
+        if self.kind == "dense" and self.workers and self.devices:
+            yield (
+                f"workers={self.workers} and devices={self.devices} both say how many processes encode; name a device "
+                "as often as it is to work, or drop one of the two"
+            )
 
     @property
     def identity(self) -> dict[str, Any]:
