@@ -7,24 +7,37 @@ import threading
 import time
 
 import httpx
-import uvicorn
-
-from rex_rag.retrieval.server.app import create_app
 
 
-class Running:
-    """A retrieval server made from `load` and `options`, or any other `app`."""
+class AppServer:
+    """Any ASGI application on a free port, up when made."""
 
-    def __init__(self, load=None, options=None, app=None, **arguments):
+    def __init__(self, app):
+        import uvicorn
+
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        app = app or create_app(load, options, **arguments)
-        self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2))
+        # Its access log would hold what tests say that the library does not log.
+        config = uvicorn.Config(app, log_config=None, log_level="warning", timeout_graceful_shutdown=2)
+        self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
         self._thread.start()
-        self.http = httpx.Client(base_url=self.url, timeout=20, trust_env=False)
         until(lambda: self._server.started)
+
+    def stop(self):
+        self._server.should_exit = True
+        self._thread.join(timeout=10)
+
+
+class Running(AppServer):
+    """A retrieval server made from `load` and `options`, or any other `app` that is asked like one."""
+
+    def __init__(self, load=None, options=None, app=None, **arguments):
+        from rex_rag.retrieval.server.app import create_app
+
+        super().__init__(app or create_app(load, options, **arguments))
+        self.http = httpx.Client(base_url=self.url, timeout=20, trust_env=False)
 
     def ready(self):
         until(lambda: self.http.get("/health").status_code == 200)
@@ -40,12 +53,11 @@ class Running:
 
     def stop(self):
         self.http.close()
-        self._server.should_exit = True
-        self._thread.join(timeout=10)
+        super().stop()
 
 
-def until(condition):
-    deadline = time.monotonic() + 20
+def until(condition, seconds=20.0):
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.01)

@@ -45,7 +45,7 @@ class BehavingServer:
     """
 
     def __init__(self):
-        import uvicorn
+        from tests.retrieval.running import AppServer  # out of reach for this file as a program
 
         self._fastapi = fastapi
         self.authorization = None
@@ -66,20 +66,11 @@ class BehavingServer:
         def health(name: str):
             return fastapi.Response("health", status_code=self.health.get(name, 404))
 
-        listener = socket.socket()
-        listener.bind(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
-        self._thread.start()
-        deadline = time.monotonic() + 10
-        while not self._server.started:
-            assert time.monotonic() < deadline, "the test server did not start"
-            time.sleep(0.01)
+        self._running = AppServer(app)
+        self.url = self._running.url
 
     def stop(self):
-        self._server.should_exit = True
-        self._thread.join(timeout=10)
+        self._running.stop()
 
     def reset(self):
         for state in (self.calls, self.payloads, self.delays, self.statuses, self.health, self.headers):

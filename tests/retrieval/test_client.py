@@ -13,34 +13,13 @@ import pytest
 from rex_rag.retrieval.base import DEFAULT_MAX_ATTEMPTS, RetrievalError, Retriever
 from rex_rag.retrieval.remote import client, endpoint
 from rex_rag.retrieval.remote.client import MAX_BACKOFF_SECONDS, RemoteRetriever
-from tests.retrieval.servers import BehavingServer, free_port
+from tests.retrieval.running import until
+from tests.retrieval.servers import free_port
 
 pytest.importorskip("fastapi", reason="the HTTP tests need fastapi: install the dev extra")
 pytest.importorskip("uvicorn", reason="the HTTP tests need uvicorn: install the dev extra")
 
-BACKOFF = 0.01
 CLIENT = "rex_rag.retrieval.remote.client"
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = BehavingServer()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def remote(server):
-    opened = []
-
-    def make(behaviour, **options):
-        server.reset()
-        opened.append(RemoteRetriever(f"{server.url}/{behaviour}", **{"backoff": BACKOFF, **options}))
-        return opened[-1]
-
-    yield make
-    for retriever in opened:
-        retriever.close()
 
 
 def test_ranks_are_read_in_order(server, remote):
@@ -223,7 +202,7 @@ def test_an_answer_of_unannounced_length_that_breaks_off_is_asked_for_again():
 
         thread = threading.Thread(target=serve)
         thread.start()
-        retriever = RemoteRetriever(f"http://127.0.0.1:{listener.getsockname()[1]}", max_attempts=2, backoff=BACKOFF)
+        retriever = RemoteRetriever(f"http://127.0.0.1:{listener.getsockname()[1]}", max_attempts=2, backoff=0.01)
         with pytest.raises(RetrievalError, match=r"failed after 2 attempts: malformed JSON .*may have been cut off"):
             retriever.search(["oslo"], 1)
         thread.join()
@@ -240,7 +219,7 @@ def test_an_answer_beyond_the_cap_is_refused_with_the_number(server, remote, mon
 
 
 def test_check_tells_a_server_that_is_away():
-    retriever = RemoteRetriever(f"http://127.0.0.1:{free_port()}", max_attempts=2, backoff=BACKOFF)
+    retriever = RemoteRetriever(f"http://127.0.0.1:{free_port()}", max_attempts=2, backoff=0.01)
     with pytest.raises(RetrievalError, match=r"failed after 2 attempts: connection failed.*Is the server running"):
         retriever.check()
 
@@ -292,6 +271,27 @@ def test_closing_the_client_ends_a_search_that_waits(server, remote):
         assert not search.done()
         retriever.close()
         assert "was closed" in str(search.exception(timeout=1.0))
+
+
+def test_closing_the_client_ends_a_search_whose_parts_wait_for_a_thread(server, remote):
+    # Eight parts are under way and will be answered, twelve have not begun.
+    retriever = remote("ok", max_queries_per_request=1)
+    server.delays["ok"] = 0.2
+    errors = []
+
+    def search():
+        try:
+            retriever.search([f"q{n}" for n in range(20)], 1)
+        except Exception as error:
+            errors.append(error)
+
+    searching = threading.Thread(target=search, daemon=True)
+    searching.start()
+    until(lambda: server.calls.get("ok") == 8)
+    retriever.close()
+    searching.join(timeout=3.0)
+    [error] = errors
+    assert isinstance(error, RetrievalError) and "was closed" in str(error)
 
 
 def test_a_closed_client_says_so(remote):
@@ -384,7 +384,7 @@ def test_passwords_stay_out_of_descriptions():
 
 def test_passwords_are_sent_and_stay_out_of_every_log(server, caplog):
     server.reset()
-    retriever = RemoteRetriever(server.url.replace("//", "//user:s%3Acret@") + "/status-500-2", backoff=BACKOFF)
+    retriever = RemoteRetriever(server.url.replace("//", "//user:s%3Acret@") + "/status-500-2", backoff=0.01)
     with caplog.at_level(logging.DEBUG):
         retriever.search(["a"], 1)
     assert server.authorization == "Basic dXNlcjpzOmNyZXQ="  # user:s:cret

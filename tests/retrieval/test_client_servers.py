@@ -10,34 +10,13 @@ import pytest
 
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.remote.client import RemoteRetriever
-from tests.retrieval.servers import BehavingServer, ProcessServer, free_port
+from tests.retrieval.running import until
+from tests.retrieval.servers import ProcessServer, free_port
 
 pytest.importorskip("fastapi", reason="the HTTP tests need fastapi: install the dev extra")
 pytest.importorskip("uvicorn", reason="the HTTP tests need uvicorn: install the dev extra")
 
 CLIENT = "rex_rag.retrieval.remote.client"
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = BehavingServer()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def remote(server):
-    server.reset()
-    opened = []
-
-    def make(*names, **options):
-        urls = [name if name.startswith("http") else f"{server.url}/{name}" for name in names]
-        opened.append(RemoteRetriever(urls, **{"backoff": 0.01, **options}))
-        return opened[-1]
-
-    yield make
-    for retriever in opened:
-        retriever.close()
 
 
 @pytest.fixture
@@ -46,13 +25,6 @@ def processes():
     yield started
     for process in started:
         process.kill()
-
-
-def until(condition, seconds=5.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def told(caplog, level):

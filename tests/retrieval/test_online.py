@@ -22,9 +22,10 @@ from rex_rag.retrieval.online.retriever import (
     QuotaExceeded,
 )
 from rex_rag.types import Passage
+from tests.retrieval.running import AppServer
 
 fastapi = pytest.importorskip("fastapi", reason="the HTTP tests need fastapi: install the dev extra")
-uvicorn = pytest.importorskip("uvicorn", reason="the HTTP tests need uvicorn: install the dev extra")
+pytest.importorskip("uvicorn", reason="the HTTP tests need uvicorn: install the dev extra")
 
 KEYS = {"GOOGLE_API_KEY": "AIza-very-secret", "GOOGLE_CSE_ID": "017cx", "SERPAPI_API_KEY": "5e4f-very-secret"}
 ENGINES = ("google", "serpapi")
@@ -109,20 +110,11 @@ class Services:
 
         app.add_api_route("/customsearch/v1", serve("google"))
         app.add_api_route("/search.json", serve("serpapi"))
-        listener = socket.socket()
-        listener.bind(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
-        self._thread.start()
-        deadline = time.monotonic() + 10
-        while not self._server.started:
-            assert time.monotonic() < deadline, "the test server did not start"
-            time.sleep(0.01)
+        self._running = AppServer(app)
+        self.url = self._running.url
 
     def stop(self):
-        self._server.should_exit = True
-        self._thread.join(timeout=10)
+        self._running.stop()
 
     def _behave(self, engine, query, call):
         def reply(status, body, **headers):

@@ -6,7 +6,6 @@ client over HTTP; what a cluster does inside (shards, graph, quantisation) is no
 
 import socket
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -21,10 +20,11 @@ from rex_rag.retrieval.dense.qdrant_load import ROWS_IN_FLIGHT, QdrantOptions, l
 from rex_rag.retrieval.indexed import NO_ROW
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
 from tests.retrieval.dense_parts import save_word_encoder, word_passages
+from tests.retrieval.running import AppServer
 
 qdrant_client = pytest.importorskip("qdrant_client", reason="needs qdrant-client: install the retrieval extra")
 fastapi = pytest.importorskip("fastapi", reason="the HTTP tests need fastapi: install the dev extra")
-uvicorn = pytest.importorskip("uvicorn", reason="the HTTP tests need uvicorn: install the dev extra")
+pytest.importorskip("uvicorn", reason="the HTTP tests need uvicorn: install the dev extra")
 
 QdrantClient, models = qdrant_client.QdrantClient, qdrant_client.models
 
@@ -112,16 +112,8 @@ class Cluster:
             requests = [models.QueryRequest(**{**request, "params": None}) for request in body["searches"]]
             return [answer.model_dump(mode="json") for answer in self.client.query_batch_points(name, requests)]
 
-        listener = socket.socket()
-        listener.bind(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
-        self._thread.start()
-        deadline = time.monotonic() + 10
-        while not self._server.started:
-            assert time.monotonic() < deadline, "the test server did not start"
-            time.sleep(0.01)
+        self._running = AppServer(app)
+        self.url = self._running.url
 
     def reset(self):
         self.client = QdrantClient(":memory:")
@@ -133,8 +125,7 @@ class Cluster:
         self.loses = None  # a row that is acknowledged and not kept
 
     def stop(self):
-        self._server.should_exit = True
-        self._thread.join(timeout=10)
+        self._running.stop()
 
     def bodies(self, name):
         return [body for route, body in self.requests if route == name]

@@ -142,7 +142,8 @@ class RemoteRetriever:
         with self._lock:
             self._closed = True
             self._lock.notify_all()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        # Parts that have not begun are not cancelled: `wait` would never hear of it. They see that all is closed.
+        self._pool.shutdown(wait=False)
         for server in self._servers:
             server.endpoint.close()
 
@@ -205,7 +206,7 @@ class RemoteRetriever:
             return self._ask(queries, top_k, stop)
         outcomes: list[Future] = []
         try:
-            outcomes += [self._pool.submit(self._ask, part, top_k, stop) for part in parts]
+            outcomes += [self._submit(part, top_k, stop) for part in parts]
             for failed in wait(outcomes, return_when=FIRST_EXCEPTION).done:
                 failed.result()
             return [ranking for outcome in outcomes for ranking in outcome.result()]
@@ -214,6 +215,11 @@ class RemoteRetriever:
             for outcome in outcomes:
                 outcome.cancel()
             raise
+
+    def _submit(self, part: Sequence[str], top_k: int, stop: threading.Event) -> Future:
+        with self._lock:  # `close` waits for it, so that the pool is still open
+            self._check_open()
+            return self._pool.submit(self._ask, part, top_k, stop)
 
     def _split(self, queries: Sequence[str]) -> list[Sequence[str]]:
         """Cut a batch into even parts: as many as the limit demands, or as there are servers to share the work."""
