@@ -17,6 +17,10 @@ class RetrievalError(RuntimeError):
     """A search could not be answered. Raised instead of ever returning nothing in its place."""
 
 
+class EngineAway(RetrievalError):
+    """The engine behind a search cannot be reached: no query is to blame, and no other one would fare better."""
+
+
 @runtime_checkable
 class Retriever(Protocol):
     """Answers batches of queries with ranked passages."""

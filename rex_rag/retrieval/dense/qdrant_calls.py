@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rex_rag.retrieval.base import RetrievalError
+from rex_rag.retrieval.base import EngineAway, RetrievalError
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -102,7 +102,7 @@ class QdrantCalls:
                 way_out = "is the cluster up and reachable from here?" if passing else "the request was refused"
                 if isinstance(cause, UnexpectedResponse) and cause.status_code in (401, 403):
                     way_out = f"set the environment variable {API_KEY_VARIABLE} to a key that may do this"
-                raise RetrievalError(
+                raise (EngineAway if passing else RetrievalError)(
                     f"Qdrant collection {self.collection!r}: {getattr(call, '__name__', call)} failed after {attempt} "
                     f"attempt{'s' * (attempt > 1)} ({said}); {way_out}"
                 ) from cause

@@ -74,7 +74,6 @@ class _Job:
     query: str
     top_k: int
     waiters: list[tuple[_Request, int]] = field(default_factory=list)
-    started: bool = False
 
     def is_wanted(self) -> bool:
         return any(not request.future.done() for request, _ in self.waiters)
@@ -114,7 +113,7 @@ class MicroBatcher:
         self._observer = observer
         self._loop = asyncio.get_running_loop()
         self.cache = ResultCache(cache_size)
-        self._jobs: dict[str, _Job] = {}
+        self._jobs: dict[tuple[str, int], _Job] = {}
         self._waiting: deque[_Job] = deque()
         self._unanswered = 0
         self._ranking = 0  # queries in the batch being ranked
@@ -170,12 +169,11 @@ class MicroBatcher:
             _fail(request, error)
 
     def _enqueue(self, request: _Request, position: int) -> None:
-        query = request.queries[position]
-        job = self._jobs.get(query)
-        if job is None or (job.started and job.top_k < request.top_k):
-            job = self._jobs[query] = _Job(query, request.top_k)
+        key = request.queries[position], request.top_k
+        job = self._jobs.get(key)
+        if job is None:
+            job = self._jobs[key] = _Job(*key)
             self._waiting.append(job)
-        job.top_k = max(job.top_k, request.top_k)
         job.waiters.append((request, position))
 
     def _overloaded(self, more: int) -> Overloaded:
@@ -212,19 +210,23 @@ class MicroBatcher:
         return now - latest < self._wait and now - self._ranked_at < self._wait * MAX_WAITS
 
     def _take(self) -> list[_Job]:
+        """The next batch, all of one `top_k`: re-rankers and approximate indexes find more where more is asked for."""
         batch: list[_Job] = []
+        others: list[_Job] = []
         while self._waiting and len(batch) < self._max_batch:
             job = self._waiting.popleft()
-            if job.is_wanted():
-                job.started = True
-                batch.append(job)
-            else:
+            if not job.is_wanted():
                 self._settle(job)
+            elif batch and job.top_k != batch[0].top_k:
+                others.append(job)
+            else:
+                batch.append(job)
+        self._waiting.extendleft(reversed(others))
         return batch
 
     async def _rank(self, batch: list[_Job], queries: list[str], encoded: Any, encode_seconds: float) -> None:
-        top_ks = [job.top_k for job in batch]
-        outcomes, seconds = await self._in_thread("rank", timed, rank, self._retriever, queries, top_ks, encoded)
+        top_k = batch[0].top_k
+        outcomes, seconds = await self._in_thread("rank", timed, rank, self._retriever, queries, top_k, encoded)
         self._ranking, self._last_batch, self._ranked_at = 0, len(batch), self._loop.time()
         self._rank_free.release()
         self._changed.set()
@@ -245,13 +247,9 @@ class MicroBatcher:
 
     def _settle(self, job: _Job) -> None:
         self._unanswered -= len(job.waiters)
-        if self._jobs.get(job.query) is job:
-            del self._jobs[job.query]
+        del self._jobs[job.query, job.top_k]
 
     def _answer(self, request: _Request, position: int, ranking: Ranking) -> None:
-        scores, rows = ranking
-        if len(rows) > request.top_k:
-            ranking = scores[: request.top_k], rows[: request.top_k]
         self.cache.put(request.queries[position], request.top_k, ranking)
         request.rankings[position] = ranking
         request.missing -= 1

@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any
 
 from rex_rag.data.jsonl import shorten
-from rex_rag.retrieval.base import RetrievalError, Retriever, checked_search
+from rex_rag.retrieval.base import EngineAway, RetrievalError, Retriever, checked_search
 from rex_rag.retrieval.indexed import NO_ROW, IndexedRetriever
 from rex_rag.retrieval.passages import passage_json
 from rex_rag.retrieval.remote.wire import encode_rankings
@@ -109,17 +109,18 @@ def encode(retriever: IndexedRetriever, queries: list[str]) -> Any:
         return _NotEncoded(error)
 
 
-def rank(
-    retriever: IndexedRetriever, queries: list[str], top_ks: list[int], encoded: Any
-) -> list[Ranking | Exception]:
-    """Rank a batch; where that fails, its halves, down to the queries that cannot be answered."""
+def rank(retriever: IndexedRetriever, queries: list[str], top_k: int, encoded: Any) -> list[Ranking | Exception]:
+    """Rank a batch; where that fails, its halves, down to the queries that cannot be answered.
+
+    An engine that is away is not asked again: that would repeat all of its own attempts for every part.
+    """
     try:
         if isinstance(encoded, _NotEncoded):
             raise encoded.error
-        return _rank_once(retriever, queries, encoded, max(top_ks))
+        return _rank_once(retriever, queries, encoded, top_k)
     except Exception as error:
-        if len(queries) == 1:
-            return [error]
+        if len(queries) == 1 or isinstance(error, EngineAway):
+            return [error] * len(queries)
         logger.warning(
             "a batch of %d queries failed (%s: %s); searching its halves", len(queries), type(error).__name__, error
         )
@@ -127,7 +128,7 @@ def rank(
     return [
         outcome
         for part in (slice(None, half), slice(half, None))
-        for outcome in rank(retriever, queries[part], top_ks[part], encode(retriever, queries[part]))
+        for outcome in rank(retriever, queries[part], top_k, encode(retriever, queries[part]))
     ]
 
 
