@@ -1,0 +1,21 @@
+"""The methods that are compared, by name."""
+
+from __future__ import annotations
+
+from rex_rag.evaluation.methods.agents import REXRAG, SearchR1
+from rex_rag.evaluation.methods.base import Method, Toolbox
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (SearchR1, REXRAG)}
+
+__all__ = ["METHODS", "Method", "Toolbox", "make_method"]
+
+
+def make_method(name: str, template: str | None = None) -> Method:
+    """The method of a name, with another first prompt where one is given (a trained model's own, say).
+
+    Raises:
+        ValueError: for an unknown name, and for a template that lacks a placeholder.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method is {name!r}, which is unknown; known methods are {', '.join(METHODS)}")
+    return METHODS[name](template)

@@ -1,0 +1,140 @@
+"""What a method of the comparison is, and what it is given to work with.
+
+A method turns questions into trajectories, one each. It parses model-written text alone, and a question it cannot work
+on (a prompt beyond the budget) becomes an unanswered trajectory with its cause counted; a failed search is no result
+of a method and stops the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from rex_rag.evaluation.prompts import CHOICES, fill, placeholders, question_text
+from rex_rag.evaluation.records import Question
+from rex_rag.retrieval.base import Retriever
+from rex_rag.rollout import RolloutBudget
+from rex_rag.types import Trajectory, Truncation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rex_rag.generation import Generator
+
+
+@dataclass(frozen=True, slots=True)
+class Toolbox:
+    """The same for every method of a comparison.
+
+    generator: (stop strings) -> the generation backend that ends a row after any of them; called with each of
+    `Method.stop_strings`, also with none. retriever: may be `None` for methods that do not use one. budget: all limits;
+    `budget.top_k` passages a search.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    generator: Callable[[tuple[str, ...]], Generator]
+    retriever: Retriever | None = None
+    budget: RolloutBudget = field(default_factory=RolloutBudget)
+
+    def encode_chat(self, text: str) -> list[int]:
+        """The prompt ids of one user message, up to where the model's turn begins.
+
+        Raises:
+            ValueError: for a tokenizer without a chat template.
+        """
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"the tokenizer {self.tokenizer.name_or_path!r} has no chat template, so there is no way to put a "
+                "question to the model; save one with the tokenizer (tokenizer.chat_template)"
+            )
+        messages = [{"role": "user", "content": text}]
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of text that is inserted; no special token is added."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, control tokens included."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Strings of the tokenizer's own that inserted text must not contain."""
+        return tuple(self.tokenizer.all_special_tokens)
+
+
+class Method(ABC):
+    """One row of the comparison.
+
+    Class attributes: `name` (of the command line), `title` (of tables), `source` (the citation), `uses_retriever`,
+    `is_trained` (whether the model must have been trained for it), `default_template` (the first prompt),
+    `further_prompts` (its other texts, by name), `stop_strings` (every set that it asks the toolbox's `generator` for).
+
+    Args:
+        template: takes the place of `default_template`; must hold the same placeholders.
+
+    Raises:
+        ValueError: for a template that lacks a placeholder.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    source: ClassVar[str]
+    uses_retriever: ClassVar[bool]
+    is_trained: ClassVar[bool] = False
+    default_template: ClassVar[str]
+    further_prompts: ClassVar[dict[str, str]] = {}
+    stop_strings: ClassVar[tuple[tuple[str, ...], ...]]
+
+    def __init__(self, template: str | None = None) -> None:
+        self.template = self.default_template if template is None else template
+        given = placeholders(self.template)
+        missing = [name for name in placeholders(self.default_template) if name not in given]
+        if missing:
+            raise ValueError(
+                f"the prompt template of {self.name} has no '{{{missing[0]}}}' placeholder: {self.template[:80]!r}… "
+                "Add it where that text goes"
+            )
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """Every text the method puts to the model, by name, with its placeholders."""
+        return {"prompt": self.template, **self.further_prompts, "choices": CHOICES}
+
+    @property
+    def prompt_sha256(self) -> str:
+        """Hash of `prompts` and stop strings, for the protocol card."""
+        content = {"prompts": self.prompts, "stop_strings": self.stop_strings}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def prompt_text(self, question: Question, **values: str) -> str:
+        """The first prompt of a question."""
+        return fill(self.template, question=question_text(question), **values)
+
+    def run(self, questions: Sequence[Question], toolbox: Toolbox) -> list[Trajectory]:
+        """Work on a batch of questions together; one finished trajectory for each, in their order.
+
+        For several samples of a question, list it several times.
+
+        Raises:
+            RetrievalError: when a search could not be answered.
+            ValueError: for a method that searches and a toolbox without a retriever.
+        """
+        if self.uses_retriever and toolbox.retriever is None:
+            raise ValueError(f"the method {self.name} searches, but no retriever was given; name one")
+        return self._run(questions, toolbox) if questions else []
+
+    @abstractmethod
+    def _run(self, questions: Sequence[Question], toolbox: Toolbox) -> list[Trajectory]: ...
+
+
+def unanswered(prompt_ids: Sequence[int], cause: Truncation) -> Trajectory:
+    """What becomes of a question that the model cannot even be asked."""
+    trajectory = Trajectory(prompt_ids=list(prompt_ids), done=True)
+    trajectory.truncations[cause] += 1
+    return trajectory
