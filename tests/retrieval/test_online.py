@@ -22,7 +22,7 @@ from rex_rag.retrieval.online.retriever import (
     QuotaExceeded,
 )
 from rex_rag.types import Passage
-from tests.retrieval.running import AppServer
+from tests.retrieval.running import AppServer, until
 
 fastapi = pytest.importorskip("fastapi", reason="the HTTP tests need fastapi: install the dev extra")
 pytest.importorskip("uvicorn", reason="the HTTP tests need uvicorn: install the dev extra")
@@ -121,6 +121,8 @@ class Services:
             return fastapi.responses.JSONResponse(body, status_code=status, headers=headers)
 
         words = query.split()
+        if words[0] == "echo":  # as a proxy may: 300 characters reach into the key
+            return fastapi.Response("." * 265 + " https://w.example/?api_key=5e4f-very-secret", status_code=403)
         if words[0] == "fail" and call <= int(words[2]):
             return reply(int(words[1]), {"error": {"message": "try later"} if engine == "google" else "try later"})
         if words[0] == "burst" and call <= int(words[1]):
@@ -343,6 +345,34 @@ def test_keys_appear_in_no_error_log_or_file(make, services, engine, caplog, tmp
     for text in (str(error.value), caplog.text, everything.decode(), retriever.description, repr(retriever)):
         assert "very-secret" not in text
     assert "017cx" not in everything.decode()
+
+
+def test_a_key_in_an_answer_is_hidden_before_the_answer_is_cut_to_length(make, services):
+    with pytest.raises(RetrievalError, match=r"HTTP 403 .*https://w\.example/\?api_key=") as error:
+        make("serpapi").search(["echo"], 1)
+    assert "5e4f-v" not in str(error.value)
+
+
+def test_a_query_that_fails_ends_the_whole_search_and_no_more_is_paid_for_the_others(make, services):
+    retriever = make("serpapi", max_attempts=99, backoff=30.0)
+    with pytest.raises(RetrievalError, match=r"'fail 403 1' failed: HTTP 403"):
+        retriever.search(["fail 500 99", "fail 403 1"], 1)
+    spent = retriever.cache.spent()
+    started = time.monotonic()
+    retriever.close()  # nobody sleeps until the next attempt
+    assert time.monotonic() - started < 2.0
+    assert retriever.cache.spent() == spent <= 2
+
+
+def test_closing_ends_searches_that_wait_for_another_attempt_or_for_a_thread(make, services):
+    retriever = make("google", max_attempts=99, backoff=30.0, concurrency=1)
+    with ThreadPoolExecutor(1) as pool:
+        search = pool.submit(retriever.search, ["fail 500 99", "b", "c"], 1)
+        until(lambda: services.requests)
+        retriever.close()
+        assert "was stopped" in str(search.exception(timeout=2.0))
+    with pytest.raises(RetrievalError, match="was closed; make a new one"):
+        retriever.search(["a"], 1)
 
 
 def test_an_engine_that_is_away_is_named(tmp_path, services):

@@ -17,10 +17,13 @@ import logging
 import math
 import os
 import random
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import AnyStr
+from urllib.parse import quote
 
 import httpx
 
@@ -103,6 +106,9 @@ class OnlineRetriever:
         self._url = httpx.URL((address or self._engine.address).rstrip("/") + self._engine.path)
         self._http = httpx.Client(timeout=timeout, trust_env=self._url.host not in _LOOPBACK_HOSTS)
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix=f"search-{engine}")
+        self._lock = threading.Lock()
+        self._closed = False
+        self._stops: set[threading.Event] = set()  # one a search under way
         _hide_keys_from_httpx_log()
 
     @property
@@ -110,8 +116,15 @@ class OnlineRetriever:
         return f"{self._engine.title} ({self.cache.mode.value})"
 
     def close(self) -> None:
-        """Close threads and connections; the retriever cannot be used afterwards."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        """Close threads and connections; the retriever cannot be used afterwards, and searches under way fail.
+
+        Waits for requests that were sent: they may be billed, and what they find is recorded.
+        """
+        with self._lock:
+            self._closed = True
+            for stop in self._stops:
+                stop.set()
+        self._threads.shutdown(wait=True)
         self._http.close()
 
     def check(self) -> None:
@@ -128,8 +141,9 @@ class OnlineRetriever:
         A query that the engine finds nothing for gets `NOTHING_FOUND` alone. Scores are `None`: engines give none.
 
         Raises:
-            RetrievalError: for a blank query, a `top_k` outside 1..10, a search that failed; what was found for the
-                other queries is recorded. `QuotaExceeded` and `SpendCapReached` are such errors.
+            RetrievalError: for a blank query, a `top_k` outside 1..10, a search that failed: then no further request
+                is sent for the other queries, and what was found for them is recorded. `QuotaExceeded` and
+                `SpendCapReached` are such errors.
         """
         check_request(queries, top_k)
         if top_k > RESULTS_PER_SEARCH:
@@ -137,26 +151,38 @@ class OnlineRetriever:
                 f"top_k={top_k}, but {self._engine.title} gives {RESULTS_PER_SEARCH} results a request; ask for fewer"
             )
         asked = [_sendable(query) for query in queries]
-        futures = {query: self._threads.submit(self._find, query) for query in dict.fromkeys(asked)}
+        stop = threading.Event()
+        with self._lock:
+            if self._closed:
+                raise RetrievalError(f"the retriever for {self._engine.title} was closed; make a new one")
+            self._stops.add(stop)
+            futures = {query: self._threads.submit(self._find, query, stop) for query in dict.fromkeys(asked)}
         try:
-            found = {query: future.result() for query, future in futures.items()}
+            ended = wait(futures.values(), return_when=FIRST_EXCEPTION).done
+            found = {query: future.result() for query, future in futures.items() if future in ended}
         finally:
-            for future in futures.values():
-                future.cancel()
+            stop.set()
+            with self._lock:
+                self._stops.discard(stop)
         return [_passages(found[query][:top_k]) for query in asked]
 
-    def _find(self, query: str) -> list[Hit]:
+    def _find(self, query: str, stop: threading.Event) -> list[Hit]:
         hits = self.cache.read(query)
         if hits is None:
             with self.cache.claim(query):
                 hits = self.cache.read(query)  # another thread or process may have asked meanwhile
                 if hits is None:
-                    hits = self._ask(query)
+                    hits = self._ask(query, stop)
                     self.cache.write(query, hits)
         return hits
 
-    def _ask(self, query: str) -> list[Hit]:
+    def _ask(self, query: str, stop: threading.Event) -> list[Hit]:
         for attempt in range(1, self._max_attempts + 1):
+            if stop.is_set():
+                raise RetrievalError(
+                    f"the {self._engine.title} search for {query!r} was stopped: another query of its batch failed, "
+                    "or the retriever was closed"
+                )
             self.cache.spend(self._max_searches)
             try:
                 hits = self._attempt(query)
@@ -181,7 +207,7 @@ class OnlineRetriever:
                     said,
                     delay,
                 )
-                time.sleep(delay)
+                stop.wait(delay)
         raise AssertionError("unreachable")
 
     def _attempt(self, query: str) -> list[Hit]:
@@ -229,15 +255,19 @@ class OnlineRetriever:
             raise PassingTrouble(f"no answer within {self._timeout:g} s ({type(error).__name__})") from None
         except (httpx.TransportError, httpx.DecodingError) as error:
             raise PassingTrouble(f"connection failed ({type(error).__name__}: {error})") from None
-        return response.status_code, response.reason_phrase, response.headers, bytes(body)
+        # Before anything is cut to length: half of a key would not be recognised.
+        return response.status_code, response.reason_phrase, response.headers, self._without_keys(bytes(body))
 
     def _error(self, kind: type[RetrievalError], query: str, attempts: int, cause: str) -> RetrievalError:
         spent = f" after {attempts} attempt{'s' * (attempts > 1)}" if attempts else ""
         return kind(self._without_keys(f"{self._engine.title} search for {query!r} failed{spent}: {cause}"))
 
-    def _without_keys(self, text: str) -> str:
+    def _without_keys(self, text: AnyStr) -> AnyStr:
         key = self._credentials.get(self._engine.key_variable)
-        return text.replace(key, "***") if key else text
+        for spelling in (key, quote(key, safe="")) if key else ():
+            hidden = (spelling, "***") if isinstance(text, str) else (spelling.encode(), b"***")
+            text = text.replace(*hidden)
+        return text
 
 
 def _read_credentials(engine: SearchEngine, required: bool) -> dict[str, str]:
