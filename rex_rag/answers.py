@@ -1,4 +1,4 @@
-"""Answer scoring: SQuAD normalisation, exact match, token F1. The only copy in the package."""
+"""Answer scoring: SQuAD normalisation, exact match, sub-match, token F1. The only copy in the package."""
 
 from __future__ import annotations
 
@@ -23,6 +23,22 @@ def exact_match(prediction: str | None, gold_answers: Iterable[str]) -> bool:
         return False
     predicted = normalize_answer(prediction)
     return any(predicted == normalize_answer(gold) for gold in gold_answers)
+
+
+def sub_match(prediction: str | None, gold_answers: Iterable[str]) -> bool:
+    """Whether the words of any gold answer stand in the prediction, in order and side by side, after normalisation.
+
+    Whole words, so that "no" is not found in "I do not know"; FlashRAG's and Search-R1's measure of that name compares
+    characters and does find it. A gold answer that normalises to nothing is matched by nothing but its like.
+    """
+    if prediction is None:
+        return False
+    predicted = normalize_answer(prediction)
+    return any(_holds(predicted, normalize_answer(gold)) for gold in gold_answers)
+
+
+def _holds(text: str, words: str) -> bool:
+    return f" {words} " in f" {text} " if words else not text
 
 
 def token_f1(prediction: str | None, gold_answers: Iterable[str]) -> float:

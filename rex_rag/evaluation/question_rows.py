@@ -1,0 +1,221 @@
+"""Rows of a question file, read strictly: every row becomes a `Question`, or the load fails and names its line."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from rex_rag.data.jsonl import iter_json_objects, shorten
+from rex_rag.evaluation.records import Question
+
+logger = logging.getLogger(__name__)
+
+# Sets carry whole documents in their metadata; a prediction keeps what fits beside it.
+_METADATA_CHARACTERS = 200
+_READ_BY_DATASETS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+LocatedRow = tuple[str, Mapping[str, Any]]
+
+
+class BenchmarkError(ValueError):
+    """A benchmark cannot be loaded; the message names the source, the reason and the way out."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a row holds what, see `BenchmarkSource`."""
+
+    question: str = "question"
+    answers: str = "golden_answers"
+    id: str = "id"
+    choices: str | list[str] | dict[str, str] | None = None
+    answers_are: str = "letter"
+
+
+def read_rows(
+    path: str, config: str | None = None, split: str | None = None, revision: str | None = None
+) -> tuple[str, Iterator[LocatedRow]]:
+    """Open a local file or a dataset of the Hub.
+
+    Returns:
+        What to call the source, and its rows, each with the place to name in an error.
+
+    Raises:
+        BenchmarkError: for a source that is missing, empty or malformed (perhaps only once rows are drawn).
+    """
+    file = Path(path).expanduser()
+    suffix = "".join(file.suffixes[-2:]) if file.suffix == ".gz" else file.suffix
+    if suffix not in (".jsonl", ".jsonl.gz", *_READ_BY_DATASETS):
+        return _hub_rows(path, config, split, revision)
+    if config is not None or split is not None or revision is not None:
+        raise BenchmarkError(
+            f"{path}: config={config!r}, split={split!r}, revision={revision!r}: a file has none of these; leave them "
+            "out"
+        )
+    if not file.is_file():
+        raise BenchmarkError(f"{path}: no such file; check the path (working directory: {Path.cwd()})")
+    if suffix in _READ_BY_DATASETS:
+        rows = _load_dataset(path, _READ_BY_DATASETS[suffix], data_files=str(file), split="train")
+        return path, _numbered(path, rows)
+    return path, ((f"{path}, line {number}", row) for number, row in iter_json_objects(file, BenchmarkError))
+
+
+def _hub_rows(
+    path: str, config: str | None, split: str | None, revision: str | None
+) -> tuple[str, Iterator[LocatedRow]]:
+    if Path(path).expanduser().exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise BenchmarkError(
+            f"{path}: neither a .jsonl, .jsonl.gz, .json, .csv or .parquet file nor a dataset's name; check the path"
+        )
+    if split is None:
+        raise BenchmarkError(f"{path}: a dataset of the Hub needs `split:`, for example test")
+    rows = _load_dataset(path, path, config, split=split, revision=revision)
+    where = f"{path}{f' ({config})' if config else ''}, split {split}{f'@{revision}' if revision else ''}"
+    return where, _numbered(where, rows)
+
+
+def _load_dataset(path: str, *arguments: Any, **options: Any) -> Iterable[Mapping[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(*arguments, **options)
+    # The library raises anything from KeyError to the network's errors here; all mean the same to a user.
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise BenchmarkError(
+            f"{path} cannot be loaded: {type(cause).__name__}: {shorten(str(cause), 300)}. Check path, config and "
+            "split, or convert it to JSON lines"
+        ) from error
+
+
+def _numbered(where: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[LocatedRow]:
+    for number, row in enumerate(rows, start=1):
+        yield f"{where}, row {number}", row
+
+
+def questions_of(rows: Iterable[LocatedRow], columns: Columns, where: str) -> tuple[Question, ...]:
+    """Turn every row into a question, in order. Rows without an id are numbered from 0.
+
+    Raises:
+        BenchmarkError: for no row, a row that cannot be used, an id that two rows share.
+    """
+    questions: list[Question] = []
+    places: dict[str, str] = {}
+    blank_aliases = 0
+    for number, (place, row) in enumerate(rows):
+        question, blank = _question(row, columns, place, str(number))
+        blank_aliases += blank
+        if question.id in places:
+            raise BenchmarkError(
+                f"{place}: the id {question.id!r} already occurs at {places[question.id]}; make ids unique, or leave "
+                "them all out to number the rows"
+            )
+        places[question.id] = place
+        questions.append(question)
+    if not questions:
+        raise BenchmarkError(f"{where}: there is no question in it; fetch or write it again")
+    if blank_aliases:
+        logger.warning("%s: %d blank gold answers stand beside others and were left out", where, blank_aliases)
+    return tuple(questions)
+
+
+def _question(row: Mapping[str, Any], columns: Columns, place: str, default_id: str) -> tuple[Question, int]:
+    """The row's question, and how many of its gold answers were blank."""
+    text = _column(row, columns.question, "question_column", place)
+    if not isinstance(text, str) or not text.strip():
+        raise BenchmarkError(f"{place}: the question is {shorten(text)}; a row needs a non-blank string: repair it")
+    value = _column(row, columns.answers, "answers_column", place)
+    choices = None if columns.choices is None else _choices(row, columns.choices, place)
+    answers = [_answer(entry, place) for entry in (value if isinstance(value, list | tuple) else [value])]
+    golden = [answer for answer in answers if answer]
+    if not golden:
+        raise BenchmarkError(f"{place}: the gold answers are {shorten(value)}; a row needs one at least: repair it")
+    if choices is not None:
+        golden = [_letter(answer, choices, columns.answers_are, place) for answer in golden]
+    identity = row.get(columns.id)
+    if identity is None or identity == "":
+        identity = default_id
+    elif isinstance(identity, bool) or not isinstance(identity, str | int) or not str(identity).strip():
+        raise BenchmarkError(f"{place}: the id is {shorten(identity)}; it must be a string or an integer")
+    question = Question(
+        id=str(identity),
+        question=text.strip(),
+        golden_answers=tuple(golden),
+        choices=choices,
+        metadata=_metadata(row.get("metadata")),
+    )
+    return question, len(answers) - len(golden)
+
+
+def _column(row: Mapping[str, Any], name: str, setting: str, place: str) -> Any:
+    if name not in row:
+        raise BenchmarkError(
+            f"{place}: there is no column {name!r}; the columns are {', '.join(map(str, row))}. Set {setting} to the "
+            "right one in a .yaml description"
+        )
+    return row[name]
+
+
+def _answer(value: Any, place: str) -> str:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float)):
+        raise BenchmarkError(
+            f"{place}: the gold answer {shorten(value)} is a {type(value).__name__}; give strings or a list of strings"
+        )
+    return "" if value is None else str(value).strip()
+
+
+def _choices(row: Mapping[str, Any], wanted: str | list[str] | dict[str, str], place: str) -> dict[str, str]:
+    """Letter -> text of the choices that this row has."""
+    if isinstance(wanted, str):
+        held = _column(row, wanted, "choices_column", place)
+    elif isinstance(wanted, Mapping):
+        held = {letter: _column(row, name, "choices_column", place) for letter, name in wanted.items()}
+    else:
+        held = [_column(row, name, "choices_column", place) for name in wanted]
+    if isinstance(held, list | tuple) and len(held) <= len(ascii_uppercase):
+        held = dict(zip(ascii_uppercase, held, strict=False))
+    if not isinstance(held, Mapping):
+        raise BenchmarkError(f"{place}: the choices are {shorten(held)}; give a list or a mapping of letters to texts")
+    choices = {str(letter).strip().upper(): text for letter, text in held.items() if text is not None}
+    wrong = [letter for letter in choices if len(letter) != 1 or letter not in ascii_uppercase]
+    blank = [letter for letter, text in choices.items() if isinstance(text, bool) or not str(text).strip()]
+    if wrong or blank or len(choices) < 2:
+        raise BenchmarkError(
+            f"{place}: the choices are {shorten(held, 160)}; at least two are needed, each under a letter from A to Z "
+            "and with a text"
+        )
+    return {letter: str(text).strip() for letter, text in sorted(choices.items())}
+
+
+def _letter(answer: str, choices: Mapping[str, str], answers_are: str, place: str) -> str:
+    """The letter that a gold answer means."""
+    if answers_are == "letter" and answer.upper() in choices:
+        return answer.upper()
+    # A list's place in the alphabet is its index, also where some choices are null.
+    if answers_are == "index" and answer.isdecimal() and int(answer) < len(ascii_uppercase):
+        letter = ascii_uppercase[int(answer)]
+        if letter in choices:
+            return letter
+    if answers_are == "text":
+        letters = [letter for letter, text in choices.items() if text == answer]
+        if len(letters) == 1:
+            return letters[0]
+    raise BenchmarkError(
+        f"{place}: the gold answer {shorten(answer)}, read as {answers_are}, is none of the choices "
+        f"{shorten(dict(choices), 160)}; repair the row, or set answers_are to letter, index or text"
+    )
+
+
+def _metadata(value: Any) -> dict[str, Any]:
+    """Short scalar entries of a row's metadata."""
+    if not isinstance(value, Mapping):
+        return {}
+    return {str(key): entry for key, entry in value.items() if _is_short(entry)}
+
+
+def _is_short(value: Any) -> bool:
+    return isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= _METADATA_CHARACTERS)
