@@ -165,6 +165,8 @@ class RerankedSearch:
         _check_candidates(candidates)
         self._inner, self._scorer, self._candidates = inner, scorer, candidates
         self._description = _describe(inner, scorer, candidates)
+        if hasattr(inner, "max_top_k"):
+            self.max_top_k = inner.max_top_k
 
     @property
     def description(self) -> str:

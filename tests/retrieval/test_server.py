@@ -302,6 +302,7 @@ def test_64_clients_at_once_lose_and_swap_nothing(start, micro_batching):
 def test_engines_without_an_index_are_served_too(start):
     class Plain:
         description = "plain engine"
+        max_top_k = 10
 
         def check(self):
             raise AssertionError("a check may cost money")
@@ -320,6 +321,10 @@ def test_engines_without_an_index_are_served_too(start):
         500,
         {"detail": "the engine said no"},
     )
+    # Not 500, which clients would take for trouble that passes.
+    refused = server.search(["a"], 11)
+    assert refused.status_code == 422
+    assert refused.json()["detail"] == "topk is 11, and it must be between 1 and the limit of 10"
 
 
 # A process of its own, for signals and exit codes.

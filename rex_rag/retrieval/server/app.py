@@ -277,7 +277,9 @@ class _Service:
         body = await _read_body(request, self._options.max_body_bytes)
         asked = _parse(body)
         top_k = self._options.default_top_k if asked.topk is None else asked.topk
-        _check_limits(asked.queries, top_k, self._options)
+        # An engine may give fewer passages than the options allow, and its refusal would look like passing trouble.
+        most = min(self._options.max_top_k, getattr(self._retriever, "max_top_k", self._options.max_top_k))
+        _check_limits(asked.queries, top_k, most, self._options)
         if not asked.queries:
             return Response(b'{"result":[]}', media_type="application/json")
         served = await self._wait(request, self._runner.submit(asked.queries, top_k, asked.return_scores))
@@ -370,13 +372,13 @@ def _parse(body: bytes) -> RetrieveRequest:
         ) from None
 
 
-def _check_limits(queries: list[str], top_k: int, options: ServerOptions) -> None:
+def _check_limits(queries: list[str], top_k: int, most: int, options: ServerOptions) -> None:
     if len(queries) > options.max_queries:
         raise _Refused(
             422, f"{len(queries)} queries, and the limit is {options.max_queries} a request; send several requests"
         )
-    if not 1 <= top_k <= options.max_top_k:
-        raise _Refused(422, f"topk is {top_k}, and it must be between 1 and the limit of {options.max_top_k}")
+    if not 1 <= top_k <= most:
+        raise _Refused(422, f"topk is {top_k}, and it must be between 1 and the limit of {most}")
     for position, query in enumerate(queries):
         if not query.strip():
             raise _Refused(
