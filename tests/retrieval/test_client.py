@@ -382,6 +382,15 @@ def test_passwords_stay_out_of_descriptions():
     assert "secret" not in retriever.description
 
 
+@pytest.mark.parametrize(
+    "url", ["http://user:s3cret@host/?x=1", "ftp://user:s3cret@host", "http://user:s3cret@host:70000", "//u:s3cret@[x"]
+)
+def test_passwords_stay_out_of_what_is_said_of_an_odd_url(url):
+    with pytest.raises(RetrievalError, match=r"retriever URL .*use http://host:port") as error:
+        RemoteRetriever(url)
+    assert "s3cret" not in str(error.value)
+
+
 def test_passwords_are_sent_and_stay_out_of_every_log(server, caplog):
     server.reset()
     retriever = RemoteRetriever(server.url.replace("//", "//user:s%3Acret@") + "/status-500-2", backoff=0.01)

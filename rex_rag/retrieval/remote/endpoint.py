@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -200,11 +201,13 @@ def _retry_after(response: httpx.Response) -> float:
 
 
 def check_url(url: str) -> str:
-    """Return the host of an http(s) URL, or raise `RetrievalError`."""
+    """Return the host of an http(s) URL, or raise `RetrievalError`, in which no user name or password stands."""
+    shown = re.sub("//[^/]*@", "//", url) if isinstance(url, str) else url
     try:
         parsed = httpx.URL(url)
     except (httpx.InvalidURL, TypeError) as error:
-        raise RetrievalError(f"retriever URL {url!r} is malformed ({error}); use http://host:port") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
-        raise RetrievalError(f"retriever URL {url!r} is not a plain http(s) address; use http://host:port[/path]")
+        raise RetrievalError(f"retriever URL {shown!r} is malformed ({error}); use http://host:port") from None
+    odd = parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment
+    if odd or not 0 < (parsed.port or 80) < 2**16:
+        raise RetrievalError(f"retriever URL {shown!r} is not a plain http(s) address; use http://host:port[/path]")
     return parsed.host
