@@ -2,14 +2,16 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import bm25s
@@ -24,6 +26,7 @@ from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.build import DATA_FILE, MAX_PASSAGES, build_bm25, estimate_bm25
 from rex_rag.retrieval.bm25.postings import MappedVocabulary, Postings, PostingsSearcher
 from rex_rag.retrieval.bm25.retriever import SETTINGS_FILE, BM25Retriever
+from rex_rag.retrieval.bm25.shards import _start_worker
 from rex_rag.retrieval.bm25.text import BM25Options, TermSplitter, passage_text
 from rex_rag.retrieval.passages import OFFSETS_FILE, PASSAGES_FILE, PassageList, PassageStore, passage_json
 from rex_rag.types import Passage
@@ -413,3 +416,9 @@ def test_an_estimate_grows_with_the_corpus_and_takes_tiny_samples():
     # Memory does not grow with it, apart from a few numbers a passage and term.
     assert large.peak_ram < small.peak_ram + 20 * 20_000_000
     assert estimate_bm25(sample[:1], 1, processes=1).final_disk > 0
+
+
+def test_ctrl_c_ends_workers_without_a_word():
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=_start_worker, initargs=(BM25Options(),)) as pool:
+        assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_DFL

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -180,6 +182,30 @@ def test_unsafe_and_absent_checkpoints_are_refused(tmp_path, words):
             Encoder(EncoderSpec(str(name)), ["cpu"])
     with pytest.raises(RetrievalError, match="dtype='int8'"):
         Encoder(EncoderSpec(str(words)), ["cpu"], dtype="int8")
+    with pytest.raises(RetrievalError, match=r"is a local folder of sha256:\w+, so revision='main' cannot"):
+        resolve_encoder(str(words), "main", **PLAIN)
+
+
+def test_weights_cut_short_and_devices_that_are_not_there_are_named(tmp_path, words):
+    shutil.copytree(words, tmp_path / "short")
+    [weights] = (tmp_path / "short").rglob("model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:50])
+    with pytest.raises(RetrievalError, match=r"short cannot be loaded on cpu: SafetensorError: .*is whole"):
+        Encoder(EncoderSpec(str(tmp_path / "short")), ["cpu"])
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(RetrievalError, match=rf"cannot be loaded on {device}: \w+: .*check the device"):
+            Encoder(EncoderSpec(str(words)), [device])
+
+
+def test_a_worker_that_dies_is_an_error_and_ctrl_c_ends_workers_without_a_word(words):
+    texts = ["oslo"] * (CHUNK_ROWS + 1)
+    with Encoder(EncoderSpec(str(words)), ["cpu", "cpu"]) as encoder:
+        assert encoder._workers().submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_DFL
+        with suppress(BrokenProcessPool):
+            encoder._workers().submit(os._exit, 1).result()
+        with pytest.raises(RetrievalError, match=r"one of 2 encoding processes \(cpu, cpu\) died"):
+            encoder.encode_passages(texts)
+        assert encoder.encode_passages(texts).shape == (CHUNK_ROWS + 1, 8)
 
 
 def test_minilm_is_loaded_as_it_was_trained_and_a_bare_checkpoint_needs_its_pooling(tmp_path, minilm):

@@ -2,7 +2,7 @@
 
 Three steps, each of which goes on where a killed build stood:
 
-1. count terms shard by shard (`bm25_shards`), in several processes;
+1. count terms shard by shard (`shards`), in several processes;
 2. merge the shards' sorted terms into one vocabulary, numbered in code point order, and add up in how many passages
    each term is;
 3. write the postings term by term: a block of neighbouring terms is gathered from all shards, scored with bm25s's own

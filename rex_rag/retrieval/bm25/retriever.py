@@ -96,7 +96,7 @@ class BM25Retriever(IndexedRetriever):
 
     @classmethod
     def load(cls, directory: str | Path, passages: PassageSource, description: str | None = None) -> BM25Retriever:
-        """Open an index that `bm25_build.build_bm25` saved. Its arrays and words are memory-mapped, none is read.
+        """Open an index that `build.build_bm25` saved. Its arrays and words are memory-mapped, none is read.
 
         Raises:
             RetrievalError: for an index that is unfinished or damaged, belongs to other passages, or was built with a

@@ -11,6 +11,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -174,6 +175,9 @@ _splitter: TermSplitter | None = None
 
 
 def _start_worker(options: BM25Options) -> None:
+    # Ctrl-C reaches every process of a terminal: the parent reports it, a worker just ends.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     def follow_parent() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)

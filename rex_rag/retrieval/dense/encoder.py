@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,18 +140,28 @@ class Encoder:
         """Return (n, dimension) float32 for n texts made by `EncoderSpec.passage_text`.
 
         `advance` is called with the number of texts done since its last call.
+
+        Raises:
+            RetrievalError: for vectors that are not finite, and when a worker process dies.
         """
         import numpy as np
 
         chunks = [list(texts[start : start + CHUNK_ROWS]) for start in range(0, len(texts), CHUNK_ROWS)]
-        if len(self.devices) == 1:
-            results = (self._encode(chunk, self.spec.passage_prefix) for chunk in chunks)
-        else:
-            results = self._workers().map(_encode_in_worker, chunks)
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
-        for number, result in enumerate(results):
-            vectors[number * CHUNK_ROWS : number * CHUNK_ROWS + len(result)] = result
-            advance(len(result))
+        try:
+            if len(self.devices) == 1:
+                results = (self._encode(chunk, self.spec.passage_prefix) for chunk in chunks)
+            else:
+                results = self._workers().map(_encode_in_worker, chunks)
+            for number, result in enumerate(results):
+                vectors[number * CHUNK_ROWS : number * CHUNK_ROWS + len(result)] = result
+                advance(len(result))
+        except BrokenProcessPool as error:
+            self.close()
+            raise RetrievalError(
+                f"one of {len(self.devices)} encoding processes ({', '.join(self.devices)}) died, for want of memory "
+                "or for what it wrote before this; lower batch_size or name fewer devices, and start again"
+            ) from error
         return vectors
 
     def measure_rate(self, texts: Sequence[str], seconds: float = 5.0) -> float:
@@ -271,13 +282,20 @@ def _load_model(checkpoint: Checkpoint, spec: EncoderSpec, device: str, dtype: s
     torch_dtype = getattr(torch, dtype, None)
     if torch_dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise RetrievalError(f"dtype={dtype!r} is none of float32, float16, bfloat16")
-    model = SentenceTransformer(
-        str(checkpoint.folder),
-        device=device,
-        trust_remote_code=False,
-        local_files_only=True,
-        model_kwargs={"use_safetensors": True, "dtype": torch_dtype},
-    )
+    try:
+        model = SentenceTransformer(
+            str(checkpoint.folder),
+            device=device,
+            trust_remote_code=False,
+            local_files_only=True,
+            model_kwargs={"use_safetensors": True, "dtype": torch_dtype},
+        )
+    except Exception as error:  # of whatever library: weights cut short, an unknown architecture, no such device
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise RetrievalError(
+            f"the encoder {checkpoint.folder} cannot be loaded on {device}: {type(error).__name__}: {reason}; check "
+            "the device, and whether the checkpoint is whole"
+        ) from error
     if not checkpoint.has_modules:
         model = _with_pooling(model, spec, device)
     return model.to(torch_dtype)
@@ -345,7 +363,10 @@ _worker: Encoder | None = None
 def _start_worker(waiting, settings: dict[str, Any], workers: int) -> None:
     import multiprocessing
     import os
+    import signal
 
+    # Ctrl-C reaches every process of a terminal: the parent reports it, a worker just ends.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     import torch
 
     def follow_parent() -> None:

@@ -64,12 +64,12 @@ def resolve_encoder(
 
     Args:
         name_or_path: Hub repository or local folder.
-        revision: Hub branch, tag or commit; the spec holds the commit.
+        revision: Hub branch, tag or commit; the spec holds the commit. A local folder has none but its own hash.
         family: one of `FAMILIES`, for a copy or a fine-tune of such an encoder.
         overrides: fields of `EncoderSpec` set by hand.
 
     Raises:
-        RetrievalError: for an encoder of which too little is known, and what `encoder_files.find_checkpoint` refuses.
+        RetrievalError: for an encoder of which too little is known, and what `checkpoints.find_checkpoint` refuses.
     """
     given = {key: value for key, value in overrides.items() if value is not None}
     if family is not None and family not in FAMILIES:
@@ -82,6 +82,11 @@ def resolve_encoder(
             "gives them: --query-prefix '' --passage-prefix '' for an encoder without"
         )
     checkpoint = find_checkpoint(name_or_path, revision)
+    if revision is not None and checkpoint.revision.startswith("sha256:") and checkpoint.revision != revision:
+        raise RetrievalError(
+            f"the encoder {name_or_path} is a local folder of {checkpoint.revision}, so revision={revision!r} cannot "
+            "be taken from it; drop the revision, or name the Hub repository"
+        )
     if known is not None:
         _check_prompts(name_or_path, checkpoint, known, given)
         table = {
