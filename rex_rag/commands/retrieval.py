@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +39,12 @@ def index(words: Sequence[str]) -> None:
         "every file of an index and compares it with the manifest."
     )
     arguments, options = parse_section("index", description, "index", (IndexArguments,), words, switches)
-    build_index(arguments, say=print, force=options.force, dry_run=options.dry_run)
+    try:
+        # Flushed: the estimate is to be read before the build, in a log file too.
+        build_index(arguments, partial(print, flush=True), force=options.force, dry_run=options.dry_run)
+    except KeyboardInterrupt:
+        print("rex-rag index: interrupted; the same command goes on where it stood", file=sys.stderr)
+        raise
 
 
 def serve(words: Sequence[str]) -> None:

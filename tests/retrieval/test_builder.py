@@ -15,21 +15,23 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from rex_rag.cli import main
 from rex_rag.data.corpus import write_corpus
 from rex_rag.durable import locked
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
-from rex_rag.retrieval.dense import faiss_index
+from rex_rag.retrieval.dense import encode_corpus, faiss_index
 from rex_rag.retrieval.dense.qdrant_load import QdrantOptions
 from rex_rag.retrieval.index import builder
 from rex_rag.retrieval.index.arguments import IndexArguments
 from rex_rag.retrieval.index.builder import build_index
 from rex_rag.retrieval.index.estimate import NotEnoughRoom, Room
-from rex_rag.retrieval.index.kinds import SearchOptions, open_index
+from rex_rag.retrieval.index.kinds import SearchOptions, _encoding_devices, open_index
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
 from rex_rag.types import Passage
+from tests.retrieval.dense_parts import save_word_encoder, word_passages
 
 CITIES = ["Oslo", "Rome", "Lima", "Cairo", "Quito", "Hanoi", "Accra", "Delhi"]
 
@@ -256,9 +258,6 @@ def test_files_made_large_ahead_of_their_content_do_not_count_as_disk_that_a_bui
 def test_an_unfinished_build_is_not_taken_for_an_index_nor_finished_as_another(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def killed(*arguments: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
         patched.setattr(builder, "hash_files", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -338,6 +337,83 @@ def test_options_that_an_index_does_not_take_are_refused(corpus: Path, tmp_path:
 def test_arguments_that_make_no_sense_are_refused_together(values: dict, message: str):
     with pytest.raises(ValueError, match=message):
         IndexArguments(**values)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_word_encoder(tmp_path_factory.mktemp("encoder") / "words"))
+
+
+def test_what_would_stop_a_dense_build_after_encoding_stops_it_before(corpus: Path, tmp_path: Path, words: str):
+    dense = {"kind": "dense", "model": words, "query_prefix": "", "passage_prefix": ""}
+    with pytest.raises(RetrievalError, match=r"nlist=3 lists need 117 vectors \(39 a list\), and there are 8"):
+        build_index(IndexArguments([str(corpus)], str(tmp_path / "index"), index="ivf", nlist=3, **dense), print)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl"]
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "faiss.py").write_text("raise ImportError('no FAISS here')")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "rex_rag.cli", "index", "--corpus", str(corpus)),
+            *("--output", str(tmp_path / "index"), "--kind", "dense", "--model", words),
+            *("--query-prefix=", "--passage-prefix="),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path / 'without'}:{Path(__file__).parents[2]}"},
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("rex-rag index: dense indexes need FAISS: pip install")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "without"]
+
+
+@pytest.mark.parametrize("kind", ["flat", "flat-fp16", "ivf", "hnsw"])
+def test_a_dense_directory_answers_and_goes_on_where_it_was_killed(
+    tmp_path: Path, words: str, monkeypatch: pytest.MonkeyPatch, kind: str
+):
+    write_corpus(word_passages(60), tmp_path / "c.jsonl")
+
+    def dense(output: Path) -> None:
+        prefixes = {"query_prefix": "", "passage_prefix": ""}
+        arguments = IndexArguments(
+            [str(tmp_path / "c.jsonl")], str(output), "dense", model=words, index=kind, **prefixes
+        )
+        build_index(arguments, lambda line: None)
+
+    dense(tmp_path / "whole")
+    for step in ("write_check_vectors", "VectorShards"):
+        with monkeypatch.context() as patched:
+            patched.setattr(encode_corpus, step, killed)
+            with pytest.raises(KeyboardInterrupt):
+                dense(tmp_path / "killed")
+        assert not (tmp_path / "killed").exists()
+    dense(tmp_path / "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    index = open_index(tmp_path / "killed", SearchOptions(devices=("cpu",)))
+    [ranking] = index.search([index.passages[17].text], 3)
+    assert ranking[0].score == pytest.approx(1, abs=1e-3)
+    assert ranking[0].text.split().count("oslo") == index.passages[17].text.split().count("oslo")
+
+
+def test_workers_on_a_machine_with_gpus_do_not_quietly_mean_its_cpu(words: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    asked = IndexArguments(["c"], "o", "dense", workers=3, model=words)
+    with pytest.raises(RetrievalError, match="drop workers, or say --devices cpu cpu cpu"):
+        _encoding_devices(asked)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert _encoding_devices(asked) == ["cpu"] * 3
+    assert _encoding_devices(IndexArguments(["c"], "o", "dense", model=words)) is None
+
+
+def killed(*arguments: object, **options: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_is_said_in_one_line(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(builder, "hash_files", killed)
+    assert main(["index", "--corpus", str(corpus), "--output", str(tmp_path / "index"), "--workers", "1"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "rex-rag index: interrupted; the same command goes on where it stood"
+    )
 
 
 def test_help_says_what_the_defaults_are():

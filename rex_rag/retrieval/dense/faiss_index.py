@@ -99,6 +99,16 @@ class FaissOptions:
         return _probes(self.nprobe, self.lists(total))
 
 
+def check_lists(options: FaissOptions, total: int) -> None:
+    """Raise `RetrievalError` for more lists than `total` vectors can train; fewer are never taken in their place."""
+    lists = options.lists(total)
+    if options.nlist is not None and lists < options.nlist:
+        raise RetrievalError(
+            f"nlist={options.nlist} lists need {options.nlist * MIN_TRAINING_PER_LIST:,} vectors "
+            f"({MIN_TRAINING_PER_LIST} a list), and there are {total:,}; use at most nlist={lists}, or a flat index"
+        )
+
+
 def build_faiss_index(vectors: VectorShards, path: str | Path, options: FaissOptions) -> None:
     """Build an index over all vectors and write it to `path`, whole or not at all; equal inputs give equal bytes.
 
@@ -204,11 +214,7 @@ def _filled_ivf(vectors: VectorShards, options: FaissOptions):
 
     faiss = import_faiss()
     total, dimension, lists = len(vectors), vectors.dimension, options.lists(len(vectors))
-    if options.nlist is not None and lists < options.nlist:
-        raise RetrievalError(
-            f"nlist={options.nlist} lists need {options.nlist * MIN_TRAINING_PER_LIST:,} vectors "
-            f"({MIN_TRAINING_PER_LIST} a list), and there are {total:,}; use at most nlist={lists}, or a flat index"
-        )
+    check_lists(options, total)
     quantizer = faiss.IndexFlatIP(dimension)
     if options.storage == "float16":
         # Codes are the halves themselves, not residuals: the scores are those of flat-fp16.

@@ -102,8 +102,7 @@ class DenseKind:
                 normalize=wanted.normalize,
                 max_tokens=wanted.max_tokens,
             )
-            devices = wanted.devices or (["cpu"] * wanted.workers if wanted.workers else None)
-            self._loaded = Encoder(spec, devices, wanted.batch_size, wanted.dtype)
+            self._loaded = Encoder(spec, _encoding_devices(wanted), wanted.batch_size, wanted.dtype)
         return self._loaded
 
     def _options(self):
@@ -123,7 +122,17 @@ class DenseKind:
 
     def estimate(self, sample: Sequence[Passage], total: int) -> Estimate:
         from rex_rag.retrieval.dense.estimate import estimate_dense
+        from rex_rag.retrieval.dense.faiss_index import check_lists
+        from rex_rag.retrieval.dense.flat_file import import_faiss
 
+        # What would stop the build once all is encoded, hours later, stops it here.
+        if self._arguments.qdrant_url:
+            from rex_rag.retrieval.dense.qdrant_calls import connect_qdrant
+
+            connect_qdrant(self._arguments.qdrant_url).close()
+        else:
+            import_faiss()
+        check_lists(self._options(), total)
         return estimate_dense(sample, total, self._encoder, self._options())
 
     def build(
@@ -159,6 +168,20 @@ class DenseKind:
         if self._arguments.index == "qdrant":
             return described, {"type": "qdrant", "url": None}
         return described, {"type": self._arguments.index, "faiss": asdict(options)}
+
+
+def _encoding_devices(wanted: IndexArguments) -> list[str] | None:
+    """The devices asked for, or as many processes on the CPU; None leaves the choice to the encoder."""
+    if wanted.devices or not wanted.workers:
+        return wanted.devices or None
+    import torch
+
+    if torch.cuda.device_count():
+        raise RetrievalError(
+            f"workers={wanted.workers} is for encoding on the CPU, and this machine has GPUs, one process each: drop "
+            f"workers, or say --devices{' cpu' * wanted.workers}"
+        )
+    return ["cpu"] * wanted.workers
 
 
 def index_kind(arguments: IndexArguments) -> IndexKind:
