@@ -1,7 +1,10 @@
 """The benchmark against real servers: a good one, and ones with known faults and known delays."""
 
 import json
+import multiprocessing
 import re
+import socket
+import threading
 import time
 
 import pytest
@@ -17,8 +20,9 @@ from rex_rag.retrieval.server.bench import (
     load_queries,
     run_bench,
 )
+from rex_rag.retrieval.server.bench_load import Load, drive
 from rex_rag.types import Passage
-from tests.retrieval.running import Running
+from tests.retrieval.running import Running, until
 from tests.retrieval.toy_engine import ToyRetriever
 
 QUERIES = [str(n) for n in range(400)]
@@ -68,6 +72,53 @@ def test_several_generator_processes_send_everything_once(slow):
     assert slow.metrics()["rexrag_retrieval_queries_total"] == before + 101 + 1 + 2 * 2 * 5
 
 
+def test_a_generator_process_that_dies_ends_the_benchmark(slow):
+    def kill_one():
+        until(lambda: len(multiprocessing.active_children()) == 2)
+        multiprocessing.active_children()[0].kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(BenchError, match="a load generator process died"):
+        run_bench(BenchOptions(slow.url, concurrency=2, queries=100_000, processes=2), QUERIES)
+    killer.join()
+    until(lambda: not multiprocessing.active_children())
+
+
+def test_passwords_are_sent_and_not_shown():
+    import fastapi
+
+    app, seen = fastapi.FastAPI(), set()
+
+    @app.post("/retrieve")
+    def retrieve(payload: dict, request: fastapi.Request):
+        seen.add((request.headers["authorization"], request.headers["host"]))
+        return {"result": [[{"document": {"contents": "T\nx"}, "score": 1.0}]]}
+
+    server = Running(app=app)
+    url = server.url.replace("//", "//user:s%3Acret@")
+    result = run_bench(BenchOptions(url, concurrency=1, queries=2), QUERIES)
+    assert (result.queries, result.target) == (2, server.url)
+    assert seen == {("Basic dXNlcjpzOmNyZXQ=", server.url.removeprefix("http://"))}  # user:s:cret
+    server.stop()
+
+
+def test_an_answer_that_is_no_http_is_counted():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            with listener.accept()[0] as connection:
+                connection.recv(1000)
+                connection.sendall(b"what?\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        load = Load(f"http://127.0.0.1:{listener.getsockname()[1]}", [["a"]], [], 1, 1, 5.0)
+        samples = drive(load, lambda: None, lambda _: None)
+        thread.join()
+    assert samples.errors == {"connection failed (IndexError)": 1}
+
+
 def test_repeated_queries_are_said_to_be(slow):
     result = run_bench(BenchOptions(slow.url, concurrency=2, queries=10), QUERIES[:4])
     assert result.distinct_queries == 4
@@ -93,6 +144,7 @@ def test_errors_are_counted_by_cause():
         (b'{"result": [[{}]]}', "1 results for 2 queries"),
         (b'{"result": [[{}], []]}', "an empty ranking"),
         (b'{"results": []}', "no Search-R1 answer"),
+        (b'{"result": 2}', "no Search-R1 answer"),
         (b"<html>", "no Search-R1 answer"),
     ],
 )

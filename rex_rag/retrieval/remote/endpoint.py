@@ -200,9 +200,14 @@ def _retry_after(response: httpx.Response) -> float:
     return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS) if math.isfinite(seconds) else 0.0
 
 
+def without_password(url: str) -> str:
+    """An address as it may be shown, well formed or not: without user name and password."""
+    return re.sub("//[^/]*@", "//", url)
+
+
 def check_url(url: str) -> str:
     """Return the host of an http(s) URL, or raise `RetrievalError`, in which no user name or password stands."""
-    shown = re.sub("//[^/]*@", "//", url) if isinstance(url, str) else url
+    shown = without_password(url) if isinstance(url, str) else url
     try:
         parsed = httpx.URL(url)
     except (httpx.InvalidURL, TypeError) as error:

@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from time import perf_counter, thread_time
 
@@ -21,6 +22,7 @@ from rex_rag.bars import progress_bar
 from rex_rag.data.jsonl import iter_json_objects
 from rex_rag.retrieval.base import Retriever
 from rex_rag.retrieval.indexed import IndexedRetriever
+from rex_rag.retrieval.remote.endpoint import without_password
 from rex_rag.retrieval.server.bench_load import STAGES, Load, Samples, drive
 from rex_rag.types import Passage
 
@@ -59,7 +61,7 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
-            raise BenchError(f"url={self.url!r} is no http(s) address; use http://host:port")
+            raise BenchError(f"url={without_password(self.url)!r} is no http(s) address; use http://host:port")
         for name in ("concurrency", "queries", "batch_size", "top_k"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -340,8 +342,15 @@ def _drive_processes(loads: list[Load], tick: Callable[[int], object]) -> list[S
     watcher = threading.Thread(target=_watch, args=(done, tick, stop), daemon=True)
     watcher.start()
     try:
-        return [pipe.recv() for pipe in pipes]
+        samples: dict[Connection, Samples] = {}
+        while len(samples) < len(pipes):
+            # Whichever speaks first: where one has died, the others wait for it at the barrier for ever.
+            for pipe in wait([pipe for pipe in pipes if pipe not in samples]):
+                samples[pipe] = pipe.recv()
+        return [samples[pipe] for pipe in pipes]
     except EOFError:
+        for child in children:
+            child.kill()
         raise BenchError("a load generator process died; see its message above, or use one process") from None
     finally:
         stop.set()
@@ -389,7 +398,7 @@ def _result(options: BenchOptions, samples: list[Samples], requests: int, distin
             f"{distinct:,} of the {options.queries:,} queries are distinct; a cache may have answered the others"
         )
     return BenchResult(
-        options.url,
+        without_password(options.url),
         options.concurrency,
         options.batch_size,
         options.top_k,

@@ -7,6 +7,7 @@ kept connections, and no more. It checks every answer's shape, outside of the me
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import re
 import ssl
@@ -14,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter, thread_time
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from rex_rag.data.jsonl import shorten
 from rex_rag.retrieval.remote.wire import SEARCH_PATH
@@ -118,10 +119,18 @@ def _check(body: bytes, count: int) -> None:
         result = json.loads(body)["result"]
     except (ValueError, KeyError, TypeError):
         raise RequestFailed(f"no Search-R1 answer: {shorten(body[:60])}") from None
+    if not isinstance(result, list):
+        raise RequestFailed(f"no Search-R1 answer: {shorten(body[:60])}")
     if len(result) != count:
         raise RequestFailed(f"{len(result)} results for {count} queries")
     if not all(result):
         raise RequestFailed("an empty ranking")
+
+
+def _authorization(credentials: str) -> str:
+    if not credentials:
+        return ""
+    return f"Authorization: Basic {base64.b64encode(unquote_to_bytes(credentials)).decode()}\r\n"
 
 
 class Connection:
@@ -132,9 +141,10 @@ class Connection:
         self._host, self._tls = parts.hostname, ssl.create_default_context() if parts.scheme == "https" else None
         self._port = parts.port or (443 if self._tls else 80)
         path = parts.path.rstrip("/")
+        credentials, _, host = parts.netloc.rpartition("@")
         self._head = (
-            f"POST {path if path.endswith(SEARCH_PATH) else path + SEARCH_PATH} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
-            "Content-Type: application/json\r\nContent-Length: "
+            f"POST {path if path.endswith(SEARCH_PATH) else path + SEARCH_PATH} HTTP/1.1\r\nHost: {host}\r\n"
+            f"{_authorization(credentials)}Content-Type: application/json\r\nContent-Length: "
         ).encode()
         self._timeout = timeout
         self._reader: asyncio.StreamReader | None = None
@@ -153,7 +163,7 @@ class Connection:
         except TimeoutError:
             self.close()
             raise RequestFailed(f"no answer within {self._timeout:g} s") from None
-        except (OSError, EOFError, asyncio.LimitOverrunError, ValueError) as error:
+        except (OSError, EOFError, asyncio.LimitOverrunError, ValueError, IndexError) as error:
             self.close()
             await asyncio.sleep(_PAUSE_SECONDS)
             raise RequestFailed(f"connection failed ({type(error).__name__})") from None
