@@ -2,6 +2,7 @@
 
 import pytest
 
+from rex_rag.retrieval.remote import client
 from rex_rag.retrieval.remote.client import RemoteRetriever
 from tests.retrieval.servers import BehavingServer
 
@@ -22,8 +23,9 @@ def server(behaving_server):
 
 
 @pytest.fixture
-def remote(server):
-    """Makes clients of the paths of `server`, or of other URLs, with short pauses."""
+def remote(server, monkeypatch):
+    """Makes clients of the paths of `server`, or of other URLs, with short pauses and frequent looks."""
+    monkeypatch.setattr(client, "PROBE_SECONDS", 0.1)
     opened = []
 
     def make(*names, **options):

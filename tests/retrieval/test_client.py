@@ -135,7 +135,7 @@ def test_a_server_that_loads_is_asked_as_soon_as_it_says_it_is_ready(server, rem
     server.statuses["ok"] = server.health["ok"] = 503
     with ThreadPoolExecutor(1) as pool:
         search = pool.submit(retriever.search, ["a"], 1)
-        time.sleep(1.5)
+        time.sleep(0.4)
         assert not search.done()
         server.statuses["ok"] = server.health["ok"] = 200
         # The pause would have been 15 to 30 s.
