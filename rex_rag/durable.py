@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +13,23 @@ from typing import IO, Any
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing beside `path`; it takes that name, synced, when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def written_whole(path: Path, alone: bool = True) -> Iterator[IO[bytes]]:
+    """Open a file for writing beside `path`; it takes that name, synced, when the block ends without an error.
+
+    alone: nothing else writes this file at the same time, so the file beside it has a fixed name, and the next attempt
+    overwrites what a killed one left. Otherwise every thread and process has its own, and the last one wins.
+    """
+    own = "" if alone else f".{os.getpid()}.{threading.get_ident()}"
+    temporary = path.with_name(f".{path.name}{own}.part")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

@@ -6,7 +6,6 @@ Invariant: every passage read has a non-blank text that encodes to UTF-8, and id
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rex_rag.data.jsonl import iter_json_objects, shorten
+from rex_rag.durable import written_whole
 from rex_rag.types import Passage
 
 LAYOUTS = '{"id", "contents"} with contents = "\\"Title\\"\\ntext", or {"id", "title", "text"}'
@@ -149,18 +149,10 @@ def write_corpus(passages: Iterable[Passage], path: str | Path) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The temporary file lies beside the target because a rename is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as out:
-            for passage in _checked_for_writing(passages, path):
-                row = {"id": passage.id, "contents": join_contents(passage)}
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path, alone=False) as out:
+        for passage in _checked_for_writing(passages, path):
+            row = {"id": passage.id, "contents": join_contents(passage)}
+            out.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def _checked_for_writing(passages: Iterable[Passage], path: Path) -> Iterator[Passage]:

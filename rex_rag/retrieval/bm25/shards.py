@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from rex_rag.bars import progress_bar
 from rex_rag.data.corpus import passage_from_row
-from rex_rag.durable import sync_folder
+from rex_rag.durable import written_whole
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.text import BM25Options, TermSplitter, passage_text
 from rex_rag.retrieval.passages import PassageSource
@@ -151,17 +151,12 @@ def _lines(passages: PassageSource, shard: Shard) -> bytes:
 def _save(path: Path, value: bytes | np.ndarray) -> None:
     import numpy as np
 
-    # The process is part of the name: one left over from a killed build may still be at the same file for a moment.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with temporary.open("wb") as file:
+    # Not alone: a process left over from a killed build may still be at the same file for a moment.
+    with written_whole(path, alone=False) as file:
         if isinstance(value, bytes):
             file.write(value)
         else:
             np.save(file, value, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
 
 
 def _collect(running: dict, bar) -> None:

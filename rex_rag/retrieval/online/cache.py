@@ -12,8 +12,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
-import threading
 import time
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rex_rag.data.jsonl import shorten
+from rex_rag.durable import written_whole
 from rex_rag.retrieval.base import RetrievalError
 
 FORMAT_VERSION = 1
@@ -209,12 +208,5 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path, alone=False) as file:
+        file.write(content)
