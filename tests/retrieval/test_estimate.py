@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from rex_rag.retrieval.index import estimate
 from rex_rag.retrieval.index.estimate import (
     Estimate,
     NotEnoughRoom,
@@ -39,6 +40,21 @@ def test_this_machine_has_room_even_where_the_folder_does_not_exist_yet(tmp_path
     room = measure_room(tmp_path / "a" / "b")
     assert room.ram > 1 << 20
     assert room.disk > 1 << 20
+
+
+@pytest.mark.parametrize("prefix", ["", "total_"])
+def test_what_a_container_holds_of_files_is_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str):
+    """A limit of 64 MiB of which 60 are used, 50 of them by files that were read: 54 are there for a build."""
+    mib = 1 << 20
+    for name, value in (("memory.max", 64), ("memory.current", 60)):
+        (tmp_path / name).write_text(f"{value * mib}\n")
+    (tmp_path / "memory.stat").write_text(
+        f"anon {10 * mib}\n{prefix}inactive_file {45 * mib}\n{prefix}active_file {5 * mib}\n"
+    )
+    monkeypatch.setattr(estimate, "_CGROUPS", ((tmp_path, "memory.max", "memory.current"),))
+    assert measure_room(tmp_path).ram == 54 * mib
+    (tmp_path / "memory.max").write_text("max\n")
+    assert measure_room(tmp_path).ram > 64 * mib
 
 
 def test_units_for_people():

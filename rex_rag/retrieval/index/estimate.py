@@ -6,8 +6,11 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-_CGROUP_USAGE = (Path("/sys/fs/cgroup/memory.current"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"))
+# A container's folder, and its limit, use and details of memory: version 2 and version 1.
+_CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 # Pages of a memory map count as used until the kernel needs them; below this margin a build would start to swap.
 HEADROOM = 1.1
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -104,7 +107,23 @@ def human_seconds(seconds: float) -> str:
 def _available_ram() -> int:
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    for limit, usage in zip(_CGROUP_LIMITS, _CGROUP_USAGE, strict=True):
-        if limit.is_file() and usage.is_file() and limit.read_text().strip().isdigit():
-            available = min(available, max(0, int(limit.read_text()) - int(usage.read_text())))
+    for folder, limit, usage in _CGROUPS:
+        if not (folder / limit).is_file() or not (folder / usage).is_file():
+            continue
+        text = (folder / limit).read_text().strip()
+        if text.isdigit():
+            used = int((folder / usage).read_text()) - _file_pages(folder / "memory.stat")
+            available = min(available, max(0, int(text) - used))
     return available
+
+
+def _file_pages(details: Path) -> int:
+    """Bytes of a container's memory that hold file contents, which the kernel gives up when memory is asked for.
+
+    They count as used: after a corpus larger than the container's memory was read, nothing else would seem to be free.
+    """
+    if not details.is_file():
+        return 0
+    found = dict(line.split() for line in details.read_text().splitlines())
+    prefix = "total_" if "total_inactive_file" in found else ""
+    return sum(int(found.get(f"{prefix}{name}", 0)) for name in ("active_file", "inactive_file"))
