@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rex_rag.retrieval.base import check_request
+from rex_rag.retrieval.base import check_request, checked_search
 from rex_rag.retrieval.passages import PassageSource
 from rex_rag.types import Passage
 
@@ -65,9 +65,9 @@ class IndexedRetriever(ABC):
         return self.fetch(*self.rank(self.encode(queries), top_k))
 
     def check(self) -> None:
-        """Search for the first passage's own words."""
+        """Search for the first passage's own words, and find something."""
         first = self.passages[0]
-        self.search([first.title.strip() or first.text.strip()[:200]], top_k=1)
+        checked_search(self, [first.title.strip() or first.text.strip()[:200]], top_k=1)
 
     def _scored(self, row: int, score: float) -> Passage:
         passage = self.passages[row]

@@ -128,3 +128,18 @@ def test_recall_of_gold_passages_on_hotpotqa(tmp_path, real, options, tolerance)
     if options.kind.startswith("flat"):
         exact = DenseRetriever(encoder, TorchFlatIndex.load(tmp_path / "index", devices=["cpu"]), passages)
         assert recall(real, exact) == pytest.approx(measured, abs=0.0005)
+
+
+def test_an_index_that_finds_nothing_does_not_pass_its_check(encoder):
+    class Lost:
+        description, dimension = "lost", encoder.dimension
+
+        def __len__(self) -> int:
+            return 2
+
+        def search(self, vectors: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+            return np.full((len(vectors), top_k), -np.inf), np.full((len(vectors), top_k), -1)
+
+    passages = PassageList([Passage("a", "oslo", "river"), Passage("b", "rome", "hill")])
+    with pytest.raises(RetrievalError, match="returned no passage for the query 'oslo'"):
+        DenseRetriever(encoder, Lost(), passages).check()
