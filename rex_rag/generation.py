@@ -81,7 +81,7 @@ class TransformersGenerator:
         temperature: 0 decodes greedily; otherwise samples from the full softmax at this temperature.
         eos_token_ids: ids that end a row besides the stop strings; the tokenizer's by default.
         model_context: returns a context manager that yields the model ready to generate (a trainer's unwrapping).
-        stop_strings: where a turn ends.
+        stop_strings: where a turn ends; with none, only the end-of-sequence token and the token limit end it.
     """
 
     equal_rows = False
@@ -100,7 +100,7 @@ class TransformersGenerator:
             raise ValueError("the tokenizer has no pad token; set tokenizer.pad_token (often to the eos token)")
         self._model_context = model_context or (lambda: nullcontext(model))
         self._tokenizer = tokenizer
-        self._stop = _StopAtTag(tokenizer, stop_strings)
+        self._stop = _StopAtTag(tokenizer, stop_strings) if stop_strings else None
         if eos_token_ids is None:
             eos_token_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self._eos_token_ids = list(eos_token_ids)
@@ -116,7 +116,8 @@ class TransformersGenerator:
     @torch.no_grad()
     def generate(self, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generation]:
         self._config.max_new_tokens = max_new_tokens
-        self._stop.reset()
+        if self._stop is not None:
+            self._stop.reset()
         width = max(len(row) for row in prompt_ids)
         input_ids = torch.full((len(prompt_ids), width), self._tokenizer.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
@@ -128,7 +129,7 @@ class TransformersGenerator:
                 input_ids=input_ids.to(model.device),
                 attention_mask=attention_mask.to(model.device),
                 generation_config=self._config,
-                stopping_criteria=StoppingCriteriaList([self._stop]),
+                stopping_criteria=StoppingCriteriaList([] if self._stop is None else [self._stop]),
             )
         new_ids = output[:, width:].cpu()
         lengths = self._lengths(new_ids, width)
@@ -137,7 +138,7 @@ class TransformersGenerator:
     def _lengths(self, new_ids: torch.Tensor, prompt_width: int) -> list[int]:
         """How many of the new tokens each row sampled itself; the rest is padding while other rows went on."""
         lengths = torch.full((new_ids.size(0),), new_ids.size(1))
-        if self._stop.stopped_at is not None:
+        if self._stop is not None and self._stop.stopped_at is not None:
             stopped_at = self._stop.stopped_at.cpu()
             lengths = torch.where(stopped_at > 0, stopped_at - prompt_width, lengths)
         is_eos = torch.isin(new_ids, torch.tensor(self._eos_token_ids))

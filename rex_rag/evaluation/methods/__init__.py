@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from rex_rag.evaluation.methods.agents import REXRAG, SearchR1
 from rex_rag.evaluation.methods.base import Method, Toolbox
+from rex_rag.evaluation.methods.ircot import IRCoT
+from rex_rag.evaluation.methods.search_o1 import SearchO1
+from rex_rag.evaluation.methods.single import R1, ChainOfThought, Direct, RetrieveOnce
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (SearchR1, REXRAG)}
+# In the order of the comparison's table.
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Direct, ChainOfThought, RetrieveOnce, IRCoT, SearchO1, R1, SearchR1, REXRAG)
+}
 
 __all__ = ["METHODS", "Method", "Toolbox", "make_method"]
 

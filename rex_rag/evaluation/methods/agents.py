@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from rex_rag.evaluation.methods.base import Method, Toolbox, unanswered
 from rex_rag.evaluation.records import Question
@@ -21,7 +22,7 @@ class SearchR1(Method):
     uses_retriever = True
     is_trained = True
     default_template = PROMPT_TEMPLATE
-    further_prompts = {"feedback": FEEDBACK_TEXT}
+    further_prompts: ClassVar[dict[str, str]] = {"feedback": FEEDBACK_TEXT}
     stop_strings = (STOP_STRINGS,)
 
     def _run(self, questions: Sequence[Question], toolbox: Toolbox) -> list[Trajectory]:

@@ -31,8 +31,8 @@ class Toolbox:
     """The same for every method of a comparison.
 
     generator: (stop strings) -> the generation backend that ends a row after any of them; called with each of
-    `Method.stop_strings`, also with none. retriever: may be `None` for methods that do not use one. budget: all limits;
-    `budget.top_k` passages a search.
+    `Method.stop_strings`, also with none, and often, so it should keep what it builds. retriever: may be `None` for
+    methods that do not use one. budget: all limits, and `budget.top_k` passages a search.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -71,9 +71,10 @@ class Toolbox:
 class Method(ABC):
     """One row of the comparison.
 
-    Class attributes: `name` (of the command line), `title` (of tables), `source` (the citation), `uses_retriever`,
-    `is_trained` (whether the model must have been trained for it), `default_template` (the first prompt),
-    `further_prompts` (its other texts, by name), `stop_strings` (every set that it asks the toolbox's `generator` for).
+    Class attributes: `name` (of the command line), `title` (of tables), `source` (the citation), `numbers` (where its
+    published scores stand), `uses_retriever`, `is_trained` (whether the model must have been trained for it),
+    `default_template` (the first prompt), `further_prompts` (its other texts, by name), `stop_strings` (every set that
+    it asks the toolbox's `generator` for).
 
     Args:
         template: takes the place of `default_template`; must hold the same placeholders.
@@ -85,6 +86,7 @@ class Method(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     source: ClassVar[str]
+    numbers: ClassVar[str] = "REX-RAG, arXiv 2508.08149, table 1"
     uses_retriever: ClassVar[bool]
     is_trained: ClassVar[bool] = False
     default_template: ClassVar[str]

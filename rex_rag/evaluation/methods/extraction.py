@@ -1,0 +1,59 @@
+"""Where a method's answer stands in text that the model wrote. Pure text; `None` where there is no answer."""
+
+from __future__ import annotations
+
+import re
+
+from rex_rag.protocol import ANSWER_TAGS
+
+# From the last opening tag before the closing one, as `rex_rag.protocol.parse_action` reads it.
+_TAGGED = re.compile(
+    f"{ANSWER_TAGS[0]}((?:(?!{ANSWER_TAGS[0]}).)*?){ANSWER_TAGS[1]}",
+    re.DOTALL,
+)
+_ANNOUNCED = re.compile(r"\bso the answer is\b\s*:?", re.IGNORECASE)
+_BOX = re.compile(r"\\boxed\s*\{")
+_TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{(.*)\}", re.DOTALL)
+_EMPHASIS = "*_`"
+
+
+def tagged_answer(text: str) -> str | None:
+    """The content of the first complete `<answer>…</answer>`."""
+    match = _TAGGED.search(text)
+    return (match.group(1).strip() or None) if match else None
+
+
+def bare_answer(text: str) -> str | None:
+    """The first line that is not blank; where the model used answer tags, their content."""
+    tagged = tagged_answer(text)
+    if tagged is not None:
+        return tagged
+    return next((line.strip() for line in text.splitlines() if line.strip()), None)
+
+
+def announced_answer(text: str) -> str | None:
+    """The rest of the line behind the first "So the answer is:", without its full stop; or the next line that is not
+    blank where nothing follows on that line."""
+    match = _ANNOUNCED.search(text)
+    if match is None:
+        return None
+    line = next((line for line in text[match.end() :].splitlines() if line.strip(_EMPHASIS + " \t")), "")
+    answer = line.strip().strip(_EMPHASIS).strip()
+    answer = answer.removesuffix(".").strip(_EMPHASIS).strip()
+    return answer or None
+
+
+def boxed_answer(text: str) -> str | None:
+    r"""The content of the last complete `\boxed{…}`, braces balanced, without a `\text{…}` around all of it."""
+    for match in reversed(list(_BOX.finditer(text))):
+        depth = 1
+        for position in range(match.end(), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[position], 0)
+            if depth == 0:
+                content = text[match.end() : position].strip()
+                command = _TEXT_COMMAND.fullmatch(content)
+                content = command.group(1).strip() if command else content
+                if content:
+                    return content
+                break
+    return None

@@ -1,0 +1,110 @@
+"""IRCoT: a sentence of reasoning, a search with that sentence, the next sentence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from rex_rag.evaluation.methods.extraction import announced_answer
+from rex_rag.evaluation.methods.script import Desk, Generate, Script, ScriptMethod, Search
+from rex_rag.evaluation.prompts import IRCOT, fill, question_text
+from rex_rag.protocol import make_inert
+from rex_rag.types import Passage, Truncation
+
+# Trivedi et al., section 4.1: at most 15 paragraphs, since more does not fit the models' contexts.
+MAX_PARAGRAPHS = 15
+
+# Where a sentence may end. The model is stopped here; `first_sentence` decides whether it is an end.
+SENTENCE_STOPS = (". ", "? ", "! ", "\n")
+_END = re.compile(r"(?<=\S)(?:[.?!](?=\s)|(?=\n))")
+_ABBREVIATION = re.compile(
+    r"(?:^|[\s(\"'.])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|Mt|Ft|Gen|Col|Lt|Capt|Sgt|Rev|Hon|Vol|vs|ca|cf|e\.g|i\.e)\.$"
+)
+
+
+def first_sentence(text: str) -> tuple[str, int] | None:
+    """The first complete sentence and the offset behind it, or `None` where the text is not yet one.
+
+    A sentence ends at a full stop, question or exclamation mark before white space, or at a line break; a full stop
+    after an initial or a common abbreviation ends none.
+    """
+    for match in _END.finditer(text):
+        sentence = text[: match.end()]
+        if not _ABBREVIATION.search(sentence):
+            return sentence.strip(), match.end()
+    return None
+
+
+def render_paragraphs(passages: Iterable[Passage], forbidden: Iterable[str]) -> str:
+    """Title and text of each, a blank line between them."""
+    forbidden = tuple(forbidden)
+    return "\n\n".join(
+        f"Title: {make_inert(passage.title, forbidden)}\n{make_inert(passage.text, forbidden)}" for passage in passages
+    )
+
+
+class IRCoT(ScriptMethod):
+    """Search with the question; then in turn a sentence, and a search with it, until a sentence begins the answer.
+
+    All paragraphs found so far, each once, stand before the question; the sentences so far follow as the model's own,
+    as the very ids it wrote. Once `max_turns` searches are spent, the model writes the rest of its reasoning in one
+    go. The answer is what follows "So the answer is:" in the model's sentences.
+
+    The paper lets a second prompt, the reader, answer anew from the paragraphs; here, as in FlashRAG, the answer that
+    the interleaved reasoning arrives at counts. Paragraphs beyond 15 are left out and counted as a cut observation.
+    """
+
+    name = "ircot"
+    title = "IRCoT"
+    source = "Trivedi et al., Interleaving Retrieval with Chain-of-Thought Reasoning, arXiv 2212.10509"
+    uses_retriever = True
+    default_template = IRCOT
+    stop_strings = ((), SENTENCE_STOPS)
+
+    def script(self, desk: Desk) -> Script:
+        desk.trajectory.prompt_ids = self._prompt(desk, "")
+        known: set[str] = set()
+        shown: list[str] = []
+        thoughts: list[int] = []
+        read = 0  # characters of the thoughts that were searched with
+        query = desk.question.question.strip()
+        for _ in range(desk.tools.budget.max_turns):
+            found = yield Search(query)
+            self._show(desk, found, known, shown)
+            prompt = self._prompt(desk, "\n\n".join(shown))
+            left = desk.tools.budget.max_turn_tokens
+            while True:
+                written = yield Generate(prompt + thoughts, SENTENCE_STOPS, left)
+                thoughts += written.ids
+                left -= len(written.ids)
+                rest = desk.tools.decode(thoughts)[read:]
+                cut = first_sentence(rest)
+                if cut is not None or written.ended or written.truncation:
+                    break
+                if left <= 0:  # stopped at an abbreviation with the very last token
+                    desk.trajectory.truncations[Truncation.TURN] += 1
+                    break
+            query, length = cut if cut is not None else (rest.strip(), len(rest))
+            read += length
+            desk.trajectory.answer = announced_answer(query)
+            if desk.trajectory.answer is not None or not query or written.truncation is Truncation.SEQUENCE:
+                return
+        written = yield Generate(self._prompt(desk, "\n\n".join(shown)) + thoughts)
+        desk.trajectory.answer = announced_answer(desk.tools.decode(thoughts + written.ids)[read:])
+
+    def _prompt(self, desk: Desk, passages: str) -> list[int]:
+        text = fill(self.template, question=question_text(desk.question), passages=passages)
+        return desk.tools.encode_chat(text)
+
+    def _show(self, desk: Desk, found: list[Passage], known: set[str], shown: list[str]) -> None:
+        """Add the paragraphs that are new to those shown."""
+        new = [passage for passage in found if passage.id not in known]
+        room = MAX_PARAGRAPHS - len(known)
+        if len(new) > room:
+            desk.trajectory.truncations[Truncation.OBSERVATION] += 1
+            new = new[:room]
+        if new:
+            known.update(passage.id for passage in new)
+            block = desk.within_observation(render_paragraphs(new, desk.tools.control_tokens))
+            desk.inform(block)
+            shown.append(block)

@@ -1,0 +1,84 @@
+"""The methods that let the model write once: from memory, or from passages found with the question."""
+
+from __future__ import annotations
+
+from rex_rag.evaluation.methods.extraction import announced_answer, bare_answer, tagged_answer
+from rex_rag.evaluation.methods.script import Desk, Generate, Script, ScriptMethod, Search
+from rex_rag.evaluation.prompts import CHAIN_OF_THOUGHT, DIRECT, RETRIEVE_ONCE, THINK_AND_ANSWER
+from rex_rag.protocol import ANSWER_TAGS, render_passages
+
+
+class Direct(ScriptMethod):
+    """The answer at once. It is the first line the model writes (or what it put into answer tags)."""
+
+    name = "direct"
+    title = "Direct answer"
+    source = "plain prompting; as in Search-R1, arXiv 2503.09516, table 2"
+    uses_retriever = False
+    default_template = DIRECT
+    stop_strings = ((),)
+
+    def script(self, desk: Desk) -> Script:
+        prompt = desk.tools.encode_chat(self.prompt_text(desk.question))
+        desk.trajectory.prompt_ids = prompt
+        written = yield Generate(prompt)
+        desk.trajectory.answer = bare_answer(written.text)
+
+
+class ChainOfThought(ScriptMethod):
+    """Reasoning, then the answer: what follows the first "So the answer is:" (or what it put into answer
+    tags)."""
+
+    name = "cot"
+    title = "Chain of thought"
+    source = "Wei et al., Chain-of-Thought Prompting Elicits Reasoning in Large Language Models, arXiv 2201.11903"
+    uses_retriever = False
+    default_template = CHAIN_OF_THOUGHT
+    stop_strings = ((),)
+
+    def script(self, desk: Desk) -> Script:
+        prompt = desk.tools.encode_chat(self.prompt_text(desk.question))
+        desk.trajectory.prompt_ids = prompt
+        written = yield Generate(prompt)
+        desk.trajectory.answer = tagged_answer(written.text) or announced_answer(written.text)
+
+
+class RetrieveOnce(ScriptMethod):
+    """Search with the question, answer from what was found. The answer is read as in `Direct`.
+
+    `prompt_ids` is the whole prompt, passages included; the INFORMATION segment repeats them for people to read.
+    """
+
+    name = "rag"
+    title = "RAG"
+    source = "Lewis et al., Retrieval-Augmented Generation for Knowledge-Intensive NLP Tasks, arXiv 2005.11401"
+    uses_retriever = True
+    default_template = RETRIEVE_ONCE
+    stop_strings = ((),)
+
+    def script(self, desk: Desk) -> Script:
+        found = yield Search(desk.question.question.strip())
+        passages = desk.within_observation(render_passages(found, desk.tools.control_tokens))
+        desk.inform(passages)
+        prompt = desk.tools.encode_chat(self.prompt_text(desk.question, passages=passages))
+        desk.trajectory.prompt_ids = prompt
+        written = yield Generate(prompt)
+        desk.trajectory.answer = bare_answer(written.text)
+
+
+class R1(ScriptMethod):
+    """A model trained to think and answer without searching. The answer is the first complete `<answer>`."""
+
+    name = "r1"
+    title = "R1"
+    source = "Guo et al., DeepSeek-R1, arXiv 2501.12948; trained on the same questions as Search-R1, arXiv 2503.09516"
+    uses_retriever = False
+    is_trained = True
+    default_template = THINK_AND_ANSWER
+    stop_strings = ((ANSWER_TAGS[1],),)
+
+    def script(self, desk: Desk) -> Script:
+        prompt = desk.tools.encode_chat(self.prompt_text(desk.question))
+        desk.trajectory.prompt_ids = prompt
+        written = yield Generate(prompt, stop=(ANSWER_TAGS[1],))
+        desk.trajectory.answer = tagged_answer(written.text)
