@@ -1,7 +1,7 @@
 """Statistics of two runs over the same questions: difference, its bootstrap interval, an exact sign test.
 
 Questions answered by both runs are far from independent, so a paired test sees differences that two separate intervals
-hide. Every draw is seeded; a set's interval depends on its scores, the seed and its name alone.
+hide. Every draw is seeded.
 """
 
 from __future__ import annotations
@@ -11,18 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-DEFAULT_RESAMPLES = 10_000
-DEFAULT_SEED = 0
-_CHUNK = 1_000  # resamples at a time: bounds memory where scores take many values
+from rex_rag.evaluation.bootstrap import RESAMPLES, Estimate, bootstrap, macro_mean
 
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A percentile interval; `level` of its probability mass lies inside."""
-
-    low: float
-    high: float
-    level: float = 0.95
+MIN_RESAMPLES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +28,7 @@ class Paired:
     n: int
     mean_a: float
     mean_b: float
-    difference: float
-    interval: Interval
+    difference: Estimate
     a_only: int
     b_only: int
     both: int
@@ -65,34 +55,12 @@ def sign_test(first: int, second: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
-def bootstrap_means(values: Sequence[float], *, seed: int, name: str, resamples: int) -> np.ndarray:
-    """Means of `resamples` samples drawn with replacement, each as large as `values`; shape (resamples,).
-
-    Drawing how often each distinct value comes up is the same distribution as drawing one by one, and quick for scores
-    that take few values.
-    """
-    distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
-    generator = np.random.default_rng([seed, *name.encode()])
-    n = int(counts.sum())
-    chunks = []
-    for start in range(0, resamples, _CHUNK):
-        drawn = generator.multinomial(n, counts / n, size=min(_CHUNK, resamples - start))
-        chunks.append(drawn @ distinct / n)
-    return np.concatenate(chunks)
-
-
-def interval_of(means: np.ndarray, level: float = 0.95) -> Interval:
-    """The percentile interval of bootstrap means."""
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(low), float(high), level)
-
-
 def compare_scores(
     a: Mapping[str, Sequence[float]],
     b: Mapping[str, Sequence[float]],
     *,
-    seed: int = DEFAULT_SEED,
-    resamples: int = DEFAULT_RESAMPLES,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> tuple[dict[str, Paired], Paired]:
     """Compare two runs set by set and overall.
 
@@ -107,50 +75,43 @@ def compare_scores(
     """
     if a.keys() != b.keys() or not a:
         raise ValueError(f"sets {sorted(a)} and {sorted(b)} cannot be paired; compare the same sets, one at least")
-    if resamples < 100:
-        raise ValueError(f"{resamples} resamples are too few for a 95 % interval; take at least 100")
-    sets, means = {}, []
+    if resamples < MIN_RESAMPLES:
+        raise ValueError(f"{resamples} resamples are too few for a 95 % interval; take at least {MIN_RESAMPLES}")
+    sets, differences = {}, []
     for name in a:
-        if len(a[name]) != len(b[name]) or not a[name]:
+        if len(a[name]) != len(b[name]) or not len(a[name]):
             raise ValueError(
                 f"{name}: {len(a[name])} scores cannot be paired with {len(b[name])}; both runs must have answered "
                 "the same questions, one at least"
             )
-        differences = [second - first for first, second in zip(a[name], b[name], strict=True)]
-        means.append(bootstrap_means(differences, seed=seed, name=name, resamples=resamples))
-        sets[name] = _paired(a[name], b[name], interval_of(means[-1]))
-    return sets, _overall(sets, interval_of(np.mean(means, axis=0)))
+        first, second = np.asarray(a[name], dtype=np.float64), np.asarray(b[name], dtype=np.float64)
+        differences.append(second - first)
+        sets[name] = _paired(first, second, bootstrap(differences[-1], resamples=resamples, seed=seed))
+    return sets, _overall(list(sets.values()), macro_mean(differences, resamples=resamples, seed=seed))
 
 
-def _paired(a: Sequence[float], b: Sequence[float], interval: Interval) -> Paired:
-    pairs = list(zip(a, b, strict=True))
-    a_only = sum(first > second for first, second in pairs)
-    b_only = sum(second > first for first, second in pairs)
-    neither = sum(first == second == 0 for first, second in pairs)
-    mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
+def _paired(a: np.ndarray, b: np.ndarray, difference: Estimate) -> Paired:
+    a_only, b_only = int((a > b).sum()), int((b > a).sum())
+    neither = int(((a == 0) & (b == 0)).sum())
     return Paired(
-        n=len(pairs),
-        mean_a=mean_a,
-        mean_b=mean_b,
-        difference=mean_b - mean_a,
-        interval=interval,
+        n=len(a),
+        mean_a=float(a.mean()),
+        mean_b=float(b.mean()),
+        difference=difference,
         a_only=a_only,
         b_only=b_only,
-        both=len(pairs) - a_only - b_only - neither,
+        both=len(a) - a_only - b_only - neither,
         neither=neither,
         p=sign_test(a_only, b_only),
     )
 
 
-def _overall(sets: Mapping[str, Paired], interval: Interval) -> Paired:
-    rows = sets.values()
-    mean_a, mean_b = (sum(getattr(row, name) for row in rows) / len(rows) for name in ("mean_a", "mean_b"))
-    counts = {name: sum(getattr(row, name) for row in rows) for name in ("n", "a_only", "b_only", "both", "neither")}
+def _overall(sets: Sequence[Paired], difference: Estimate) -> Paired:
+    counts = {name: sum(getattr(row, name) for row in sets) for name in ("n", "a_only", "b_only", "both", "neither")}
     return Paired(
-        mean_a=mean_a,
-        mean_b=mean_b,
-        difference=mean_b - mean_a,
-        interval=interval,
+        mean_a=sum(row.mean_a for row in sets) / len(sets),
+        mean_b=sum(row.mean_b for row in sets) / len(sets),
+        difference=difference,
         p=sign_test(counts["a_only"], counts["b_only"]),
         **counts,
     )
