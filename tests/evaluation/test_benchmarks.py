@@ -1,0 +1,274 @@
+"""Benchmarks: what loads, what is refused and how it says so, and which questions a subset holds."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from rex_rag.evaluation.benchmarks import (
+    FLASHRAG_SETS,
+    BenchmarkError,
+    BenchmarkSource,
+    load_benchmark,
+    subset,
+)
+
+REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+needs_real_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason="real questions are not at ../shared/data")
+
+ROWS = [
+    {"id": "x", "question": " Who wrote Emma? ", "golden_answers": ["Jane Austen", "Austen"]},
+    {"id": 7, "question": "When?", "golden_answers": 1815, "metadata": {"hops": 2, "context": {"docs": ["long"]}}},
+    {"question": "Is it a novel?", "golden_answers": ["yes", " "]},
+]
+
+
+def write(path: Path, rows: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_the_seven_sets_are_those_of_the_paper():
+    assert sum(size for _, size in FLASHRAG_SETS.values()) == 51_713
+    assert {name for name, (split, _) in FLASHRAG_SETS.items() if split == "dev"} == {
+        "hotpotqa",
+        "2wikimultihopqa",
+        "musique",
+    }
+
+
+def test_every_row_is_kept_in_order(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        benchmark = load_benchmark(write(tmp_path / "novels.jsonl", ROWS))
+    assert (benchmark.name, benchmark.kind, benchmark.size, len(benchmark)) == ("novels", "open", 3, 3)
+    assert [question.id for question in benchmark.questions] == ["x", "7", "2"]
+    assert [question.question for question in benchmark.questions] == ["Who wrote Emma?", "When?", "Is it a novel?"]
+    assert [question.golden_answers for question in benchmark.questions] == [
+        ("Jane Austen", "Austen"),
+        ("1815",),
+        ("yes",),
+    ]
+    assert [question.metadata for question in benchmark.questions] == [{}, {"hops": 2}, {}]
+    assert "1 blank gold answers stand beside others" in caplog.text
+
+
+def test_a_packed_file_and_an_array_give_the_same_questions(tmp_path):
+    plain = load_benchmark(write(tmp_path / "plain.jsonl", [ROWS[0], ROWS[0] | {"id": "y"}]))
+    packed = tmp_path / "packed.jsonl.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "plain.jsonl").read_bytes()))
+    array = tmp_path / "array.json"
+    array.write_text(json.dumps([ROWS[0], ROWS[0] | {"id": "y"}]))
+    for path in (packed, array):
+        assert load_benchmark(path).questions == plain.questions
+        assert load_benchmark(path).sha256 == plain.sha256
+    assert load_benchmark(packed).name == "packed"
+
+
+def test_a_file_that_is_called_qa_or_test_is_named_after_its_folder(tmp_path):
+    assert load_benchmark(write(tmp_path / "novels" / "qa.jsonl", ROWS)).name == "novels"
+    assert load_benchmark(write(tmp_path / "plays" / "test.jsonl", ROWS)).name == "plays"
+
+
+def test_the_hash_is_of_the_canonical_questions_alone(tmp_path):
+    path = write(tmp_path / "one.jsonl", [{"id": "a", "question": "Wer? \u00fc", "golden_answers": ["b"]}])
+    canonical = '["a","Wer? \u00fc",["b"],null]\n'
+    assert load_benchmark(path).sha256 == hashlib.sha256(canonical.encode()).hexdigest()
+    described = [{"id": "a", "question": "Wer? \u00fc", "golden_answers": ["b"], "metadata": {"level": "easy"}}]
+    assert load_benchmark(write(tmp_path / "two.jsonl", described)).sha256 == load_benchmark(path).sha256
+    other = [{"id": "a", "question": "Wer? \u00fc", "golden_answers": ["b", "c"]}]
+    assert load_benchmark(write(tmp_path / "three.jsonl", other)).sha256 != load_benchmark(path).sha256
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"id": "1", "question": "Who?"},
+            r"line 2: there is no column 'golden_answers'; the columns are id, question",
+        ),
+        ({"question": "", "golden_answers": ["a"]}, r"line 2: the question is ''"),
+        ({"question": 5, "golden_answers": ["a"]}, r"line 2: the question is 5"),
+        ({"question": "Who?", "golden_answers": []}, r"line 2: the gold answers are \[\]"),
+        ({"question": "Who?", "golden_answers": ["", None]}, r"line 2: the gold answers are \['', None\]"),
+        ({"question": "Who?", "golden_answers": [{"a": 1}]}, r"line 2: the gold answer \{'a': 1\} is a dict"),
+        ({"question": "Who?", "golden_answers": [True]}, r"line 2: the gold answer True is a bool"),
+        ({"id": "x", "question": "Who?", "golden_answers": ["a"]}, r"line 2: the id 'x' already occurs at .*line 1"),
+        ({"id": ["x"], "question": "Who?", "golden_answers": ["a"]}, r"line 2: the id is \['x'\]"),
+        (["Who?"], r"line 2: a JSON object is needed, found list"),
+    ],
+)
+def test_a_row_that_cannot_be_used_fails_the_load_and_is_named(tmp_path, row, message):
+    path = write(tmp_path / "bad.jsonl", [ROWS[0], row])
+    with pytest.raises(BenchmarkError, match=rf"bad\.jsonl, {message}"):
+        load_benchmark(path)
+
+
+def test_a_set_of_another_size_than_its_name_claims_is_refused(tmp_path):
+    rows = [{"question": f"Question {number}?", "golden_answers": ["a"]} for number in range(125)]
+    whole = write(tmp_path / "whole.jsonl", rows)
+    part = write(tmp_path / "part.jsonl", rows[:-1])
+    assert len(load_benchmark(f"bamboogle={whole}")) == 125
+    for spec, files in ((f"bamboogle={part}", None), ("bamboogle", {"bamboogle": part})):
+        with pytest.raises(BenchmarkError, match=r"holds 124 questions, but bamboogle has 125"):
+            load_benchmark(spec, files=files)
+    folder = write(tmp_path / "hotpotqa" / "dev.jsonl", rows)
+    with pytest.raises(BenchmarkError, match=r"holds 125 questions, but hotpotqa has 7,405"):
+        load_benchmark(folder)
+    assert load_benchmark(f"bamboogle_part={part}").size == 124
+    with pytest.raises(BenchmarkError, match=r"holds 124 questions, but mine has 125"):
+        load_benchmark({"path": str(part), "name": "mine", "size": 125})
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("hotpot", r"no benchmark 'hotpot': it is neither one of nq, triviaqa, .*NAME=FILE"),
+        ("some/where.jsonl", r"some/where\.jsonl: no such file"),
+        ("nq=some/where.jsonl", r"some/where\.jsonl: no such file"),
+        ("mine.yaml", r"mine\.yaml: no such description"),
+        ({"name": "mine"}, r"no 'path'; the keys of a benchmark are path, name, kind"),
+        ({"path": "a.jsonl", "colum": "x"}, r"unknown keys \['colum'\]"),
+        ({"path": "a.jsonl", "kind": "essay"}, r"kind='essay'; it must be one of open, multiple_choice"),
+        ({"path": "a.jsonl", "kind": "multiple_choice"}, r"needs it"),
+        ({"path": "a.jsonl", "choices_column": "options"}, r"do not go together"),
+        ({"path": "a.jsonl", "size": 0}, r"size=0"),
+        ({"path": "a.jsonl", "answers_are": "words"}, r"use letter, index or text"),
+        ({"path": "a.jsonl", "split": "test"}, r"a file has none of these"),
+        ({"path": "someone/questions"}, r"a dataset of the Hub needs `split:`"),
+        ({"path": "./nothing.txt"}, r"nothing\.txt: neither a \.jsonl"),
+        ("../x/..=some.jsonl", r"cannot name a folder|no such file"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(spec, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BenchmarkError, match=message):
+        load_benchmark(spec)
+
+
+def test_a_set_that_cannot_be_fetched_names_the_way_out():
+    # The tests run offline, and the seven sets are in nobody's cache under this revision.
+    with pytest.raises(BenchmarkError, match=r"nq/test\.jsonl of RUC-NLPIR/FlashRAG_datasets .*nq=FILE\.jsonl"):
+        load_benchmark("nq", revision="no-such-revision")
+
+
+MEDICAL = {"question": "Which thins blood?", "answer_idx": "b", "options": {"A": "Iron", "B": "Warfarin", "C": "Salt"}}
+
+
+def test_multiple_choice_described_in_yaml(tmp_path):
+    write(tmp_path / "data" / "medqa.jsonl", [MEDICAL])
+    description = tmp_path / "medqa.yaml"
+    description.write_text(
+        "path: data/medqa.jsonl\nkind: multiple_choice\nanswers_column: answer_idx\nchoices_column: options\n"
+    )
+    benchmark = load_benchmark(description)
+    [question] = benchmark.questions
+    assert (benchmark.name, benchmark.kind) == ("medqa", "multiple_choice")
+    assert question.golden_answers == ("B",)
+    assert question.choices == {"A": "Iron", "B": "Warfarin", "C": "Salt"}
+
+
+@pytest.mark.parametrize(
+    ("row", "choices_column", "answers_are"),
+    [
+        ({"a": "B", "options": ["Iron", "Warfarin"]}, "options", "letter"),
+        ({"a": 1, "options": ["Iron", "Warfarin"]}, "options", "index"),
+        ({"a": "Warfarin", "options": ["Iron", "Warfarin"]}, "options", "text"),
+        ({"a": "B", "A": "Iron", "B": "Warfarin", "C": None}, ["A", "B", "C"], "letter"),
+        ({"a": "b", "en_1": "Iron", "en_2": "Warfarin"}, {"A": "en_1", "B": "en_2"}, "letter"),
+    ],
+)
+def test_the_layouts_of_choices(tmp_path, row, choices_column, answers_are):
+    path = write(tmp_path / "mine.jsonl", [{"question": "Which?"} | row])
+    source = BenchmarkSource(
+        path=str(path),
+        kind="multiple_choice",
+        answers_column="a",
+        choices_column=choices_column,
+        answers_are=answers_are,
+    )
+    [question] = load_benchmark(source).questions
+    assert question.golden_answers == ("B",)
+    assert question.choices == {"A": "Iron", "B": "Warfarin"}
+
+
+@pytest.mark.parametrize(
+    ("row", "answers_are", "message"),
+    [
+        ({"a": "D", "options": ["x", "y"]}, "letter", r"'D', read as letter, is none of the choices"),
+        ({"a": "2", "options": ["x", "y"]}, "index", r"'2', read as index, is none"),
+        ({"a": "z", "options": ["x", "y"]}, "text", r"'z', read as text, is none"),
+        ({"a": "x", "options": ["x", "x"]}, "text", r"'x', read as text, is none"),
+        ({"a": "A", "options": ["x"]}, "letter", r"at least two are needed"),
+        ({"a": "A", "options": ["x", " "]}, "letter", r"with a text"),
+        ({"a": "A", "options": {"A": "x", "BB": "y"}}, "letter", r"under a letter from A to Z"),
+        ({"a": "A", "options": "x, y"}, "letter", r"give a list or a mapping"),
+    ],
+)
+def test_choices_that_cannot_be_used_are_named(tmp_path, row, answers_are, message):
+    path = write(tmp_path / "mine.jsonl", [{"question": "Which?"} | row])
+    mapping = {"path": str(path), "kind": "multiple_choice", "answers_column": "a", "choices_column": "options"}
+    with pytest.raises(BenchmarkError, match=rf"line 1: .*{message}"):
+        load_benchmark(mapping | {"answers_are": answers_are})
+
+
+def numbered(tmp_path: Path, count: int, name: str = "numbered"):
+    rows = [{"question": f"Question {number}?", "golden_answers": ["a"]} for number in range(count)]
+    return load_benchmark(write(tmp_path / f"{name}.jsonl", rows))
+
+
+def texts(benchmark) -> set[str]:
+    return {question.question for question in benchmark.questions}
+
+
+def test_a_subset_holds_the_smallest_hashes_in_the_order_of_the_set(tmp_path):
+    benchmark = numbered(tmp_path, 6)
+    first_bytes = [hashlib.sha256(f"1\\nQuestion {number}?".encode()).hexdigest()[:4] for number in range(6)]
+    assert first_bytes == ["1e6e", "5195", "f15d", "2b7a", "31ed", "65d7"]
+    chosen = subset(benchmark, 3, seed=1)
+    assert [question.id for question in chosen.questions] == ["0", "3", "4"]
+    assert (chosen.size, len(chosen)) == (6, 3)
+    assert chosen.subset == "3 of 6 questions, seed 1, smallest SHA-256 of seed and question"
+    assert chosen.sha256 != benchmark.sha256
+    assert chosen.as_row()["questions"] == 3
+
+
+def test_subsets_are_nested_differ_by_seed_and_do_not_hang_on_ids_or_order(tmp_path):
+    benchmark = numbered(tmp_path, 200)
+    small, large = texts(subset(benchmark, 20, seed=3)), texts(subset(benchmark, 50, seed=3))
+    assert small < large
+    assert small != texts(subset(benchmark, 20, seed=4))
+    rows = [
+        {"id": f"other-{question.id}", "question": question.question, "golden_answers": ["a"]}
+        for question in reversed(benchmark.questions)
+    ]
+    other = load_benchmark(write(tmp_path / "other.jsonl", rows))
+    assert texts(subset(other, 20, seed=3)) == small
+
+
+def test_a_subset_of_everything_is_the_set_and_nonsense_is_refused(tmp_path):
+    benchmark = numbered(tmp_path, 5)
+    assert subset(benchmark, 5) is benchmark
+    assert subset(benchmark, 500) is benchmark
+    for wrong in (0, -1, True, 1.5):
+        with pytest.raises(BenchmarkError, match="ask for at least 1"):
+            subset(benchmark, wrong)
+    with pytest.raises(BenchmarkError, match="is a subset already"):
+        subset(subset(benchmark, 2), 1)
+
+
+@needs_real_data
+def test_the_real_sets_load_whole_and_their_hashes_are_known():
+    bamboogle = load_benchmark(f"bamboogle={REAL_DATA}/bamboogle/qa.jsonl")
+    hotpotqa = load_benchmark("hotpotqa", files={"hotpotqa": REAL_DATA / "hotpotqa_dev" / "qa.jsonl"})
+    assert (len(bamboogle), len(hotpotqa)) == (125, 7_405)
+    assert bamboogle.sha256.startswith("d0b535321869")
+    assert hotpotqa.sha256.startswith("1ff1526c3145")
+    published = subset(hotpotqa, 500)
+    assert len(published) == 500
+    assert published.sha256.startswith("dd3467d513f8")
