@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ def bootstrap(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) 
     Raises:
         ValueError: for no value or values that are not finite.
     """
-    return _estimate(float(np.mean(_checked(values))), bootstrap_means(values, resamples, seed))
+    return _estimate(_mean(values), bootstrap_means(values, resamples, seed))
 
 
 def macro_mean(sets: Sequence[np.ndarray], *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
@@ -63,7 +64,7 @@ def macro_mean(sets: Sequence[np.ndarray], *, resamples: int = RESAMPLES, seed: 
     if not len(sets):
         raise ValueError("there is no set to take the mean over; score at least one benchmark")
     means = [bootstrap_means(values, resamples, seed + position) for position, values in enumerate(sets)]
-    return _estimate(float(np.mean([np.mean(values) for values in sets])), np.mean(means, axis=0))
+    return _estimate(math.fsum(map(_mean, sets)) / len(sets), np.mean(means, axis=0))
 
 
 def _checked(values: np.ndarray) -> np.ndarray:
@@ -73,6 +74,11 @@ def _checked(values: np.ndarray) -> np.ndarray:
             f"an interval needs finite values of shape (n,) with n > 0; these are of shape {values.shape}"
         )
     return values
+
+
+def _mean(values: np.ndarray) -> float:
+    # Rounded once: the mean does not hang on the order of the questions.
+    return math.fsum(_checked(values)) / len(values)
 
 
 def _estimate(mean: float, means: np.ndarray) -> Estimate:

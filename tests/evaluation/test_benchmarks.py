@@ -228,7 +228,7 @@ def texts(benchmark) -> set[str]:
 
 def test_a_subset_holds_the_smallest_hashes_in_the_order_of_the_set(tmp_path):
     benchmark = numbered(tmp_path, 6)
-    first_bytes = [hashlib.sha256(f"1\\nQuestion {number}?".encode()).hexdigest()[:4] for number in range(6)]
+    first_bytes = [hashlib.sha256(f"1\nQuestion {number}?".encode()).hexdigest()[:4] for number in range(6)]
     assert first_bytes == ["1e6e", "5195", "f15d", "2b7a", "31ed", "65d7"]
     chosen = subset(benchmark, 3, seed=1)
     assert [question.id for question in chosen.questions] == ["0", "3", "4"]
