@@ -39,17 +39,20 @@ class Generator(Protocol):
 
 
 class _StopAtTag(StoppingCriteria):
-    """Stops row by row at a stop string and remembers at which length each row stopped."""
+    """Stops row by row at a stop string in what was generated, and remembers at which length each row stopped."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str]) -> None:
         self._criteria = StopStringCriteria(tokenizer, list(stop_strings))
+        self._prompt_width = 0
         self.stopped_at: torch.Tensor | None = None  # (B,) total length in tokens, 0 while running
 
-    def reset(self) -> None:
+    def reset(self, prompt_width: int) -> None:
+        self._prompt_width = prompt_width
         self.stopped_at = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        stopped = self._criteria(input_ids, scores, **kwargs)
+        # A stop string that begins in the prompt is none: a text may be continued where it was stopped.
+        stopped = self._criteria(input_ids[:, self._prompt_width :], scores, **kwargs)
         if self.stopped_at is None:
             self.stopped_at = torch.zeros(input_ids.size(0), dtype=torch.long, device=input_ids.device)
         first = stopped & (self.stopped_at == 0)
@@ -116,9 +119,9 @@ class TransformersGenerator:
     @torch.no_grad()
     def generate(self, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generation]:
         self._config.max_new_tokens = max_new_tokens
-        if self._stop is not None:
-            self._stop.reset()
         width = max(len(row) for row in prompt_ids)
+        if self._stop is not None:
+            self._stop.reset(width)
         input_ids = torch.full((len(prompt_ids), width), self._tokenizer.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
         for index, row in enumerate(prompt_ids):

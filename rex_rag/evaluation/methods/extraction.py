@@ -13,7 +13,7 @@ _TAGGED = re.compile(
 )
 _ANNOUNCED = re.compile(r"\bso the answer is\b\s*:?", re.IGNORECASE)
 _BOX = re.compile(r"\\boxed\s*\{")
-_TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{(.*)\}", re.DOTALL)
+_TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
 _EMPHASIS = "*_`"
 
 

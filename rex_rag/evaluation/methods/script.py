@@ -184,10 +184,13 @@ class _Driver:
         kept = len(segment.ids)
         while kept and segment.ids[kept - 1] in self._end_ids:
             kept -= 1
-        ended = kept < len(segment.ids)
-        text = self._tools.decode(segment.ids[:kept]) if ended else segment.text
+        has_end_token = kept < len(segment.ids)
+        text = self._tools.decode(segment.ids[:kept]) if has_end_token else segment.text
+        # A backend may leave the end token out; a row that stopped early for no other reason ended.
+        stopped = any(string in text for string in stop)
+        ended = has_end_token or (len(segment.ids) < limit and not stopped)
         truncation = None
-        if len(segment.ids) == limit and not ended and not any(string in text for string in stop):
+        if not ended and not stopped:
             cut_by_turn = limit in (seat.wants.limit, self._budget.max_turn_tokens)
             truncation = Truncation.TURN if cut_by_turn else Truncation.SEQUENCE
             seat.trajectory.truncations[truncation] += 1

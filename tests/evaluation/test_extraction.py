@@ -1,0 +1,64 @@
+"""Where answers stand in model-written text."""
+
+import pytest
+
+from rex_rag.evaluation.methods.extraction import announced_answer, bare_answer, boxed_answer, tagged_answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<answer> oak </answer> <answer> elm </answer>", "oak"),
+        ("<answer> said <answer> oak\ntree </answer>", "oak\ntree"),
+        ("<answer> oak", None),
+        ("oak </answer>", None),
+        ("<answer>  </answer>", None),
+    ],
+)
+def test_tagged(text, answer):
+    assert tagged_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("\n\n oak \nelm", "oak"), ("well\n<answer>oak</answer>", "oak"), (" \n\t\n", None), ("", None)],
+)
+def test_bare(text, answer):
+    assert bare_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("X. So the answer is: oak.", "oak"),
+        ("so the answer is oak\nelm", "oak"),
+        ("So the answer is: oak.\nSo the answer is: elm.", "oak"),
+        ("So the answer is:\n\noak", "oak"),
+        ("**So the answer is:** oak", "oak"),
+        ("So the answer is: **the oak**.", "the oak"),
+        ("So the answer is: U.S.", "U.S"),
+        ("So the answer is: 3.5", "3.5"),
+        ("So the answer is:", None),
+        ("So the answer is: .", None),
+        ("The answer is: oak", None),
+    ],
+)
+def test_announced(text, answer):
+    assert announced_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"\boxed{oak}", "oak"),
+        (r"\boxed{elm} then \boxed {oak}", "oak"),
+        (r"\boxed{\text{the oak}}", "the oak"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{oak} \boxed{open", "oak"),
+        (r"\boxed{oak} \boxed{ }", "oak"),
+        (r"\boxed{\text{a} and \text{b}}", r"\text{a} and \text{b}"),
+        ("boxed{oak}", None),
+    ],
+)
+def test_boxed(text, answer):
+    assert boxed_answer(text) == answer
