@@ -56,6 +56,22 @@ def test_greedy_decoding_repeats_itself():
     assert generator.generate([[5, 6]], 20) == generator.generate([[5, 6]], 20)
 
 
+def test_a_stop_string_is_looked_for_in_what_was_generated_alone():
+    """A text that was stopped behind "." can be continued with " word"; without stop strings nothing stops it."""
+    tokenizer = make_bpe_tokenizer()
+    model = make_tiny_model(tokenizer)
+    plain = TransformersGenerator(model, tokenizer, temperature=0, eos_token_ids=[], stop_strings=())
+    prompts = [[45, 46, 47], [40, 41]]
+    free = plain.generate(prompts, 12)
+    assert [len(generation.ids) for generation in free] == [12, 12]
+    first, second = (tokenizer.decode(free[0].ids[index]) for index in range(2))
+    tail = tokenizer.decode(prompts[0][-1])
+    across = TransformersGenerator(model, tokenizer, temperature=0, eos_token_ids=[], stop_strings=(tail + first,))
+    assert across.generate(prompts, 12)[0] == free[0]
+    inside = TransformersGenerator(model, tokenizer, temperature=0, eos_token_ids=[], stop_strings=(first + second,))
+    assert inside.generate(prompts, 12)[0].ids == free[0].ids[:2]
+
+
 def test_missing_pad_token_is_refused():
     tokenizer = make_word_tokenizer()
     tokenizer.pad_token = None
