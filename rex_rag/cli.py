@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag import __version__
-from rex_rag.commands import retrieval
+from rex_rag.commands import pictures, retrieval
 from rex_rag.commands.sections import describe_unknown
 
 if TYPE_CHECKING:
@@ -111,17 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     hopworld.set_defaults(run=_hopworld)
 
-    view = commands.add_parser(
-        "view",
-        help="show a run's trajectories as a page",
-        description="Turn the completion tables that training writes (log_completions: true) into one HTML page in "
-        "which segment kinds can be told apart.",
-    )
-    view.add_argument("source", metavar="COMPLETIONS.parquet|RUN_DIRECTORY", type=Path)
-    view.add_argument("--output", required=True, metavar="PAGE.html", type=Path, help="page to write")
-    view.add_argument("--step", type=int, metavar="N", help="only this training step (default: all)")
-    view.add_argument("--limit", type=_positive, metavar="N", help="only the first N trajectories (default: all)")
-    view.set_defaults(run=_view)
+    pictures.add_view(commands)
 
     prompts = commands.add_parser(
         "prompts",
@@ -152,16 +142,6 @@ def _hopworld(options: argparse.Namespace) -> None:
         f"{directory}: world {world.config.seed} with {len(world.passages)} passages, {len(world.train)} train and "
         f"{len(world.test)} test questions"
     )
-
-
-def _view(options: argparse.Namespace) -> None:
-    from rex_rag.visualization import read_completion_tables, write_trajectory_page
-
-    records = read_completion_tables(options.source, options.step)
-    shown = records[: options.limit]
-    page = write_trajectory_page(shown, options.output, f"Trajectories of {options.source}")
-    probes = sum(record["kind"] == "probe" for record in shown)
-    print(f"{page}: {len(shown)} of {len(records)} trajectories, {probes} of them probes")
 
 
 def _prompts(options: argparse.Namespace) -> None:

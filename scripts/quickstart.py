@@ -34,12 +34,10 @@ from rex_rag.generation import TransformersGenerator
 from rex_rag.protocol import build_prompt
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
 from rex_rag.rollout import RolloutEngine
-from rex_rag.visualization import (
-    plot_training_curves,
-    trajectory_record,
-    write_trajectory_page,
-    write_trajectory_text,
-)
+from rex_rag.visualization.curves import plot_training_curves
+from rex_rag.visualization.page import write_trajectory_page
+from rex_rag.visualization.records import trajectory_record
+from rex_rag.visualization.text import write_trajectory_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "recipes/quickstart/rex_rag.yaml"

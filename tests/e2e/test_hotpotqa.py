@@ -72,7 +72,7 @@ def test_the_recipe_searches_real_text_logs_and_resumes(model, openings, tmp_pat
     from safetensors.torch import load_file
 
     from rex_rag.cli import main
-    from rex_rag.visualization import read_completion_tables
+    from rex_rag.visualization.records import read_completion_tables
 
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     train("--model_name_or_path", model, "--output_dir", whole)

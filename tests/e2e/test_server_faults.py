@@ -23,7 +23,7 @@ from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.remote.client import RemoteRetriever
 from rex_rag.trainer import REXRAGTrainer
 from rex_rag.types import Passage
-from rex_rag.visualization import read_completion_tables
+from rex_rag.visualization.records import read_completion_tables
 from tests.retrieval.servers import free_port
 
 pytest.importorskip("fastapi", reason="the server needs fastapi: install the dev extra")

@@ -1,22 +1,19 @@
-"""Pages, text files and curves from plain records: escaped, complete, and readable without colour."""
+"""Pages and text files from plain records: escaped, complete, and readable without colour."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-import math
-import struct
+import re
 from html.parser import HTMLParser
 
 import pytest
 
 from rex_rag.types import Segment, SegmentKind, Trajectory
-from rex_rag.visualization import (
-    curve,
-    plot_training_curves,
-    trajectory_record,
-    write_trajectory_page,
-    write_trajectory_text,
-)
+from rex_rag.visualization.page import families, trajectory_page, write_trajectory_page
+from rex_rag.visualization.records import trajectory_record
+from rex_rag.visualization.text import write_trajectory_text
 
 HOSTILE = '</span><script>alert("x")</script><img src=http://example.org/a.png onerror=alert(1)>'
 
@@ -125,15 +122,104 @@ def test_the_page_shows_every_segment_by_label_and_in_order(records, tmp_path):
 
 def test_no_text_becomes_markup_and_the_page_loads_nothing(records, tmp_path):
     text = write_trajectory_page(records, tmp_path / "page.html", HOSTILE).read_text()
-    assert "<script" not in text
     elements = Page(text).elements
-    allowed = "html head meta title style body h1 h2 section article div span dl dt dd a"
-    assert {tag for tag, _ in elements} == set(allowed.split())
-    assert not [name for _, attributes in elements for name in attributes if name in ("src", "srcset", "onerror")]
+    allowed = (
+        "html head meta title style body main script h1 h2 ul li section article div span details summary dl dt dd a"
+    )
+    tools = "fieldset legend label input button kbd"
+    assert {tag for tag, _ in elements} == {*allowed.split(), *tools.split()}
+    assert [attributes for tag, attributes in elements if tag == "script"] == [{}]
+    names = {name for _, attributes in elements for name in attributes}
+    assert not [name for name in names if name.startswith("on") or name in ("src", "srcset", "style", "srcdoc")]
     assert {attributes["href"] for tag, attributes in elements if tag == "a"} == {"#t0"}
-    policy = next(a["content"] for _, a in elements if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy.startswith("default-src 'none';")
-    assert "script" not in policy
+
+
+def test_the_policy_allows_the_pages_own_script_and_style_alone(records):
+    # A title that looks like the end of the style must not move what is hashed.
+    text = trajectory_page(records, "</style></script>{{BODY}}<!--")
+    policy = next(a["content"] for _, a in Page(text).elements if a.get("http-equiv") == "Content-Security-Policy")
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    for element, rule in (("script", "script-src"), ("style", "style-src")):
+        found = re.findall(rf"<{element}>(.*?)</{element}>", text, re.DOTALL)
+        assert len(found) == 1
+        digest = base64.b64encode(hashlib.sha256(found[0].encode()).digest()).decode()
+        assert rules.pop(rule) == f"'sha256-{digest}'"
+    assert rules == {
+        "default-src": "'none'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "require-trusted-types-for": "'script'",
+    }
+    assert "&lt;/style&gt;&lt;/script&gt;{{BODY}}&lt;!--" in text
+
+
+def test_control_characters_are_spelled_out_so_that_none_reorders_or_hides_text(records):
+    records[0]["segments"][1]["text"] = "abc\u202egnp.exe\u202c \u2067x\u2069 \x00\x1b[2J \u200fשלום"
+    text = trajectory_page(records, "t")
+    for shown in ("U+202E", "U+202C", "U+2067", "U+2069", "U+0000", "U+001B"):
+        assert f'<span class="control">{shown}</span>' in text
+    assert not set(text) & set("\u202e\u202c\u2067\u2069\x00\x1b")
+    assert "\u200fשלום" in text  # a mark that right-to-left text needs
+
+
+def test_half_a_character_is_shown_and_does_not_keep_the_page_from_being_written(records, tmp_path):
+    records[0]["segments"][1]["text"] = records[0]["question"] = "half \ud83d"
+    write_trajectory_text(records, tmp_path / "page.txt")
+    text = write_trajectory_page(records, tmp_path / "page.html", "half \ud83d").read_text(encoding="utf-8")
+    assert text.count('half <span class="control">U+D83D</span>') == 2
+    assert "<title>half ?</title>" in text
+
+
+def test_a_probe_stands_beside_its_original_wherever_they_are_in_the_list(records):
+    probe, original = records[1], records[0]
+    shuffled = [original, {**probe, "parent": 3}, original, original, {**probe, "parent": 2}, {**probe, "parent": 9}]
+    assert families(shuffled) == [[0], [2, 4], [3, 1], [5]]
+    text = trajectory_page(shuffled, "t")
+    assert [int(number) for number in re.findall(r'<article id="t(\d)"', text)] == [0, 2, 4, 3, 1, 5]
+    assert text.count('<section class="family pair">') == 2
+    # What the probe has from its original is marked as such, the rest is not.
+    third = text[text.index('id="t4"') : text.index('id="t3"')]
+    assert re.findall(r'class="segment (\w+)( copied)?"', third) == [
+        ("policy", " copied"),
+        ("probe", ""),
+        ("policy", ""),
+    ]
+
+
+def test_records_may_ask_to_stand_beside_another(records):
+    first, second, third = ({**records[0], "beside": 0} for _ in range(3))
+    assert families([first, second, third]) == [[0, 1, 2]]
+
+
+def test_passages_fold_under_their_query(records):
+    records[0]["searches"] = [{"query": "the <b> thing", "passages": ["p7", "p9"]}]
+    summary = re.findall(r"<summary>(.*?)</summary>", trajectory_page(records, "t"))
+    length = len(f"<information>Doc 1(Title: T) {HOSTILE}</information>")
+    assert summary == [
+        '<span class="label">INFORMATION</span> <span class="query">the &lt;b&gt; thing</span> '
+        f'<span class="size">({length} characters, passages p7, p9)</span>'
+    ]
+    # Without recorded searches the query is what the model wrote.
+    del records[0]["searches"]
+    assert '<span class="query">b</span>' in trajectory_page(records, "t")
+
+
+def test_every_trajectory_carries_its_outcome_and_the_filters_count_them(records):
+    outcomes = [(0.0, "x"), (1.0, "x"), (0.0, None), (None, "x")]
+    shown = [{**records[0], "reward": reward, "answer": answer} for reward, answer in outcomes] + [
+        {**records[1], "parent": None}
+    ]
+    text = trajectory_page(shown, "t", total=1234)
+    assert re.findall(r'data-outcome="([^"]*)"', text) == ["wrong", "right", "unanswered", "", "rescued right"]
+    for label in ("all (5)", "wrong answer (1)", "right (2)", "rescued (1)", "no answer (1)"):
+        assert f"> {label}</label>" in text
+    assert "Shown here: 5 of 1,234 trajectories." in text
+    # A filter that would show nothing cannot be chosen.
+    assert re.findall(r'value="(\w+)" disabled', trajectory_page(records[:1], "t")) == [
+        "right",
+        "rescued",
+        "unanswered",
+    ]
 
 
 def test_a_probe_whose_original_is_not_shown_has_no_dead_link(records, tmp_path):
@@ -172,35 +258,3 @@ def test_bad_records_are_named_and_leave_no_file(records, tmp_path):
     with pytest.raises(ValueError, match="record 0 has no 'segments'"):
         write_trajectory_text([{"question": "Who?"}], tmp_path / "page.txt")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_curve_keeps_finite_values_of_rows_with_a_step():
-    rows = [
-        {"step": 1, "em/probes": 0.25},
-        {"step": 2, "em/probes": math.nan},
-        {"step": 3},
-        {"step": 4, "em/probes": "n/a"},
-        {"em/probes": 0.75},
-        {"step": 6, "em/probes": 1},
-    ]
-    assert curve(rows, "em/probes") == ([1.0, 6.0], [0.25, 1.0])
-
-
-def test_curves_of_two_runs_with_missing_metrics(tmp_path):
-    runs = {
-        "rex_rag": [{"step": step, "em/originals": step / 10, "em/probes": math.nan} for step in range(1, 11)]
-        + [{"train_runtime": 1.0}],
-        "grpo": [{"step": step, "em/originals": step / 20, "kl": -0.001 * step} for step in range(1, 11)],
-    }
-    path = plot_training_curves(runs, tmp_path / "deeper" / "curves.png", "Two runs")
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">II", data[16:24]) == (1650, 1364)
-    assert [file.name for file in path.parent.iterdir()] == ["curves.png"]
-    # The same picture with one value changed is another picture: the curves are really drawn.
-    runs["grpo"][5]["em/originals"] = 1.0
-    assert plot_training_curves(runs, tmp_path / "other.png", "Two runs").read_bytes() != data
-
-
-def test_curves_without_any_metric(tmp_path):
-    assert plot_training_curves({"empty": []}, tmp_path / "curves.png").stat().st_size > 10_000

@@ -1,0 +1,187 @@
+"""`rex-rag view`, `curves` and `reliability`: what a model did, to look at."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rex_rag.retrieval.load import RetrieverArguments
+    from rex_rag.types import Trajectory
+
+PAGE_LIMIT = 2000
+
+
+def add_view(commands: argparse._SubParsersAction) -> None:
+    """`rex-rag view`: trajectories as a page."""
+    view = commands.add_parser(
+        "view",
+        help="show a run's trajectories as a page",
+        description="Turn what a run left behind into one HTML page in which segment kinds can be told apart: the "
+        "completion tables of training (log_completions: true), the predictions of an evaluation, or both.",
+    )
+    view.add_argument(
+        "source",
+        metavar="RUN_DIRECTORY|COMPLETIONS.parquet|PREDICTIONS.jsonl",
+        type=Path,
+        help="a run's output directory, or one file of it",
+    )
+    view.add_argument(
+        "--output", metavar="PAGE.html", type=Path, help="page to write (default: trajectories.html beside the data)"
+    )
+    view.add_argument("--step", type=int, metavar="N", help="only this training step (default: all)")
+    view.add_argument("--benchmark", metavar="NAME", help="only this benchmark of an evaluation (default: all)")
+    view.add_argument(
+        "--limit",
+        type=_positive,
+        default=PAGE_LIMIT,
+        metavar="N",
+        help=f"only the first N trajectories, an equal share of each benchmark (default: {PAGE_LIMIT})",
+    )
+    view.set_defaults(run=_view)
+
+
+def _view(options: argparse.Namespace) -> None:
+    from rex_rag.visualization.page import write_trajectory_page
+    from rex_rag.visualization.records import read_records
+
+    records, total = read_records(options.source, options.step, options.benchmark, options.limit)
+    folder = options.source if options.source.is_dir() else options.source.parent
+    output = options.output or folder / "trajectories.html"
+    page = write_trajectory_page(records, output, f"Trajectories of {options.source}", total)
+    probes = sum(record["kind"] == "probe" for record in records)
+    more = f"; --limit {total} shows all" if total > len(records) else ""
+    print(f"{page}: {len(records)} of {total} trajectories, {probes} of them probes{more}")
+
+
+def add_curves(commands: argparse._SubParsersAction) -> None:
+    """`rex-rag curves`: training curves of several runs."""
+    curves = commands.add_parser(
+        "curves",
+        help="draw training curves, several runs in one figure",
+        description="Draw exact match, dead ends and rescues, probes, importance weights, effective sample size, "
+        "clipping, KL, lengths and seconds over the steps of one or several training runs. Whatever a run did not "
+        "log is left out.",
+    )
+    curves.add_argument(
+        "runs",
+        nargs="+",
+        metavar="[LABEL=]RUN",
+        help="output directory of a training run, or a trainer_state.json; the label stands in the legend",
+    )
+    curves.add_argument("--output", required=True, metavar="CURVES.png|svg", type=Path, help="image to write")
+    curves.add_argument("--title", default="Training", help="above all panels")
+    curves.set_defaults(run=_curves)
+
+
+def _curves(options: argparse.Namespace) -> None:
+    from rex_rag.visualization.curves import labelled_runs, plot_training_curves, read_log_history
+
+    runs = {label: read_log_history(path) for label, path in labelled_runs(options.runs).items()}
+    picture = plot_training_curves(runs, options.output, options.title)
+    steps = ", ".join(f"{label} {sum('step' in row for row in rows)}" for label, rows in runs.items())
+    print(f"{picture}: rows logged: {steps}")
+
+
+def add_reliability(commands: argparse._SubParsersAction) -> None:
+    """`rex-rag reliability`: how sure models are of each token they write."""
+    parser = commands.add_parser(
+        "reliability",
+        help="draw how reliable each token of a model's answer is",
+        description="Let one or several models answer a question, greedily, and draw every token they wrote in the "
+        "colour of its reliability (LogTokU, arXiv 2502.00290), with bars for aleatoric and epistemic uncertainty.",
+    )
+    add = parser.add_argument
+    add("--model", action="append", required=True, metavar="MODEL", help="folder or Hub name; given once for each")
+    add("--question", required=True, help="what to ask")
+    add("--retriever", nargs="+", default=[], metavar="R", help="index directory or URLs (default: nothing to search)")
+    add("--corpus", action="append", default=[], metavar="FILE", help="search these passages with BM25 in memory")
+    add("--output", required=True, metavar="PICTURE.png|svg", type=Path, help="image to write")
+    add("--page", metavar="PAGE.html", type=Path, help="write the trajectories with their tokens as a page, too")
+    add("--k", type=_positive, default=2, metavar="K", help="largest logits taken as evidence (default: 2)")
+    add("--top-k", type=_positive, default=3, metavar="K", help="passages a search (default: 3)")
+    add("--max-turns", type=_positive, default=4, metavar="N", help="turns that may search (default: 4)")
+    add("--max-turn-tokens", type=_positive, default=500, metavar="N", help="tokens a turn (default: 500)")
+    add("--inserted", action="store_true", help="draw the tokens of retrieved text as well")
+    add("--device", help="where the models run (default: the first GPU, or else the CPU)")
+    parser.set_defaults(run=_reliability)
+
+
+def _reliability(options: argparse.Namespace) -> None:
+    from rex_rag.retrieval.load import BM25, RetrieverArguments
+    from rex_rag.visualization.files import picture_format
+    from rex_rag.visualization.page import write_trajectory_page
+    from rex_rag.visualization.records import trajectory_record
+    from rex_rag.visualization.reliability import draw_reliability, summary, with_shared_scale
+
+    # What is wrong with the request is said before any model is loaded.
+    picture_format(options.output)
+    if not options.question.strip():
+        raise ValueError("the question is empty; give --question words")
+    retrieval = None
+    if options.retriever or options.corpus:
+        retrieval = RetrieverArguments(retriever=options.retriever or [BM25], corpus=options.corpus)
+    answered = [_answer(model, retrieval, options) for model in options.model]
+    pictures = with_shared_scale([picture for _, picture in answered])
+    print(draw_reliability(pictures, options.output, f"Question: {options.question.strip()}"))
+    for picture, (trajectory, _) in zip(pictures, answered, strict=True):
+        print(f"  {picture['model']}: {summary(picture)}; answer: {_printable(trajectory.answer)}")
+    if options.page:
+        records = [
+            trajectory_record(trajectory, options.question.strip(), [], None)
+            | {"model": picture["model"], "reliability": picture, "beside": 0}
+            for picture, (trajectory, _) in zip(pictures, answered, strict=True)
+        ]
+        print(write_trajectory_page(records, options.page, "Token reliability"))
+
+
+def _answer(
+    name: str, retrieval: RetrieverArguments | None, options: argparse.Namespace
+) -> tuple[Trajectory, dict[str, Any]]:
+    """One model's greedy trajectory and the picture of it. Models are loaded one after the other."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rex_rag.evaluation.reliability import score_trajectory
+    from rex_rag.generation import TransformersGenerator
+    from rex_rag.protocol import build_prompt
+    from rex_rag.retrieval.load import load_retriever
+    from rex_rag.rollout import RolloutBudget, RolloutEngine
+    from rex_rag.visualization.reliability import reliability_record
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device).eval()
+    budget = RolloutBudget(
+        # Without a retriever the first turn is the last, in which a search is not executed.
+        max_turns=options.max_turns if retrieval else 0,
+        max_turn_tokens=options.max_turn_tokens,
+        top_k=options.top_k,
+    )
+    retriever = load_retriever(retrieval) if retrieval else None
+    engine = RolloutEngine(TransformersGenerator(model, tokenizer, temperature=0.0), retriever, tokenizer, budget)
+    messages = build_prompt(options.question)
+    if tokenizer.chat_template:
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    else:
+        prompt = tokenizer(messages[0]["content"])["input_ids"]
+    [trajectory] = engine.rollout([prompt])
+    tokens = score_trajectory(model, tokenizer, trajectory, options.k)
+    return trajectory, reliability_record(name, tokens, options.k, inserted=options.inserted)
+
+
+def _printable(text: str | None) -> str:
+    """A model may have copied control sequences; they are not for the terminal."""
+    if text is None:
+        return "(none)"
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value

@@ -1,0 +1,224 @@
+"""Training curves of one or several runs in one figure, from the log history of `trainer_state.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rex_rag.visualization.files import new_figure, picture_format, write_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
+
+STATE_FILE = "trainer_state.json"
+
+# One panel: title, unit of the vertical axis, (metric key, label) of its lines.
+_PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
+    ("Exact match", "share", (("em/originals", "originals"), ("em/probes", "probes"))),
+    ("Dead ends", "share", (("dead_end/rate", "dead ends"), ("dead_end/rescue_rate", "rescued"))),
+    ("Probes", "count a step", (("probes/made", "made"), ("probes/kept", "kept"))),
+    ("Mixing share a", "share", (("probes/mixing_share", "a"),)),
+    ("Importance weight", "weight", (("importance_weight/mean", "mean"), ("importance_weight/max", "max"))),
+    ("Effective sample size", "share of rows", (("importance_weight/ess", "ESS"),)),
+    (
+        "Clipped",
+        "share of tokens",
+        (("clip_ratio/policy", "policy"), ("clip_ratio/probe", "probe"), ("clip_ratio/region_mean", "all")),
+    ),
+    ("KL", "nats", (("kl", "all"), ("kl/policy", "policy"), ("kl/probe", "probe"))),
+    (
+        "Completion length",
+        "tokens",
+        (
+            ("completions/mean_length", "mean"),
+            ("completions/min_length", "shortest"),
+            ("completions/max_length", "longest"),
+        ),
+    ),
+    ("Actions a rollout", "count", (("searches/mean", "searches"), ("invalid_actions/mean", "invalid"))),
+    (
+        "Time a step",
+        "seconds",
+        (("step_time", "step"), ("seconds/generation", "generation"), ("seconds/retrieval", "retrieval")),
+    ),
+    ("Reward and entropy", "mean; nats", (("reward", "reward"), ("entropy", "entropy"))),
+)
+_LINE_STYLES = ("-", "--", ":")
+# Okabe and Ito's colours, told apart with any colour vision; yellow is left out, too pale for a line on white.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+_MARKERS = "osD^v*P"
+# Single steps of several runs hide each other: they are drawn as running means over a 25th of the longest run.
+_WINDOWS = 25
+
+
+def read_log_history(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The log rows of a training run.
+
+    Args:
+        path: a `trainer_state.json`, or a directory with one; else that of the directory's newest checkpoint.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        ValueError: for a file that is not a trainer's state.
+    """
+    path = Path(path)
+    file = path if path.is_file() else path / STATE_FILE
+    if not file.is_file():
+        checkpoints = [(_number(found.parent), found) for found in path.glob(f"checkpoint-*/{STATE_FILE}")]
+        if not checkpoints:
+            raise FileNotFoundError(
+                f"there is no {STATE_FILE} in {path} or in a checkpoint of it; name a training run's output directory"
+            )
+        file = max(checkpoints)[1]
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); name a {STATE_FILE} that training wrote") from None
+    history = state.get("log_history") if isinstance(state, dict) else None
+    if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
+        raise ValueError(f"{file} has no list `log_history`; name a {STATE_FILE} that training wrote")
+    return history
+
+
+def _number(checkpoint: Path) -> int:
+    suffix = checkpoint.name.removeprefix("checkpoint-")
+    return int(suffix) if suffix.isdecimal() else -1
+
+
+def labelled_runs(runs: Sequence[str]) -> dict[str, Path]:
+    """`DIR` or `LABEL=DIR` of each run as {label: path}; without a label, the end of the path that tells it apart.
+
+    Raises:
+        ValueError: for a label or a directory given twice.
+    """
+    given: list[tuple[str | None, Path]] = []
+    for run in runs:
+        label, equals, path = run.partition("=")
+        # A directory may have an equals sign in its own name.
+        given.append((label, Path(path)) if equals and label and not Path(run).exists() else (None, Path(run)))
+    unlabelled = [path.resolve().parts for label, path in given if label is None]
+    depth = 1
+    while len({parts[-depth:] for parts in unlabelled}) < len(unlabelled) and depth < max(map(len, unlabelled)):
+        depth += 1
+    labelled: dict[str, Path] = {}
+    for label, path in given:
+        name = label if label is not None else "/".join(path.resolve().parts[-depth:])
+        if name in labelled:
+            raise ValueError(f"two runs are called {name!r}; name each once, and tell them apart by LABEL=DIR")
+        labelled[name] = path
+    return labelled
+
+
+def plot_training_curves(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike, title: str = "Training"
+) -> Path:
+    """Draw the training curves of one or several runs into one PNG or SVG, as the name ends; return its path.
+
+    Args:
+        runs: {name: rows}, rows as in `log_history` of trainer_state.json. Runs are told apart by colour and marker,
+            metrics of a panel by line style. Several runs, if long, are drawn as running means, single steps faint
+            behind. Rows without a step, and values that are not finite, are left out.
+        path: the image.
+        title: above all panels.
+
+    A panel none of whose metrics was logged says so instead of showing an empty plot.
+
+    Raises:
+        ImportError: without matplotlib; the message says how to install it.
+        ValueError: for a name that ends neither in .png nor in .svg.
+    """
+    picture_format(path)
+    columns = 3
+    rows = math.ceil(len(_PANELS) / columns)
+    figure = new_figure(5 * columns, 3.1 * rows, layout="constrained")
+    figure.suptitle(title, parse_math=False)
+    longest = max((sum("step" in row for row in log) for log in runs.values()), default=0)
+    window = max(1, longest // _WINDOWS) if len(runs) > 1 else 1
+    for axes, (name, unit, metrics) in zip(figure.subplots(rows, columns).flat, _PANELS, strict=True):
+        _draw_panel(axes, runs, metrics, window)
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("step", fontsize=8)
+        axes.set_ylabel(unit, fontsize=8)
+        axes.tick_params(labelsize=8)
+    if len(runs) > 1:
+        handles = [_line("-", name, _look(number)) for number, name in enumerate(runs)]
+        legend = figure.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=min(len(runs), 4),
+            fontsize=9,
+            title=f"running means over {window} logged steps, single steps behind" if window > 1 else None,
+            title_fontsize=9,
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    return write_figure(figure, path, dpi=110)
+
+
+def curve(rows: Iterable[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """The steps and finite values of a metric in log rows, in the order logged."""
+    points = [
+        (float(row["step"]), float(row[key]))
+        for row in rows
+        if "step" in row and isinstance(row.get(key), int | float) and math.isfinite(row[key])
+    ]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """The mean of the values around each one, `window` of them, fewer at the ends."""
+    before, after = (window - 1) // 2, window // 2
+    parts = (values[max(0, place - before) : place + after + 1] for place in range(len(values)))
+    return [sum(part) / len(part) for part in parts]
+
+
+def _draw_panel(
+    axes: Axes, runs: Mapping[str, Sequence[Mapping]], metrics: Sequence[tuple[str, str]], window: int
+) -> None:
+    drawn: dict[str, str] = {}
+    overlaid = len(runs) > 1
+    for number, rows in enumerate(runs.values()):
+        for (key, label), style in zip(metrics, _LINE_STYLES, strict=False):
+            steps, values = curve(rows, key)
+            if not steps:
+                continue
+            drawn.setdefault(label, style)
+            # With one run colour is free to tell metrics apart as well.
+            look = _look(number if overlaid else _LINE_STYLES.index(style))
+            if window > 1:
+                axes.plot(steps, values, style, color=look["color"], linewidth=0.6, alpha=0.3)
+                values = running_mean(values, window)
+            # Few markers, so that the line style can still be seen.
+            every = max(1, len(steps) // 8)
+            axes.plot(steps, values, style, linewidth=1.4, label=label, markevery=every, **look)
+    if drawn:
+        if overlaid:
+            axes.legend(handles=[_line(style, label, {"color": "0.3"}) for label, style in drawn.items()], fontsize=7)
+        else:
+            axes.legend(fontsize=7, framealpha=0.6)
+        axes.grid(alpha=0.3)
+        # From zero up, or a constant line would be magnified into noise.
+        low, high = min(0.0, axes.dataLim.ymin), max(0.0, axes.dataLim.ymax)
+        room = 0.05 * ((high - low) or 1.0)
+        axes.set_ylim(low - room if low < 0 else 0.0, high + room)
+    else:
+        keys = "\n".join(key for key, _ in metrics)
+        axes.text(0.5, 0.5, f"not logged:\n{keys}", ha="center", va="center", transform=axes.transAxes, color="0.4")
+        axes.set_xticks([])
+        axes.set_yticks([])
+
+
+def _look(run: int) -> dict[str, Any]:
+    return {"color": _COLOURS[run % len(_COLOURS)], "marker": _MARKERS[run % len(_MARKERS)], "markersize": 3}
+
+
+def _line(style: str, label: str, look: Mapping[str, Any]) -> Line2D:
+    """A line for a legend alone."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], linestyle=style, linewidth=1.4, label=label, **look)

@@ -1,0 +1,29 @@
+"""Untrusted text on a page: nothing in it is markup, and nothing in it can hide or reorder what stands around it."""
+
+from __future__ import annotations
+
+import html
+import re
+
+# Embeddings, overrides and isolates turn the reading order around; the rest are control characters without a glyph.
+# Marks that right-to-left scripts use in running text (U+200E, U+200F, U+061C) stay as they are.
+_INVISIBLE = re.compile("[\u202a-\u202e\u2066-\u2069\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def escape(text: object) -> str:
+    """HTML of a text, for content and for attributes in quotes."""
+    return html.escape(str(text).replace("\r\n", "\n"))
+
+
+def escape_visibly(text: object) -> str:
+    """HTML of a text with invisible control characters spelled out, as `U+202E`; for content alone."""
+    return _INVISIBLE.sub(
+        lambda found: f'<span class="control">U+{ord(found[0]):04X}</span>',
+        escape(text),
+    )
+
+
+def without_controls(text: str) -> str:
+    """A text for a picture: one line, line ends as `⏎`, control characters as `·`."""
+    text = text.replace("\r\n", "\n").replace("\n", "⏎").replace("\t", "⇥")
+    return _INVISIBLE.sub("·", text)

@@ -1,0 +1,374 @@
+"""Trajectory records: the plain data that pages and text files show, and where it is read from.
+
+A record is a dictionary that JSON can hold (`trajectory_record` names the keys). Training leaves its trajectories in
+completion tables, evaluation in `predictions.jsonl`; `read_records` takes either, or a folder with both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rex_rag.answers import exact_match
+from rex_rag.data.jsonl import iter_json_objects
+from rex_rag.evaluation.choices import choice_letter
+from rex_rag.evaluation.records import PREDICTIONS_FILE, Prediction
+from rex_rag.protocol import parse_action
+from rex_rag.types import SegmentKind, Trajectory
+
+OUTCOMES = ("wrong", "right", "rescued", "unanswered")
+
+
+def trajectory_record(
+    trajectory: Trajectory,
+    question: str,
+    golden_answers: Sequence[str],
+    reward: float | None,
+    *,
+    rescue: bool = False,
+    step: int | None = None,
+) -> dict[str, Any]:
+    """A trajectory as a record of plain data that can be stored as JSON and shown by this package.
+
+    Args:
+        trajectory: an original, or a probe (it has a `PROBE` segment).
+        question: the question it answers.
+        golden_answers: the accepted answers.
+        reward: its reward, `None` where it has none.
+        rescue: whether it is a correct probe of a question all of whose originals were wrong.
+        step: the training step it was sampled in.
+
+    Beside these keys, a page understands `benchmark`, `id`, `sample`, `model` and `notes` (short texts), `searches`
+    (`{"query", "passages"}` of each), `beside` (index of the record to stand next to) and `reliability` (a model's
+    name and its tokens, see `rex_rag.visualization.reliability`).
+    """
+    return {
+        "question": question,
+        "golden_answers": list(golden_answers),
+        "answer": trajectory.answer,
+        "reward": None if reward is None else float(reward),
+        "kind": "probe" if trajectory.is_probe else "original",
+        "rescue": bool(rescue),
+        "parent": trajectory.parent,
+        "segments": trajectory.segment_texts(),
+        "step": step,
+    }
+
+
+def read_records(
+    path: str | os.PathLike, step: int | None = None, benchmark: str | None = None, limit: int | None = None
+) -> tuple[list[dict[str, Any]], int]:
+    """Trajectory records of a training run, an evaluation run, or a folder that holds both.
+
+    Args:
+        path: a file or a folder, as `read_completion_tables` and `read_predictions` take them.
+        step: only completion tables, and of them only this training step.
+        benchmark: only predictions, and of them only this benchmark.
+        limit: at most so many, an equal share of each benchmark, the first ones; all by default.
+
+    Returns:
+        The records, and how many there are without the limit.
+
+    Raises:
+        FileNotFoundError: where there is neither.
+        ValueError: for files of another form, a step or benchmark that is not there, or both asked for at once.
+    """
+    path = Path(path)
+    if step is not None and benchmark is not None:
+        raise ValueError(f"step {step} belongs to training, benchmark {benchmark!r} to evaluation; give one of them")
+    tables = [] if benchmark is not None else completion_files(path)
+    predictions = [] if step is not None else prediction_files(path)
+    if not tables and not predictions:
+        raise FileNotFoundError(
+            f"there are neither completion tables nor {PREDICTIONS_FILE} at {path}; name a completions_*.parquet "
+            f"(training writes them with log_completions: true), a {PREDICTIONS_FILE} of an evaluation, or the "
+            "directory of a run. --step looks for the former alone, --benchmark for the latter"
+        )
+    records = read_completion_tables(path, step) if tables else []
+    total = len(records)
+    kept: Counter = Counter()
+    for record in read_predictions(path, benchmark) if predictions else ():
+        total += 1
+        kept[record["benchmark"]] += 1
+        # A run may hold more than memory does: what the limit can never show is not kept.
+        if limit is None or kept[record["benchmark"]] <= limit:
+            records.append(record)
+    return (records if limit is None else first_of_each(records, limit)), total
+
+
+def read_completion_tables(path: str | os.PathLike, step: int | None = None) -> list[dict[str, Any]]:
+    """Trajectory records from the completion tables that training writes with `log_completions`.
+
+    Args:
+        path: one table (parquet), a folder of them, or a run's output directory.
+        step: only rows of this training step; all by default.
+
+    Returns:
+        The records in the order of steps and rows: a question's originals, then its probes. `reward` is exact match;
+        `parent` of a probe is the index of the original that it was cut from, where that is in the table.
+
+    Raises:
+        FileNotFoundError: where there is no table.
+        ValueError: for a table that was not written by this package's trainer, or none with the step.
+    """
+    files = completion_files(Path(path))
+    if not files:
+        raise FileNotFoundError(
+            f"there are no completion tables at {path}; name a completions_*.parquet or a run's output directory. "
+            "Training writes them with log_completions: true"
+        )
+    rows = [row for file in files for row in _completion_rows(file)]
+    steps = sorted({row["step"] for row in rows})
+    if step is not None:
+        rows = [row for row in rows if row["step"] == step]
+        if not rows:
+            known = f"{steps[0]} to {steps[-1]}" if steps else "none"
+            raise ValueError(f"{path} has no completions of step {step}; it has those of steps {known}")
+    reached = {(row["step"], row["question"]) for row in rows if not row["is_probe"] and row["exact_match_reward"]}
+    records = [
+        {
+            "question": row["question"],
+            "golden_answers": row["golden_answers"],
+            "answer": row["predicted_answer"],
+            "reward": row["exact_match_reward"],
+            "kind": "probe" if row["is_probe"] else "original",
+            "rescue": bool(
+                row["is_probe"] and row["exact_match_reward"] and (row["step"], row["question"]) not in reached
+            ),
+            "parent": None,
+            "segments": json.loads(row["segments"]),
+            "step": row["step"],
+        }
+        for row in rows
+    ]
+    _find_parents(records)
+    return records
+
+
+def completion_files(path: Path) -> list[Path]:
+    """The completion tables at a path: itself, those in it, or those in its `completions`; none is no error."""
+    if path.is_file():
+        return [] if path.suffix == ".jsonl" else [path]
+    for folder in (path / "completions", path):
+        if files := sorted(folder.glob("completions_*.parquet")):
+            return files
+    return []
+
+
+def _completion_rows(file: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # Not read_table: it would take `step=1` in a folder's name for a column.
+        table = pyarrow.parquet.ParquetFile(file).read()
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{file} is not a parquet file ({error}); name a completion table") from None
+    columns = ["step", "question", "golden_answers", "predicted_answer", "is_probe", "exact_match_reward", "segments"]
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise ValueError(
+            f"{file} has no column {', '.join(missing)}; only tables written by this package's trainer can be shown"
+        )
+    return table.select(columns).to_pylist()
+
+
+def _find_parents(records: Sequence[dict[str, Any]]) -> None:
+    """Tables do not say which original a probe was cut from, but its prefix does: it is a copy."""
+    originals: dict[tuple, list[int]] = {}
+    for index, record in enumerate(records):
+        if record["kind"] == "original" and record["answer"] is not None and not record["reward"]:
+            originals.setdefault((record["step"], record["question"]), []).append(index)
+    for record in records:
+        if record["kind"] == "probe":
+            waiting = originals.get((record["step"], record["question"]), [])
+            parent = next((index for index in waiting if _is_prefix_of(record, records[index])), None)
+            if parent is not None:
+                record["parent"] = parent
+                waiting.remove(parent)  # an original is probed once
+
+
+def _is_prefix_of(probe: Mapping[str, Any], original: Mapping[str, Any]) -> bool:
+    """Whether what stands before the exploration prompt is a beginning of the original, segment by segment."""
+    prefix = copied_segments(probe)
+    if len(prefix) > len(original["segments"]) or not prefix:
+        return False
+    pairs = list(zip(prefix, original["segments"], strict=False))
+    (cut, whole) = pairs.pop()
+    return all(copy == source for copy, source in pairs) and (
+        cut["kind"] == whole["kind"] and whole["text"].startswith(cut["text"])
+    )
+
+
+def copied_segments(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The segments of a probe that it has from its original: those before the first exploration prompt."""
+    segments = list(record["segments"])
+    kinds = [segment.get("kind") for segment in segments]
+    return segments[: kinds.index(SegmentKind.PROBE.name)] if SegmentKind.PROBE.name in kinds else []
+
+
+def read_predictions(path: str | os.PathLike, benchmark: str | None = None) -> Iterable[dict[str, Any]]:
+    """Trajectory records of an evaluation run, one for each sample of each question, in the order of the file.
+
+    Args:
+        path: a `predictions.jsonl`, or a run's directory with one in each benchmark's folder.
+        benchmark: only the folder of this name; all, by name, by default.
+
+    Yields:
+        Records whose `reward` is exact match, for multiple choice that of the letter.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        ValueError: for a line that is not a prediction, by file and line.
+    """
+    path = Path(path)
+    files = prediction_files(path)
+    if not files:
+        raise FileNotFoundError(f"there is no {PREDICTIONS_FILE} at {path}; name one, or an evaluation's directory")
+    if benchmark is not None:
+        chosen = [file for file in files if file.parent.name == benchmark]
+        if not chosen:
+            known = ", ".join(file.parent.name for file in files)
+            raise ValueError(f"{path} has no benchmark {benchmark!r}; it has {known}")
+        files = chosen
+    for file in files:
+        for number, row in iter_json_objects(file, ValueError):
+            try:
+                prediction = Prediction.from_row(row)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{file}, line {number}: not a prediction ({type(error).__name__}: {error}); name a file that an "
+                    "evaluation of this package wrote"
+                ) from None
+            yield from _prediction_records(prediction, file.parent.name)
+
+
+def prediction_files(path: Path) -> list[Path]:
+    """The prediction files at a path: itself, the one in it, or those in its folders; none is no error."""
+    if path.is_file():
+        return [path] if path.suffix == ".jsonl" else []
+    here = path / PREDICTIONS_FILE
+    return [here] if here.is_file() else sorted(path.glob(f"*/{PREDICTIONS_FILE}"))
+
+
+def _prediction_records(prediction: Prediction, benchmark: str) -> Iterable[dict[str, Any]]:
+    for number, sample in enumerate(prediction.samples, start=1):
+        notes = {"tokens written": sample.tokens, "invalid actions": sample.invalid_actions}
+        notes |= {f"cut ({cause})": count for cause, count in sample.truncations.items()}
+        if prediction.choices:
+            notes["choices"] = "; ".join(f"{letter}) {text}" for letter, text in prediction.choices.items())
+        yield {
+            "question": prediction.question,
+            "golden_answers": list(prediction.golden_answers),
+            "answer": sample.answer,
+            "reward": float(_is_right(sample.answer, prediction)),
+            "kind": "original",
+            "rescue": False,
+            "parent": None,
+            "segments": sample.segments,
+            "step": None,
+            "benchmark": benchmark,
+            "id": prediction.id,
+            "sample": f"{number} of {len(prediction.samples)}" if len(prediction.samples) > 1 else None,
+            "searches": sample.searches,
+            "notes": {name: str(value) for name, value in notes.items() if value},
+        }
+
+
+def _is_right(answer: str | None, prediction: Prediction) -> bool:
+    if prediction.choices is None:
+        return exact_match(answer, prediction.golden_answers)
+    return choice_letter(answer, prediction.choices) in prediction.golden_answers
+
+
+def first_of_each(records: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """At most `limit` records, an equal share of each benchmark, in the given order; `parent` follows its record."""
+    position: dict[int, int] = {}
+    for _, members in groupby(range(len(records)), key=lambda index: records[index].get("benchmark")):
+        position.update((index, place) for place, index in enumerate(members))
+    chosen = sorted(sorted(position, key=lambda index: (position[index], index))[:limit])
+    moved = {index: place for place, index in enumerate(chosen)}
+    return [records[index] | {"parent": moved.get(records[index].get("parent"))} for index in chosen]
+
+
+def outcomes(record: Mapping[str, Any]) -> set[str]:
+    """Which of `OUTCOMES` a record falls under; an answer without a reward is none of them."""
+    reward = record.get("reward")
+    if reward is not None and reward > 0:
+        return {"right", "rescued"} if record.get("rescue") else {"right"}
+    answer = record.get("answer")
+    if answer is None or not answer.strip():
+        return {"unanswered"}
+    return set() if reward is None else {"wrong"}
+
+
+def headline(record: Mapping[str, Any]) -> str:
+    """A record in a few words: original or probe, and how it ended."""
+    if record.get("kind") != "probe":
+        kind = "original"
+    elif record.get("parent") is None:
+        kind = "probe"
+    else:
+        kind = f"probe of #{record['parent']}"
+    reward = record.get("reward")
+    outcome = "not scored" if reward is None else "rewarded" if reward > 0 else "not rewarded"
+    return f"{kind}, {outcome}" + (", a rescue" if record.get("rescue") else "")
+
+
+def facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is known of a record besides its segments, as (name, text) in the order to show it."""
+    answer, reward = record.get("answer"), record.get("reward")
+    gold = " | ".join(map(str, record.get("golden_answers", ())))
+    known = [
+        ("question", str(record.get("question", ""))),
+        ("gold", gold or "(none)"),
+        ("answer", "(none)" if answer is None else str(answer)),
+        ("reward", "(none)" if reward is None else f"{reward:g}"),
+    ]
+    for name in ("step", "model", "benchmark", "id", "sample"):
+        if record.get(name) is not None:
+            known.append((name, str(record[name])))
+    return known + [(str(name), str(value)) for name, value in (record.get("notes") or {}).items()]
+
+
+def checked_segments(index: int, record: Mapping[str, Any]) -> list[tuple[SegmentKind, str]]:
+    """A record's segments as (kind, text).
+
+    Raises:
+        ValueError: for a record without segments list or with an unknown segment kind, by its index.
+    """
+    if "segments" not in record:
+        raise ValueError(f"trajectory record {index} has no 'segments'; make records with trajectory_record()")
+    segments = []
+    for segment in record["segments"]:
+        name = segment.get("kind")
+        if name not in SegmentKind.__members__:
+            raise ValueError(
+                f"trajectory record {index} has a segment of kind {name!r}; it must be one of "
+                f"{', '.join(SegmentKind.__members__)}"
+            )
+        segments.append((SegmentKind[name], str(segment.get("text", ""))))
+    return segments
+
+
+def queries(record: Mapping[str, Any], segments: Sequence[tuple[SegmentKind, str]]) -> list[str | None]:
+    """The query behind each segment: what was asked for a retrieved text, `None` for every other segment.
+
+    From the recorded searches where they pair off with the retrieved texts, or else from the model's own words before.
+    """
+    recorded = record.get("searches") or []
+    places = [place for place, (kind, _) in enumerate(segments) if kind is SegmentKind.INFORMATION]
+    found: list[str | None] = [None] * len(segments)
+    for number, place in enumerate(places):
+        if len(recorded) == len(places):
+            found[place] = str(recorded[number].get("query", ""))
+            continue
+        written = segments[place - 1][1] if place and segments[place - 1][0] is SegmentKind.POLICY else ""
+        action = parse_action(written)
+        found[place] = action.content if action is not None and action.kind == "search" else None
+    return found

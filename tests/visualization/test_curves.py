@@ -1,0 +1,116 @@
+"""Training curves: what is read, how runs are named, and that the picture shows them."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+
+import pytest
+
+from rex_rag.visualization.curves import curve, labelled_runs, plot_training_curves, read_log_history, running_mean
+
+
+def rows(count: int, **metrics: float) -> list[dict]:
+    return [{"step": step, **{name: value * step for name, value in metrics.items()}} for step in range(1, count + 1)]
+
+
+def write_state(folder, history) -> None:
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+
+
+def test_curve_keeps_finite_values_of_rows_with_a_step():
+    log = [
+        {"step": 1, "em/probes": 0.25},
+        {"step": 2, "em/probes": math.nan},
+        {"step": 3},
+        {"step": 4, "em/probes": "n/a"},
+        {"em/probes": 0.75},
+        {"step": 6, "em/probes": 1},
+    ]
+    assert curve(log, "em/probes") == ([1.0, 6.0], [0.25, 1.0])
+
+
+def test_a_running_mean_takes_what_there_is_at_the_ends():
+    assert running_mean([1.0, 2.0, 6.0, 3.0], 3) == [1.5, 3.0, 11 / 3, 4.5]
+    assert running_mean([1.0, 2.0, 6.0, 3.0], 2) == [1.5, 4.0, 4.5, 3.0]
+    assert running_mean([1.0, 2.0], 1) == [1.0, 2.0]
+
+
+def test_curves_of_two_runs_with_missing_metrics(tmp_path):
+    runs = {
+        "rex_rag": [{"step": step, "em/originals": step / 10, "em/probes": math.nan} for step in range(1, 11)]
+        + [{"train_runtime": 1.0}],
+        "grpo $x$": [{"step": step, "em/originals": step / 20, "kl": -0.001 * step} for step in range(1, 11)],
+    }
+    path = plot_training_curves(runs, tmp_path / "deeper" / "curves.png", "Two runs")
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", data[16:24]) == (1650, 1364)
+    assert [file.name for file in path.parent.iterdir()] == ["curves.png"]
+    # The same picture with one value changed is another picture: the curves are really drawn.
+    runs["grpo $x$"][5]["em/originals"] = 1.0
+    assert plot_training_curves(runs, tmp_path / "other.png", "Two runs").read_bytes() != data
+
+
+def test_an_svg_names_runs_metrics_and_what_was_not_logged_as_text(tmp_path):
+    runs = {"ours": rows(100, **{"em/originals": 0.01}), "theirs, $unpaired": rows(40, kl=0.1)}
+    text = plot_training_curves(runs, tmp_path / "c.svg", "Cost: $1 & <more>").read_text()
+    for shown in ("ours", "theirs, $unpaired", "originals", "clip_ratio/policy", "Cost: $1 &amp; &lt;more&gt;"):
+        assert f">{shown}</text>" in text, shown
+    # The longest run has 100 rows: means over 100 // 25 of them.
+    assert ">running means over 4 logged steps, single steps behind</text>" in text
+    assert plot_training_curves(runs, tmp_path / "d.svg", "Cost: $1 & <more>").read_text() == text
+
+
+def test_one_run_is_drawn_as_logged(tmp_path):
+    text = plot_training_curves({"one": rows(100, kl=0.1)}, tmp_path / "c.svg").read_text()
+    assert "running means" not in text
+
+
+def test_curves_without_any_metric(tmp_path):
+    assert plot_training_curves({"empty": []}, tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_another_format_is_refused_before_anything_is_drawn(tmp_path):
+    with pytest.raises(ValueError, match=r"curves\.pdf does not say what picture to draw; end its name in \.png or"):
+        plot_training_curves({}, tmp_path / "curves.pdf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_history_comes_from_the_run_or_its_newest_checkpoint(tmp_path):
+    write_state(tmp_path / "run" / "checkpoint-9", rows(9, kl=1))
+    write_state(tmp_path / "run" / "checkpoint-10", rows(10, kl=1))
+    assert len(read_log_history(tmp_path / "run")) == 10  # by number: as text, 9 would come last
+    (tmp_path / "run" / "trainer_state.json").write_text(json.dumps({"log_history": rows(11, kl=1)}))
+    assert len(read_log_history(tmp_path / "run")) == 11
+    assert len(read_log_history(tmp_path / "run" / "checkpoint-9" / "trainer_state.json")) == 9
+
+
+def test_what_is_no_history_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no trainer_state\.json in .* or in a checkpoint of it"):
+        read_log_history(tmp_path)
+    file = tmp_path / "trainer_state.json"
+    for content, message in (
+        ("{", "is not JSON"),
+        ("[]", "no list `log_history`"),
+        ('{"log_history": [1]}', "no list"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_log_history(tmp_path)
+
+
+def test_runs_are_named_by_what_tells_them_apart(tmp_path):
+    a, b, odd = tmp_path / "a" / "out", tmp_path / "b" / "out", tmp_path / "lr=3"
+    for folder in (a, b, odd):
+        folder.mkdir(parents=True)
+    assert labelled_runs([str(a)]) == {"out": a}
+    assert labelled_runs([str(a), str(b)]) == {"a/out": a, "b/out": b}
+    assert labelled_runs([f"first={a}", str(b)]) == {"first": a, "out": b}
+    assert labelled_runs([str(odd)]) == {"lr=3": odd}
+    with pytest.raises(ValueError, match="two runs are called 'x'"):
+        labelled_runs([f"x={a}", f"x={b}"])
+    with pytest.raises(ValueError, match="two runs are called"):
+        labelled_runs([str(a), str(a)])

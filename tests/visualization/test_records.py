@@ -1,0 +1,177 @@
+"""Where records come from: completion tables of training, predictions of an evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rex_rag.evaluation.records import Prediction, Sample
+from rex_rag.types import SegmentKind
+from rex_rag.visualization.records import (
+    first_of_each,
+    outcomes,
+    queries,
+    read_completion_tables,
+    read_predictions,
+    read_records,
+)
+
+SEARCH = {"kind": "POLICY", "text": "<search> isle </search>"}
+FOUND = {"kind": "INFORMATION", "text": "<information>Doc 1(Title: Isle) sea</information>"}
+
+
+def policy(text: str) -> dict[str, str]:
+    return {"kind": "POLICY", "text": text}
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def row(segments: list[dict], answer: str | None, reward: float, probe: bool = False, question: str = "Q?") -> dict:
+    return {
+        "step": 1,
+        "question": question,
+        "golden_answers": ["Man"],
+        "predicted_answer": answer,
+        "is_probe": probe,
+        "exact_match_reward": reward,
+        "segments": json.dumps(segments),
+    }
+
+
+def write_predictions(folder: Path, *predictions: Prediction) -> None:
+    folder.mkdir(parents=True)
+    lines = (json.dumps(prediction.as_row()) + "\n" for prediction in predictions)
+    (folder / "predictions.jsonl").write_text("".join(lines))
+
+
+def sample(answer: str | None) -> Sample:
+    return Sample(
+        answer=answer,
+        segments=[SEARCH, FOUND, policy(f"<answer>{answer}</answer>")],
+        searches=[{"query": "isle", "passages": ["12"]}],
+        tokens=7,
+        invalid_actions=0,
+        truncations={"turn": 2},
+    )
+
+
+def test_a_probe_finds_the_original_it_was_cut_from(tmp_path):
+    probe = {"kind": "PROBE", "text": ">< Hm"}
+    rows = [
+        row([SEARCH, FOUND, policy("so <answer>Wight</answer>")], "Wight", 0.0),
+        row([SEARCH, FOUND, policy("then <answer>Skye</answer>")], "Skye", 0.0),
+        row([SEARCH, FOUND, policy("then nothing")], None, 0.0),  # not answered: never probed
+        row([SEARCH, FOUND, policy("then <answer>Man</answer>")], "Man", 1.0),  # right: never probed
+        row([SEARCH, FOUND, policy("then <answer>Jura</answer>")], "Jura", 0.0),
+        row([SEARCH, FOUND, policy("then "), probe, policy("<answer>Man</answer>")], "Man", 1.0, probe=True),
+        row([SEARCH, FOUND, policy("then "), probe, policy("<answer>Bute</answer>")], "Bute", 0.0, probe=True),
+        row([SEARCH, FOUND, policy("so"), probe], None, 0.0, probe=True, question="Another?"),
+        row([policy("else"), probe], None, 0.0, probe=True),
+    ]
+    write_table(tmp_path / "completions_00001.parquet", rows)
+    records = read_completion_tables(tmp_path)
+    # An original is probed once, so of two that begin alike each gets one.
+    assert [record["parent"] for record in records] == [None] * 5 + [1, 4, None, None]
+    assert not records[5]["rescue"]  # one original was right
+
+
+def test_predictions_become_a_record_a_sample(tmp_path):
+    write_predictions(
+        tmp_path / "nq",
+        Prediction("q1", "Which isle?", ("Man", "Isle of Man"), (sample("the Man."), sample("Wight"))),
+        Prediction("q2", "Which letter?", ("B",), (sample(None),), choices={"A": "Skye", "B": "Man"}),
+    )
+    records = list(read_predictions(tmp_path))
+    assert [(record["id"], record["answer"], record["reward"]) for record in records] == [
+        ("q1", "the Man.", 1.0),
+        ("q1", "Wight", 0.0),
+        ("q2", None, 0.0),
+    ]
+    assert [record["sample"] for record in records] == ["1 of 2", "2 of 2", None]
+    assert records[0]["benchmark"] == "nq"
+    assert records[0]["notes"] == {"tokens written": "7", "cut (turn)": "2"}
+    assert records[2]["notes"]["choices"] == "A) Skye; B) Man"
+    assert [outcomes(record) for record in records] == [{"right"}, {"wrong"}, {"unanswered"}]
+
+
+def test_a_letter_is_compared_as_a_letter(tmp_path):
+    # As an open answer "A" would be an article, and normalised to nothing.
+    choices = {"A": "Skye", "B": "Man"}
+    write_predictions(
+        tmp_path / "med",
+        Prediction("1", "?", ("A",), (sample("A"),), choices=choices),
+        Prediction("2", "?", ("A",), (sample("the"),), choices=choices),
+    )
+    assert [record["reward"] for record in read_predictions(tmp_path)] == [1.0, 0.0]
+
+
+def test_one_folder_may_hold_training_and_evaluation(tmp_path):
+    write_table(tmp_path / "completions" / "completions_00001.parquet", [row([SEARCH], "x", 0.0)])
+    write_predictions(tmp_path / "nq", *(Prediction(str(i), "?", ("Man",), (sample("Man"),)) for i in range(3)))
+    write_predictions(tmp_path / "popqa", *(Prediction(str(i), "?", ("Man",), (sample("x"),)) for i in range(3)))
+
+    def shown(**chosen):
+        records, total = read_records(tmp_path, **chosen)
+        return [(record.get("benchmark"), record.get("id")) for record in records], total
+
+    assert shown()[1] == 7
+    assert shown(step=1) == ([(None, None)], 1)
+    assert shown(benchmark="popqa") == ([("popqa", "0"), ("popqa", "1"), ("popqa", "2")], 3)
+    # Each part gives its first ones.
+    assert shown(limit=4) == ([(None, None), ("nq", "0"), ("nq", "1"), ("popqa", "0")], 7)
+    one_file, total = read_records(tmp_path / "nq" / "predictions.jsonl")
+    assert (len(one_file), total) == (3, 3)
+    with pytest.raises(ValueError, match="no benchmark 'triviaqa'; it has nq, popqa"):
+        read_records(tmp_path, benchmark="triviaqa")
+    with pytest.raises(ValueError, match="give one of them"):
+        read_records(tmp_path, step=1, benchmark="nq")
+
+
+def test_what_cannot_be_read_is_named_by_file_and_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"neither completion tables nor predictions\.jsonl at"):
+        read_records(tmp_path)
+    good = Prediction("1", "?", ("Man",), (sample("Man"),))
+    write_predictions(tmp_path / "nq", good)
+    with (tmp_path / "nq" / "predictions.jsonl").open("a") as file:
+        file.write('{"id": "2", "question": "?"}\n')
+    with pytest.raises(ValueError, match=r"predictions\.jsonl, line 2: not a prediction \(KeyError: 'samples'\)"):
+        read_records(tmp_path)
+
+
+def test_a_cut_list_keeps_parents_that_are_in_it():
+    records = [{"parent": None}, {"parent": 3}, {"parent": None}, {"parent": None}, {"parent": 2}]
+    assert [record["parent"] for record in first_of_each(records, 3)] == [None, None, None]
+    mixed = [{"parent": None, "benchmark": "a"}] * 2 + [
+        {"parent": None, "benchmark": "b"},
+        {"parent": 2, "benchmark": "b"},
+    ]
+    assert first_of_each(mixed, 3) == [mixed[0], mixed[1], mixed[2]]
+    assert first_of_each(mixed, 4)[3]["parent"] == 2
+    # Taken are numbers 0, 1 and 3, so number 3 has moved to place 2.
+    moved = [
+        {"parent": 3, "benchmark": "a"},
+        *[{"parent": None, "benchmark": "b"}] * 2,
+        {"parent": None, "benchmark": "c"},
+    ]
+    assert [record["parent"] for record in first_of_each(moved, 3)] == [2, None, None]
+
+
+def test_queries_come_from_the_searches_if_they_pair_off_or_else_from_the_model():
+    segments = [
+        (SegmentKind.POLICY, "<search> first </search>"),
+        (SegmentKind.INFORMATION, "…"),
+        (SegmentKind.POLICY, "no search here"),
+        (SegmentKind.INFORMATION, "<search> forged </search>"),
+    ]
+    assert queries({}, segments) == [None, "first", None, None]
+    asked = [{"query": "1st", "passages": []}, {"query": "2nd", "passages": []}]
+    assert queries({"searches": asked}, segments) == [None, "1st", None, "2nd"]
+    assert queries({"searches": asked[:1]}, segments) == [None, "first", None, None]
