@@ -188,6 +188,15 @@ def load_benchmark(
     )
 
 
+def benchmark_specs(given: Any) -> list[Any]:
+    """What a command line or a recipe names, as a list of what `load_benchmark` takes: strings are cut at commas."""
+    entries = [given] if isinstance(given, str | Path | Mapping | BenchmarkSource) else list(given or [])
+    specs: list[Any] = []
+    for entry in entries:
+        specs += [part.strip() for part in entry.split(",") if part.strip()] if isinstance(entry, str) else [entry]
+    return specs
+
+
 def subset(benchmark: Benchmark, n: int, seed: int = 0) -> Benchmark:
     """The n questions whose SHA-256 of `"<seed>\\n<question>"` (UTF-8) is smallest, in the benchmark's own order.
 

@@ -1,0 +1,87 @@
+"""`rex-rag coverage`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rex_rag.commands.sections import parse_section
+
+DESCRIPTION = (
+    "Count the questions of which a gold answer stands in the corpus at all, and in the first passages that the "
+    "retriever finds for the question: the ceiling of any agent over that corpus, and what one search reaches of it. "
+    "`--corpus FILE` looks through a file and searches it by BM25; `--retriever DIR` does both with an index; with a "
+    "server, `--passages` names the corpus."
+)
+
+
+@dataclass
+class CoverageArguments:
+    """What is covered, and by what.
+
+    Raises:
+        ValueError: for no benchmark.
+    """
+
+    benchmarks: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "nq, triviaqa, popqa, hotpotqa, 2wikimultihopqa, musique, bamboogle; NAME=FILE.jsonl; a file; a "
+            ".yaml description. Several with commas or blanks between them."
+        },
+    )
+    passages: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Corpus files or index directories to look through, where the retriever's own are not here."
+        },
+    )
+    search: bool = field(default=True, metadata={"help": "Search too; without, only the corpus is looked through."})
+    top_k: list[int] = field(default_factory=lambda: [1, 3, 5, 10], metadata={"help": "Ranks to count within."})
+    subset: int | None = field(
+        default=None,
+        metadata={"help": "Only so many questions of each benchmark, chosen by hash of seed and question."},
+    )
+    subset_seed: int = field(default=0, metadata={"help": "Names one subset."})
+    benchmark_revision: str | None = field(
+        default=None, metadata={"help": "Revision of the Hub's repository of the seven benchmarks."}
+    )
+    json: str | None = field(default=None, metadata={"help": "Write figures, and each question's own, to this file."})
+
+    def __post_init__(self) -> None:
+        from rex_rag.evaluation.benchmarks import benchmark_specs
+
+        self.benchmarks = benchmark_specs(self.benchmarks)
+        self.passages = [self.passages] if isinstance(self.passages, str) else self.passages
+        if not self.benchmarks:
+            raise ValueError("no benchmark was given; name one, for example --benchmarks bamboogle=FILE.jsonl")
+
+
+def coverage(words: Sequence[str]) -> None:
+    """Print a table of coverage."""
+    from rex_rag.durable import write_json
+    from rex_rag.evaluation.benchmarks import load_benchmark, subset
+    from rex_rag.evaluation.coverage import coverage_table, measure_coverage, open_corpus
+    from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+
+    arguments, retrieval, _ = parse_section(
+        "coverage", DESCRIPTION, "coverage", (CoverageArguments, RetrieverArguments), words
+    )
+    benchmarks = [load_benchmark(spec, revision=arguments.benchmark_revision) for spec in arguments.benchmarks]
+    if arguments.subset is not None:
+        benchmarks = [subset(one, arguments.subset, arguments.subset_seed) for one in benchmarks]
+    sources = arguments.passages or retrieval.corpus or (retrieval.retriever if retrieval.kind == "index" else [])
+    if not sources and not arguments.search:
+        raise ValueError("there is nothing to look through; name --corpus, --passages or an index, or search")
+    retriever = load_retriever(retrieval) if arguments.search else None
+    passages, total = open_corpus(sources) if sources else (None, None)
+    measured = measure_coverage(benchmarks, passages, retriever, arguments.top_k, total=total)
+    if sources:
+        print(f"{measured[0].passages:,} passages: {', '.join(sources)}")
+    if retriever is not None:
+        print(f"searched: {retriever.description}")
+    print(coverage_table(measured))
+    if arguments.json:
+        rows = [{**one.as_row(), "benchmark": bench.as_row()} for one, bench in zip(measured, benchmarks, strict=True)]
+        write_json(Path(arguments.json), rows)
