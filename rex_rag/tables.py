@@ -17,6 +17,9 @@ _LATEX = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     **{character: "\\" + character for character in "&%$#_{}"},
+    # Behind the end of a row these would be taken for its options.
+    "[": "{[}",
+    "*": "{*}",
 }
 
 

@@ -1,0 +1,157 @@
+"""Runs as reports read them: the protocol card, the scores of every benchmark, and what is missing.
+
+Invariant: scores come from predictions whose questions hash to what the card says; a run that answered fewer questions
+than its card names says how many.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rex_rag.evaluation.benchmarks import Benchmark
+from rex_rag.evaluation.bootstrap import RESAMPLES, Estimate
+from rex_rag.evaluation.card import check_card
+from rex_rag.evaluation.records import PREDICTIONS_FILE, RUN_FILE, Prediction, Question
+from rex_rag.evaluation.scores import BenchmarkScores, macro_scores, read_predictions, read_seconds, score_benchmark
+
+
+class ReportError(ValueError):
+    """A directory is not a run that can be reported; the message names it, the reason and the way out."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """One run.
+
+    benchmarks: set -> its row of the card (`Benchmark.as_row`), in the card's order. scores: of the sets that are
+    whole; a part of a set says little of the rest. missing: set -> questions without a prediction, of the other sets.
+    """
+
+    path: Path
+    card: dict[str, Any]
+    benchmarks: dict[str, dict[str, Any]]
+    scores: dict[str, BenchmarkScores]
+    missing: dict[str, int]
+
+    @property
+    def method(self) -> str:
+        """The method's title."""
+        return str(self.card["method"]["title"])
+
+    @property
+    def model(self) -> str:
+        return str(self.card["model"]["name"])
+
+    @property
+    def protocol(self) -> str:
+        """Twelve hexadecimal digits over everything but method, model, questions, seed and versions."""
+        shared = {
+            "scorer": self.card["scorer"]["sha256"],
+            "budget": self.card["budget"],
+            "retriever": self.card["retriever"],
+            "decoding": {name: value for name, value in self.card["decoding"].items() if name != "seed"},
+        }
+        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def missing_text(self) -> str:
+        """What is missing, for people; empty for a run that is whole."""
+        return ", ".join(
+            f"{name}: {count:,} of {self.benchmarks[name]['questions']:,} questions missing"
+            for name, count in self.missing.items()
+        )
+
+    def mean(self, sets: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate | None:
+        """The unweighted mean over `sets` of the main metric, or `None` if any of them is not there whole."""
+        if not sets or any(name not in self.scores for name in sets):
+            return None
+        return macro_scores([self.scores[name] for name in sets], resamples=resamples, seed=seed)
+
+
+def run_directories(paths: Sequence[str | Path]) -> list[Path]:
+    """The runs that `paths` name: each is a run's directory, or one that holds runs, then all of them by name.
+
+    Raises:
+        ReportError: for a path that is neither, or a run named twice.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        inside = [path] if (path / RUN_FILE).is_file() else sorted(file.parent for file in path.glob(f"*/{RUN_FILE}"))
+        if not inside:
+            raise ReportError(f"{path} holds no {RUN_FILE}; name the directory that an evaluation wrote (--output)")
+        found += inside
+    resolved = [path.resolve() for path in found]
+    twice = sorted({str(path) for path, real in zip(found, resolved, strict=True) if resolved.count(real) > 1})
+    if twice:
+        raise ReportError(f"{', '.join(twice)} is named twice; name each run once")
+    return found
+
+
+def read_run(path: str | Path, *, resamples: int = RESAMPLES, seed: int = 0) -> FinishedRun:
+    """Read a run and score it.
+
+    Raises:
+        ReportError: for a card that cannot be read, and predictions of other questions than the card's.
+        ScoreError: for predictions that cannot be scored.
+    """
+    path = Path(path)
+    card = read_card(path)
+    scores, missing = {}, {}
+    for name, row in card["benchmarks"].items():
+        folder = path / name
+        if not (folder / PREDICTIONS_FILE).is_file():
+            missing[name] = row["questions"] - _finished_questions(folder)
+            continue
+        predictions = read_predictions(folder)
+        if questions_sha256(predictions) != row["sha256"]:
+            raise ReportError(
+                f"{folder / PREDICTIONS_FILE} holds {len(predictions):,} predictions that are not those of the "
+                f"{row['questions']:,} questions in {path / RUN_FILE}; evaluate into a new directory"
+            )
+        scores[name] = score_benchmark(predictions, seconds=read_seconds(folder), resamples=resamples, seed=seed)
+    return FinishedRun(path, card, card["benchmarks"], scores, missing)
+
+
+def _finished_questions(folder: Path) -> int:
+    """Of a set under way: what its finished chunks hold, one question a line."""
+    count = 0
+    for part in folder.glob("chunks/*.jsonl"):
+        with part.open("rb") as file:
+            count += sum(1 for _ in file)
+    return count
+
+
+def questions_sha256(predictions: Sequence[Prediction]) -> str:
+    """The hash that a benchmark of these questions has."""
+    questions = tuple(
+        Question(prediction.id, prediction.question, prediction.golden_answers, prediction.choices)
+        for prediction in predictions
+    )
+    return Benchmark(name="", kind="", questions=questions, source="", size=len(questions)).sha256
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """The protocol card of a run.
+
+    Raises:
+        ReportError: for a card that is missing, broken or of another format.
+    """
+    file = path / RUN_FILE
+    try:
+        card = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ReportError(
+            f"{path} holds no {RUN_FILE}; name the directory that an evaluation wrote (--output)"
+        ) from error
+    except ValueError as error:
+        raise ReportError(f"{file} is not readable JSON ({error}); evaluate into a new directory") from error
+    try:
+        check_card(card)
+    except ValueError as error:
+        raise ReportError(f"{file}: {error}") from error
+    return card

@@ -1,0 +1,82 @@
+"""Evaluation runs as results of a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rex_rag.card_results import CardResult, write_results
+from rex_rag.evaluation.benchmarks import FLASHRAG_REPOSITORY, FLASHRAG_SETS
+from rex_rag.evaluation.bootstrap import Estimate
+from rex_rag.evaluation.finished import FinishedRun
+from rex_rag.evaluation.published import label
+from rex_rag.evaluation.scores import ACCURACY, EXACT_MATCH, F1
+
+# In the Hub's names of metrics. Sub-match has none there.
+_METRICS = {EXACT_MATCH: "Exact match", F1: "F1", ACCURACY: "Accuracy"}
+
+
+def card_results(run: FinishedRun) -> list[CardResult]:
+    """What a card says of a run: exact match and F1, or accuracy, of every set, in per cent with its interval.
+
+    Raises:
+        ValueError: for a run that is not whole.
+    """
+    if run.missing:
+        raise ValueError(f"{run.path} is not whole: {run.missing_text}; resume it, then write the card")
+    return list(_results(run))
+
+
+def write_model_card(path: str | Path, runs: Sequence[FinishedRun]) -> None:
+    """Write the results of one model's runs into the card at `path`; what else it says stays.
+
+    Raises:
+        ValueError: for runs of several models, runs that are not whole, or two that would have the same place in the
+            card; see `write_results` for cards that cannot be written into.
+    """
+    if not runs:
+        raise ValueError(f"there is no run to write into {path}; name at least one directory")
+    identities = {tuple(run.card["model"].get(key) for key in ("name", "revision", "weights_sha256")) for run in runs}
+    if len(identities) > 1:
+        listed = ", ".join(f"{run.path} ({run.model})" for run in runs)
+        raise ValueError(f"a card is of one model, but these runs are of {len(identities)}: {listed}; name one's runs")
+    write_results(path, [result for run in runs for result in card_results(run)], model_name=runs[0].model)
+
+
+def _results(run: FinishedRun) -> Iterator[CardResult]:
+    card = run.card
+    for name, scores in run.scores.items():
+        row = run.benchmarks[name]
+        how = [run.method]
+        if scores.samples > 1:
+            how.append(f"mean of {scores.samples} samples")
+        if row["questions"] != row["size"]:
+            how.append(f"{row['questions']:,} of {row['size']:,} questions")
+        known = name in FLASHRAG_SETS
+        for metric, title in _METRICS.items():
+            if metric not in scores.metrics:
+                continue
+            value, interval = _per_cent(scores.metrics[metric])
+            yield CardResult(
+                dataset_name=label(name),
+                dataset_type=FLASHRAG_REPOSITORY if known else name,
+                dataset_config=name if known else None,
+                dataset_split=FLASHRAG_SETS[name][0] if known else None,
+                metric_type=metric,
+                metric_name=f"{title}, % ({', '.join(how)})",
+                value=value,
+                n=scores.n,
+                interval=interval,
+                protocol=run.protocol,
+                details={
+                    "method": card["method"]["name"],
+                    "questions_sha256": row["sha256"],
+                    "retriever": (card["retriever"] or {}).get("description"),
+                    "top_k": card["budget"]["top_k"] if card["retriever"] else None,
+                    "temperature": card["decoding"]["temperature"],
+                },
+            )
+
+
+def _per_cent(estimate: Estimate) -> tuple[float, tuple[float, float]]:
+    return round(100 * estimate.mean, 2), (round(100 * estimate.low, 2), round(100 * estimate.high, 2))

@@ -1,0 +1,339 @@
+"""One table over several runs, the paper's published rows beside them.
+
+Invariant: rows of one table were made under one protocol and from whole runs. What differs is refused, or, on request,
+stands in a footnote of every row and cell that it concerns; published rows always carry one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rex_rag.evaluation.bootstrap import RESAMPLES, Estimate, macro_mean
+from rex_rag.evaluation.card import comparable
+from rex_rag.evaluation.finished import FinishedRun, read_run, run_directories
+from rex_rag.evaluation.published import (
+    BENCHMARKS,
+    SETTING,
+    SIZES,
+    SOURCE,
+    PublishedRow,
+    label,
+    ordered,
+    published_rows,
+)
+from rex_rag.evaluation.scores import BenchmarkScores
+
+# Extra columns, with what stands at their head.
+COLUMNS = {
+    "f1": "F1",
+    "sub_match": "sub-match",
+    "pass_at_k": "pass@k",
+    "majority": "majority",
+    "searches": "searches",
+    "tokens": "tokens",
+    "seconds": "seconds",
+    "invalid": "invalid",
+    "truncations": "truncations",
+    "unanswered": "unanswered",
+}
+_EXPLAINED = {
+    "f1": "F1: token F1, per cent, mean over sets",
+    "sub_match": "sub-match: a gold answer stands in the answer, per cent, mean over sets",
+    "pass_at_k": "pass@k: a right answer among k samples, per cent, mean over sets",
+    "majority": "majority: the vote of all samples is right, per cent, mean over sets",
+    "searches": "searches: a sample",
+    "tokens": "tokens: written by the model, a sample",
+    "seconds": "seconds: of all sets together",
+    "invalid": "invalid: invalid actions a sample",
+    "truncations": "truncations: how often text was cut, by cause",
+    "unanswered": "unanswered: samples without an answer, per cent",
+}
+_SIZE = re.compile(r"(?<![\w.])(\d+B)(?![A-Za-z0-9])", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One benchmark: `size` questions in the whole set, of which `questions` were asked; `None` if runs differ."""
+
+    name: str
+    label: str
+    kind: str
+    questions: int | None
+    size: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A score in [0, 1]. `n` is `None` for published cells."""
+
+    estimate: Estimate | float
+    n: int | None = None
+    mark: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """What an extra column says of a run: a number in the unit of `COLUMNS`, or text, and how a table shows it."""
+
+    value: float | str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One run, or one published row. `extras` lacks what a run cannot say."""
+
+    method: str
+    model: str
+    cells: dict[str, Cell]
+    mean: Cell | None
+    published: bool = False
+    run: str = ""
+    protocol: str = ""
+    marks: tuple[str, ...] = ()
+    extras: dict[str, Extra] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A table, its footnotes (mark -> text) and the sentences below it."""
+
+    columns: tuple[Column, ...]
+    extras: tuple[str, ...]
+    rows: tuple[Row, ...]
+    notes: dict[str, str]
+    remarks: tuple[str, ...]
+
+
+def load_runs(paths: Sequence[str | Path], *, resamples: int = RESAMPLES, seed: int = 0) -> list[FinishedRun]:
+    """Read and score the runs that `paths` name.
+
+    Raises:
+        ReportError, ScoreError: see `run_directories` and `read_run`.
+    """
+    return [read_run(path, resamples=resamples, seed=seed) for path in run_directories(paths)]
+
+
+def build_report(
+    runs: Sequence[FinishedRun],
+    *,
+    extras: Sequence[str] = (),
+    published: Sequence[str] | None = None,
+    mark: bool = False,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Report:
+    """Put runs into one table.
+
+    Args:
+        extras: extra columns, of `COLUMNS`.
+        published: model sizes of the published rows to show, none if empty. Default: the sizes in the models' names,
+            or all if there is none; none if the runs share no set with the paper.
+        mark: show runs of different protocols and runs that are not whole, with footnotes.
+
+    Raises:
+        ValueError: no run, an unknown column or size; without `mark`, protocols that differ or incomplete runs, each
+            named with what differs or is missing.
+    """
+    if not runs:
+        raise ValueError("there is no run to report; name at least one directory")
+    unknown = [name for name in extras if name not in COLUMNS]
+    if unknown:
+        raise ValueError(f"there is no column {unknown[0]!r}; choose from {', '.join(COLUMNS)}")
+    if not mark:
+        _check_comparable(runs)
+    names = ordered(name for run in runs for name in run.benchmarks)
+    notes = _Notes()
+    rows = []
+    for position, run in enumerate(runs):
+        marks = [
+            notes.mark(f"not comparable with row{'s' * (len(places) > 1)} {', '.join(places)}: {found}")
+            for found, places in _against(run, [(str(row), other) for row, other in enumerate(runs[:position], 1)])
+        ]
+        rows.append(_row(run, marks, names, extras, notes, resamples, seed))
+    shown = _published_sizes(runs, names) if published is None else published
+    rows += [_published(row, names, notes) for row in published_rows(shown)]
+    columns = tuple(_column(name, runs) for name in names)
+    return Report(columns, tuple(extras), tuple(rows), notes.texts, tuple(_remarks(columns, runs, extras)))
+
+
+def _check_comparable(runs: Sequence[FinishedRun]) -> None:
+    problems = [f"{run.path} is not whole: {run.missing_text}" for run in runs if run.missing]
+    for position, run in enumerate(runs):
+        for found, others in _against(run, [(str(other.path), other) for other in runs[:position]]):
+            problems.append(f"{run.path} is not comparable with {', '.join(others)}: {found}")
+    if problems:
+        listed = "\n  ".join(problems)
+        raise ValueError(
+            f"these runs cannot stand in one table:\n  {listed}\nfinish them or report them apart, or show them with "
+            "footnotes (--mark)"
+        )
+
+
+def _against(run: FinishedRun, others: Sequence[tuple[str, FinishedRun]]) -> list[tuple[str, list[str]]]:
+    """What keeps a run from being compared with others, each obstacle with the names of those it concerns.
+
+    Every pair counts: two searches with unlike retrievers may both be comparable with a method that never searches.
+    """
+    concerned: dict[str, list[str]] = {}
+    for name, other in others:
+        found = comparable(other.card, run.card)
+        if found:
+            concerned.setdefault("; ".join(found), []).append(name)
+    return list(concerned.items())
+
+
+class _Notes:
+    """Footnotes: equal texts share a mark, in the order of first use."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+
+    def mark(self, text: str) -> str:
+        for mark, known in self.texts.items():
+            if known == text:
+                return mark
+        number = len(self.texts)
+        mark = (chr(ord("a") + number // 26 - 1) if number >= 26 else "") + chr(ord("a") + number % 26)
+        self.texts[mark] = text
+        return mark
+
+
+def _row(
+    run: FinishedRun,
+    marks: list[str],
+    names: Sequence[str],
+    extras: Sequence[str],
+    notes: _Notes,
+    resamples: int,
+    seed: int,
+) -> Row:
+    if run.missing:
+        marks = [*marks, notes.mark(f"not whole, so without a mean: {run.missing_text}")]
+    cells = {name: Cell(scores.main, scores.n) for name, scores in run.scores.items()}
+    mean = run.mean(names, resamples=resamples, seed=seed)
+    return Row(
+        method=run.method,
+        model=run.model,
+        cells=cells,
+        mean=None if mean is None else Cell(mean),
+        run=str(run.path),
+        protocol=run.protocol,
+        marks=tuple(marks),
+        extras=_extras(extras, list(run.scores.values()), resamples, seed),
+    )
+
+
+def _extras(names: Sequence[str], scores: Sequence[BenchmarkScores], resamples: int, seed: int) -> dict[str, Extra]:
+    """The extra columns over all whole sets of a run; without those that mean nothing for one of the sets."""
+    if not scores:
+        return {}
+    found = {name: _quality(name, scores, resamples, seed) or _cost(name, scores) for name in names}
+    return {name: extra for name, extra in found.items() if extra is not None}
+
+
+def _quality(name: str, scores: Sequence[BenchmarkScores], resamples: int, seed: int) -> Extra | None:
+    """Means over sets."""
+    if name in ("f1", "sub_match") and all(name in one.values for one in scores):
+        mean = macro_mean([one.values[name] for one in scores], resamples=resamples, seed=seed)
+        return Extra(100 * mean.mean, f"{100 * mean.mean:.1f} [{100 * mean.low:.1f}, {100 * mean.high:.1f}]")
+    if name == "pass_at_k" and all(one.pass_at_k for one in scores):
+        k = max(set.intersection(*(set(one.pass_at_k) for one in scores)))
+        share = 100 * sum(one.pass_at_k[k].mean for one in scores) / len(scores)
+        return Extra(share, f"{share:.1f} (k={k})")
+    if name == "majority" and all(one.majority for one in scores):
+        share = 100 * sum(one.majority.mean for one in scores) / len(scores)
+        return Extra(share, f"{share:.1f}")
+    return None
+
+
+def _cost(name: str, scores: Sequence[BenchmarkScores]) -> Extra | None:
+    """Means over samples, and sums."""
+    samples = [one.n * one.samples for one in scores]
+
+    def a_sample(values: Iterable[float]) -> float:
+        return sum(value * count for value, count in zip(values, samples, strict=True)) / sum(samples)
+
+    if name == "searches":
+        return _shown(a_sample(one.searches for one in scores), ".2f")
+    if name == "tokens":
+        return _shown(a_sample(one.tokens for one in scores), ",.0f")
+    if name == "invalid":
+        return _shown(a_sample(one.invalid_actions for one in scores), ".2f")
+    if name == "unanswered":
+        return _shown(100 * a_sample(one.unanswered for one in scores), ".1f")
+    if name == "seconds" and all(one.seconds is not None for one in scores):
+        return _shown(sum(one.seconds for one in scores), ",.0f")
+    if name == "truncations":
+        causes = sorted({cause for one in scores for cause in one.truncations})
+        counts = [f"{cause} {sum(one.truncations.get(cause, 0) for one in scores):,}" for cause in causes]
+        return Extra(", ".join(counts) or "none", ", ".join(counts) or "none")
+    return None
+
+
+def _shown(value: float, form: str) -> Extra:
+    return Extra(value, format(value, form))
+
+
+def _published_sizes(runs: Sequence[FinishedRun], names: Sequence[str]) -> list[str]:
+    if not set(names) & set(BENCHMARKS):
+        return []
+    named = {size.upper() for run in runs for size in _SIZE.findall(run.model)}
+    return [size for size in SIZES if size in named] or list(SIZES)
+
+
+def _published(row: PublishedRow, names: Sequence[str], notes: _Notes) -> Row:
+    marks = [notes.mark(f"as published in {SOURCE}; not produced under the protocol of the other rows ({SETTING})")]
+    cells = {name: Cell(row.em[name] / 100) for name in names if name in row.em}
+    mean = None
+    if list(names) == list(BENCHMARKS):
+        odd = f"as printed; the cells of this row have the mean {row.mean_of_cells:.1f}"
+        mean = Cell(row.mean / 100, mark="" if row.mean_follows else notes.mark(odd))
+    return Row(row.method, f"Qwen2.5-{row.size}", cells, mean, published=True, marks=tuple(marks))
+
+
+def _column(name: str, runs: Sequence[FinishedRun]) -> Column:
+    rows = [run.benchmarks[name] for run in runs if name in run.benchmarks]
+    asked = {row["questions"] for row in rows if row["name"] == name}
+    sizes = {row.get("size") for row in rows}
+    kind = rows[0].get("kind", "open")
+    return Column(
+        name=name,
+        label=label(name),
+        kind=kind,
+        questions=asked.pop() if len(asked) == 1 else None,
+        size=sizes.pop() if len(sizes) == 1 else None,
+    )
+
+
+def _remarks(columns: Sequence[Column], runs: Sequence[FinishedRun], extras: Sequence[str]) -> list[str]:
+    choice = [column.label for column in columns if column.kind == "multiple_choice"]
+    accuracy = f" ({', '.join(choice)}: accuracy of the letter)" if choice else ""
+    remarks = [
+        f"Exact match in per cent{accuracy}, in brackets the 95 % bootstrap interval over questions; mean: over sets, "
+        "each counting alike, only where a row has all of them."
+    ]
+    samples = sorted({scores.samples for run in runs for scores in run.scores.values()})
+    if samples not in ([], [1]):
+        remarks.append(f"Samples a question: {', '.join(map(str, samples))}; scores are means over them.")
+    if extras:
+        remarks.append("; ".join(_EXPLAINED[name] for name in extras) + ".")
+    return [*remarks, *_protocol(runs[0])]
+
+
+def _protocol(run: FinishedRun) -> list[str]:
+    """What a reader must know to set the first row, and so all without a footnote, beside figures from elsewhere."""
+    card = run.card
+    budget = card["budget"]
+    facts = [f"scorer {card['scorer']['name']} {card['scorer']['sha256'][:12]}"]
+    facts.append(f"{budget['max_turn_tokens']} tokens a turn, {budget['max_sequence_length']} in all")
+    if card["retriever"] is not None:
+        facts.append(
+            f"{card['retriever']['description']}, top {budget['top_k']}, at most {budget['max_turns']} searches"
+        )
+    temperature = card["decoding"]["temperature"]
+    facts.append("greedy" if temperature == 0 else f"temperature {temperature:g}")
+    return [f"Protocol of the first row ({run.protocol}): {'; '.join(facts)}."]

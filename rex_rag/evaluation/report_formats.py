@@ -1,0 +1,123 @@
+"""A report as Markdown, LaTeX or CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rex_rag.evaluation.bootstrap import Estimate
+from rex_rag.evaluation.report import COLUMNS, Cell, Column, Report, Row
+from rex_rag.tables import csv_table, latex_table, latex_text, markdown_table, markdown_text
+
+_NOTHING = "–"
+
+
+def as_markdown(report: Report) -> str:
+    """A GitHub table, published rows last and in italics, then footnotes and remarks."""
+
+    def show(row: Row) -> list[str]:
+        def figure(cell: Cell | None, column: Column | None = None) -> str:
+            text = _figure(cell, column, ("", ""))
+            return f"*{text}*" if row.published and text != _NOTHING else text
+
+        method = markdown_text(row.method) + (" (published)" if row.published else "")
+        marks = "".join(f" ({mark})" for mark in row.marks)
+        figures = [figure(row.cells.get(column.name), column) for column in report.columns]
+        means = [figure(row.mean)] if _has_mean(report) else []
+        extras = [markdown_text(row.extras[name].text) if name in row.extras else _NOTHING for name in report.extras]
+        return [method + marks, markdown_text(_model(row, report)), *figures, *means, *extras]
+
+    table = markdown_table(_header(report, markdown_text), [show(row) for row in report.rows], 2)
+    notes = [f"- ({mark}) {markdown_text(text)}" for mark, text in report.notes.items()]
+    remarks = [markdown_text(remark) for remark in report.remarks]
+    return "\n\n".join([table.rstrip("\n"), *(["\n".join(notes)] if notes else []), *remarks]) + "\n"
+
+
+def as_latex(report: Report) -> str:
+    """A booktabs table; a rule parts the published rows from the others."""
+
+    def show(row: Row) -> list[str]:
+        method = latex_text(row.method) + (" (published)" if row.published else "")
+        marks = f"$^{{{','.join(row.marks)}}}$" if row.marks else ""
+        around = (r"{\scriptsize ", "}")
+        figures = [_figure(row.cells.get(column.name), column, around, "$^{", "}$") for column in report.columns]
+        means = [_figure(row.mean, None, around, "$^{", "}$")] if _has_mean(report) else []
+        extras = [latex_text(row.extras[name].text) if name in row.extras else "--" for name in report.extras]
+        cells = [cell.replace(_NOTHING, "--") for cell in (*figures, *means)]
+        return [method + marks, latex_text(_model(row, report)), *cells, *extras]
+
+    groups = [[show(row) for row in report.rows if row.published is published] for published in (False, True)]
+    caption = [latex_text(remark) for remark in report.remarks]
+    caption += [f"$^{{{mark}}}${latex_text(text)}." for mark, text in report.notes.items()]
+    return latex_table(_header(report, latex_text), groups, caption, 2)
+
+
+def as_csv(report: Report) -> str:
+    """One line a row, figures in per cent; an interval's ends and n in columns of their own."""
+    header = ["method", "model", "source", "protocol"]
+    for column in report.columns:
+        header += [f"{column.name}_{name}" for name in ("n", _metric(column), "low", "high")]
+    header += ["mean", "mean_low", "mean_high", *report.extras, "notes"]
+    lines = []
+    for row in report.rows:
+        line: list[object] = [row.method, row.model, "published" if row.published else row.run, row.protocol]
+        for column in report.columns:
+            cell = row.cells.get(column.name)
+            line += [None if cell is None else cell.n, *_ends(cell)]
+        marks = [*row.marks, *filter(None, [row.mean.mark if row.mean else ""])]
+        notes = "; ".join(report.notes[mark] for mark in marks)
+        extras = [row.extras[name].value if name in row.extras else None for name in report.extras]
+        rounded = [round(value, 4) if isinstance(value, float) else value for value in extras]
+        lines.append([*line, *_ends(row.mean), *rounded, notes])
+    return csv_table(header, lines)
+
+
+FORMATS: dict[str, Callable[[Report], str]] = {"markdown": as_markdown, "csv": as_csv, "latex": as_latex}
+
+
+def _metric(column: Column) -> str:
+    return "accuracy" if column.kind == "multiple_choice" else "em"
+
+
+def _header(report: Report, escape: Callable[[str], str]) -> list[str]:
+    heads = [escape(f"{column.label}{_asked(column)}") for column in report.columns]
+    return ["method", "model", *heads, *(["mean"] if _has_mean(report) else []), *map(COLUMNS.get, report.extras)]
+
+
+def _asked(column: Column) -> str:
+    if column.questions is None:
+        return ""
+    of = f" of {column.size:,}" if column.size not in (None, column.questions) else ""
+    return f" (n={column.questions:,}{of})"
+
+
+def _has_mean(report: Report) -> bool:
+    return len(report.columns) > 1
+
+
+def _model(row: Row, report: Report) -> str:
+    """The model, with the run's folder where two rows would look the same."""
+    same = [other for other in report.rows if (other.method, other.model) == (row.method, row.model)]
+    return f"{row.model} ({Path(row.run).name})" if len(same) > 1 and row.run else row.model
+
+
+def _figure(
+    cell: Cell | None, column: Column | None, around: tuple[str, str], before: str = " (", after: str = ")"
+) -> str:
+    """A figure in per cent with its interval between the strings `around`, and n where the head does not say it."""
+    if cell is None:
+        return _NOTHING
+    mark = f"{before}{cell.mark}{after}" if cell.mark else ""
+    if not isinstance(cell.estimate, Estimate):
+        return f"{100 * cell.estimate:.1f}{mark}"
+    interval = f"{around[0]}[{100 * cell.estimate.low:.1f}, {100 * cell.estimate.high:.1f}]{around[1]}"
+    asked = cell.n != column.questions if column else False
+    return f"{100 * cell.estimate.mean:.1f} {interval}{f' (n={cell.n:,})' if asked else ''}{mark}"
+
+
+def _ends(cell: Cell | None) -> list[float | None]:
+    if cell is None:
+        return [None, None, None]
+    if not isinstance(cell.estimate, Estimate):
+        return [round(100 * cell.estimate, 4), None, None]
+    return [round(100 * value, 4) for value in (cell.estimate.mean, cell.estimate.low, cell.estimate.high)]
