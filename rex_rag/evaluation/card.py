@@ -1,6 +1,6 @@
 """The protocol card of a run: everything its figures depend on, so that runs are compared that can be.
 
-`run.json` holds it. Nothing in it depends on the clock, and no address of the machine is in it.
+`run.json` holds it. Nothing in it depends on the clock, and of folders it names the last two parts alone.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def protocol_card(
             "prompts": method.prompts,
         },
         "model": dict(model),
-        "benchmarks": {benchmark.name: benchmark.as_row() for benchmark in benchmarks},
+        "benchmarks": {benchmark.name: _benchmark_row(benchmark) for benchmark in benchmarks},
+        "benchmark_order": [benchmark.name for benchmark in benchmarks],
         "retriever": None if retriever is None else dict(retriever),
         "budget": asdict(budget),
         "decoding": {"temperature": temperature, "top_p": 1.0, "samples": samples, "seed": seed},
@@ -80,7 +81,6 @@ def describe_retriever(arguments: RetrieverArguments, description: str) -> dict[
     """
     said: dict[str, Any] = {"kind": arguments.kind, "description": description, "fingerprint": None}
     if arguments.kind == "bm25":
-        said["description"] = description.replace(str(Path.cwd()), ".")
         said["fingerprint"] = _files_hash(arguments.corpus)
     elif arguments.kind == "index":
         from rex_rag.retrieval.index.manifest import Manifest
@@ -127,7 +127,9 @@ def comparable(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]
     ]
     pairs += [(f"decoding.{part}", first["decoding"][part], second["decoding"][part]) for part in _COMPARED_DECODING]
     if both_search:
-        pairs += list(_paired(first["retriever"], second["retriever"], "retriever"))
+        pairs += [
+            pair for pair in _paired(first["retriever"], second["retriever"], "retriever") if _counts(pair[0], first)
+        ]
     if first["method"]["name"] == second["method"]["name"]:
         pairs.append(("method.prompt_sha256", first["method"]["prompt_sha256"], second["method"]["prompt_sha256"]))
     differences = [_difference(*pair) for pair in pairs if pair[1] != pair[2]]
@@ -138,12 +140,25 @@ def comparable(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """Every field in which two cards differ, one line each. Where a benchmark's file lies does not count."""
+    """Every field in which two cards differ, one line each. Where files lie does not count: their hashes do."""
     return [
         _difference(name, one, other)
         for name, one, other in _paired(first, second, "")
-        if one != other and not (name.startswith("benchmarks.") and name.endswith(".source"))
+        if one != other and _counts(name, first)
     ]
+
+
+def _benchmark_row(benchmark: Benchmark) -> dict[str, Any]:
+    source = Path(benchmark.source)
+    named = "/".join(source.parts[-2:]) if source.is_absolute() else benchmark.source
+    return {**benchmark.as_row(), "source": named}
+
+
+def _counts(name: str, card: Mapping[str, Any]) -> bool:
+    """Whether a field identifies anything; names of files do not where a hash says what is in them."""
+    if name == "retriever.description":
+        return (card["retriever"] or {}).get("fingerprint") is None
+    return name != "benchmark_order" and not (name.startswith("benchmarks.") and name.endswith(".source"))
 
 
 def check_card(card: Mapping[str, Any]) -> None:

@@ -1,0 +1,195 @@
+"""`rex-rag evaluate`, and what scripts/evaluate.py starts in every process."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rex_rag.commands.sections import parse_section
+
+if TYPE_CHECKING:
+    from rex_rag.evaluation.arguments import EvaluationArguments, SearchArguments
+    from rex_rag.evaluation.benchmarks import Benchmark
+    from rex_rag.evaluation.models import LanguageModel
+    from rex_rag.evaluation.run import Shard
+    from rex_rag.evaluation.scores import BenchmarkScores
+
+DESCRIPTION = (
+    "Run a method with a model over benchmarks and score what it answers. The output directory holds the protocol "
+    "card (run.json), every prediction and the scores; a run that was killed goes on where it stood. Several "
+    "processes share the work under `accelerate launch scripts/evaluate.py`, or each with a --shard of its own."
+)
+
+
+def evaluate(words: Sequence[str]) -> None:
+    """Evaluate a model on benchmarks."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from rex_rag.evaluation.arguments import EvaluationArguments, SearchArguments
+    from rex_rag.evaluation.run import Shard
+
+    def switches(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--shard", metavar="I/N", help="run part I of N (from 0) and wait for nobody; the last one to end merges"
+        )
+
+    arguments, search, options = parse_section(
+        "evaluate", DESCRIPTION, "evaluate", (EvaluationArguments, SearchArguments), words, switches
+    )
+    shard = Shard.parse(options.shard) if options.shard else launched_shard(os.environ)
+    logging.getLogger("rex_rag").setLevel(logging.INFO)
+    run_evaluation(arguments, search, shard, process=int(os.environ.get("LOCAL_RANK", 0)), say=print)
+
+
+def launched_shard(environment: Mapping[str, str]) -> Shard:
+    """The part of a process that `accelerate launch` or torchrun started; everything for a lone one."""
+    from rex_rag.evaluation.run import Shard
+
+    return Shard(int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1)))
+
+
+def run_evaluation(
+    arguments: EvaluationArguments,
+    search: SearchArguments,
+    shard: Shard,
+    *,
+    process: int = 0,
+    say: Callable[[str], object] = lambda line: None,
+) -> dict[str, BenchmarkScores] | None:
+    """Run this process's part of an evaluation.
+
+    Args:
+        process: number of this process on its machine, which chooses its GPU.
+        say: takes the lines meant for people.
+
+    Returns:
+        Benchmark -> scores once the whole run is finished, to the process that reports it, else `None`.
+
+    Raises:
+        ValueError: for arguments, benchmarks, a model or a directory that do not go together.
+        RetrievalError, OSError: when searches or completions failed; what is finished stays for the next start.
+    """
+    from rex_rag.evaluation.card import describe_retriever, protocol_card
+    from rex_rag.evaluation.methods import make_method
+    from rex_rag.evaluation.models import open_model
+    from rex_rag.evaluation.run import EvaluationRun, score_run
+    from rex_rag.retrieval.load import load_retriever
+
+    method = make_method(arguments.method, arguments.prompt_text())
+    if method.uses_retriever and not search.is_given:
+        raise ValueError(
+            f"the method {method.name} searches, but no retriever is named; set retriever (an index directory, a "
+            "server's URL) or corpus (JSON lines files, searched with BM25)"
+        )
+    benchmarks = load_benchmarks(arguments)
+    # The model first: vLLM's CPU build cannot start once bm25s is loaded.
+    model = open_model(arguments.model_options(process))
+    _check_length(model, arguments)
+    retriever, description = None, None
+    if method.uses_retriever:
+        retriever = load_retriever(search)
+        retriever.check()
+        description = describe_retriever(search, retriever.description)
+    card = protocol_card(
+        method=method,
+        model=model.describe(),
+        benchmarks=benchmarks,
+        retriever=description,
+        budget=arguments.budget(),
+        temperature=arguments.temperature,
+        samples=arguments.samples,
+        seed=arguments.seed,
+        chunk_size=arguments.batch_size,
+    )
+    run = EvaluationRun(
+        Path(arguments.output),
+        card,
+        benchmarks,
+        method,
+        model,
+        retriever,
+        budget=arguments.budget(),
+        samples=arguments.samples,
+        chunk_size=arguments.batch_size,
+        patience=60 * arguments.wait_minutes,
+    )
+    is_first = shard.index == 0
+    if is_first:
+        questions = sum(map(len, benchmarks))
+        say(f"{method.title} with {card['model']['name']}: {questions:,} questions of {len(benchmarks)} benchmarks")
+    try:
+        finished = run.run(shard, show_progress=is_first or not shard.helps)
+    finally:
+        model.close()
+    if not finished:
+        say(f"part {shard.index}/{shard.count} is done; others are not: the last to end merges and scores")
+        return None
+    if shard.helps and not is_first:
+        return None
+    scores = score_run(arguments.output, card)
+    say(score_table(scores))
+    say(f"results: {arguments.output}")
+    return scores
+
+
+def load_benchmarks(arguments: EvaluationArguments) -> list[Benchmark]:
+    """The benchmarks that the arguments name, cut to the subset asked for.
+
+    Raises:
+        BenchmarkError: for one that cannot be loaded.
+        ValueError: for two of the same name.
+    """
+    from rex_rag.evaluation.benchmarks import load_benchmark, subset
+
+    benchmarks = [load_benchmark(entry, revision=arguments.benchmark_revision) for entry in arguments.benchmarks]
+    if arguments.subset is not None:
+        benchmarks = [subset(benchmark, arguments.subset, arguments.subset_seed) for benchmark in benchmarks]
+    names = [benchmark.name for benchmark in benchmarks]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"two benchmarks are called {', '.join(repeated)}; give one another name: NAME=FILE.jsonl")
+    return benchmarks
+
+
+def score_table(scores: Mapping[str, BenchmarkScores]) -> str:
+    """Scores as a table for the terminal; the main metric in per cent with its 95 % interval."""
+    head = ["benchmark", "n", "EM/accuracy", "95 %", "F1", "searches", "tokens", "unanswered", "seconds"]
+    rows = [head]
+    for name, one in scores.items():
+        f1 = one.metrics.get("f1")
+        rows.append(
+            [
+                name,
+                f"{one.n:,}",
+                f"{100 * one.main.mean:.1f}",
+                f"{100 * one.main.low:.1f} to {100 * one.main.high:.1f}",
+                f"{100 * f1.mean:.1f}" if f1 else "",
+                f"{one.searches:.2f}",
+                f"{one.tokens:.0f}",
+                f"{100 * one.unanswered:.1f} %",
+                "" if one.seconds is None else f"{one.seconds:.1f}",
+            ]
+        )
+    if len(scores) > 1:
+        mean = sum(one.main.mean for one in scores.values()) / len(scores)
+        rows.append(["mean", "", f"{100 * mean:.1f}", *[""] * (len(head) - 3)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _check_length(model: LanguageModel, arguments: EvaluationArguments) -> None:
+    if model.max_length is not None and arguments.max_sequence_length > model.max_length:
+        raise ValueError(
+            f"max_sequence_length={arguments.max_sequence_length} is more than the {model.max_length} tokens that "
+            f"{arguments.model} takes; lower it"
+        )

@@ -1,0 +1,246 @@
+"""What an evaluation is asked to do, as the command line and recipes say it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rex_rag.evaluation.endpoint import DEFAULT_KEY_VARIABLE, EndpointOptions, check_endpoint_url
+from rex_rag.evaluation.models import BACKENDS, ENDPOINT, TRANSFORMERS, VLLM, ModelOptions
+from rex_rag.retrieval.load import BM25, RetrieverArguments
+from rex_rag.rollout import RolloutBudget
+
+AUTO = "auto"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_COUNTS = (
+    "samples",
+    "batch_size",
+    "top_k",
+    "max_turns",
+    "max_turn_tokens",
+    "max_observation_tokens",
+    "max_sequence_length",
+    "tensor_parallel_size",
+    "endpoint_attempts",
+    "endpoint_concurrency",
+)
+_BUDGET = RolloutBudget()
+_POSITIVE_NUMBERS = ("endpoint_timeout", "wait_minutes")
+
+
+@dataclass
+class EvaluationArguments:
+    """One run: a model, a method, benchmarks, and where the results go.
+
+    Raises:
+        ValueError: naming everything that is out of range, missing or does not go together.
+    """
+
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Hub name or folder of the model; with --endpoint, the name it is served under."},
+    )
+    benchmarks: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "What to answer, separated by spaces or commas: nq, triviaqa, popqa, hotpotqa, 2wikimultihopqa, "
+            "musique, bamboogle (from the Hub), NAME=FILE.jsonl, a file, or a .yaml that describes your own set."
+        },
+    )
+    method: str = field(default="rex_rag", metadata={"help": "Method of the comparison, see the README."})
+    output: str | None = field(default=None, metadata={"help": "Directory of the run; an unfinished one goes on."})
+    subset: int | None = field(
+        default=None,
+        metadata={"help": "Only so many questions of each benchmark, chosen by hash of seed and question."},
+    )
+    subset_seed: int = field(default=0, metadata={"help": "Names one subset."})
+    benchmark_revision: str | None = field(
+        default=None, metadata={"help": "Revision of the Hub's repository of the seven benchmarks."}
+    )
+    samples: int = field(default=1, metadata={"help": "Attempts at each question; more than one needs a temperature."})
+    temperature: float = field(default=0.0, metadata={"help": "0 decodes greedily."})
+    seed: int = field(default=0, metadata={"help": "Seed of all draws; nothing is drawn at temperature 0."})
+    batch_size: int = field(
+        default=64,
+        metadata={"help": "Questions that are run together, and what a kill can cost; part of the protocol."},
+    )
+    backend: str = field(
+        default=AUTO,
+        metadata={
+            "help": "transformers, vllm (offline) or endpoint; auto: endpoint if one is named, else transformers."
+        },
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Revision of the model's Hub repository."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Hub name or folder of the tokenizer, if it is not where the model is."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "auto (as stored), float32, bfloat16 or float16."})
+    device: str | None = field(default=None, metadata={"help": "transformers: cpu, cuda:0, …; default, a GPU if any."})
+    gpu_memory_utilization: float = field(default=0.9, metadata={"help": "vllm: share of a GPU's memory it may take."})
+    tensor_parallel_size: int = field(default=1, metadata={"help": "vllm: GPUs that share one model."})
+    enforce_eager: bool = field(default=False, metadata={"help": "vllm: compile nothing; starts sooner, runs slower."})
+    endpoint: str | None = field(
+        default=None,
+        metadata={"help": "Base URL of an OpenAI-compatible server, for example http://127.0.0.1:8000/v1."},
+    )
+    endpoint_timeout: float = field(default=600.0, metadata={"help": "Seconds one attempt at a completion may take."})
+    endpoint_attempts: int = field(default=6, metadata={"help": "Attempts at a completion before it is an error."})
+    endpoint_concurrency: int = field(default=32, metadata={"help": "Requests under way at once."})
+    endpoint_key_variable: str = field(
+        default=DEFAULT_KEY_VARIABLE, metadata={"help": "Environment variable that holds the key, if there is one."}
+    )
+    prompt_template: str | None = field(
+        default=None, metadata={"help": "Text file with the method's first prompt; default, the built-in one."}
+    )
+    top_k: int = field(default=_BUDGET.top_k, metadata={"help": "Passages a search."})
+    max_turns: int = field(
+        default=_BUDGET.max_turns, metadata={"help": "Turns that may search; one last generation follows."}
+    )
+    max_turn_tokens: int = field(
+        default=_BUDGET.max_turn_tokens, metadata={"help": "Longest generation of a turn, in tokens."}
+    )
+    max_observation_tokens: int = field(
+        default=_BUDGET.max_observation_tokens,
+        metadata={"help": "Longest observation, in tokens, tags included."},
+    )
+    max_sequence_length: int = field(
+        default=_BUDGET.max_sequence_length, metadata={"help": "Prompt and completion in all, in tokens."}
+    )
+    wait_minutes: float = field(
+        default=60.0,
+        metadata={"help": "How long to wait for other processes while none of them finishes a batch."},
+    )
+
+    def __post_init__(self) -> None:
+        self.benchmarks = _listed(self.benchmarks)
+        for name in ("temperature", "gpu_memory_utilization", *_POSITIVE_NUMBERS):
+            value = getattr(self, name)
+            if isinstance(value, int) and not isinstance(value, bool):
+                setattr(self, name, float(value))
+        problems = [*self._missing(), *self._value_problems(), *self._backend_problems()]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def chosen_backend(self) -> str:
+        """`backend` with `auto` resolved."""
+        if self.backend != AUTO:
+            return self.backend
+        return ENDPOINT if self.endpoint else TRANSFORMERS
+
+    def budget(self) -> RolloutBudget:
+        return RolloutBudget(
+            max_turns=self.max_turns,
+            max_turn_tokens=self.max_turn_tokens,
+            max_observation_tokens=self.max_observation_tokens,
+            max_sequence_length=self.max_sequence_length,
+            top_k=self.top_k,
+        )
+
+    def model_options(self, process: int = 0) -> ModelOptions:
+        """Args: process: number of this process on its machine, which chooses its GPU."""
+        endpoint = None
+        if self.endpoint:
+            endpoint = EndpointOptions(
+                url=self.endpoint,
+                model=self.model,
+                timeout=self.endpoint_timeout,
+                attempts=self.endpoint_attempts,
+                concurrency=self.endpoint_concurrency,
+                key_variable=self.endpoint_key_variable,
+            )
+        return ModelOptions(
+            name=self.model,
+            backend=self.chosen_backend,
+            revision=self.model_revision,
+            tokenizer=self.tokenizer,
+            dtype=self.dtype,
+            device=self.device,
+            max_length=self.max_sequence_length,
+            temperature=self.temperature,
+            seed=self.seed,
+            endpoint=endpoint,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            tensor_parallel_size=self.tensor_parallel_size,
+            enforce_eager=self.enforce_eager,
+            process=process,
+        )
+
+    def prompt_text(self) -> str | None:
+        """The text of `prompt_template`, `None` for the method's own."""
+        return None if self.prompt_template is None else Path(self.prompt_template).read_text(encoding="utf-8")
+
+    def _missing(self) -> Iterator[str]:
+        if not self.model:
+            yield "model is not set; name a Hub model or a folder, or with endpoint the name it is served under"
+        if not self.benchmarks:
+            yield "benchmarks is empty; name at least one, for example nq or mine=questions.jsonl"
+        if not self.output:
+            yield "output is not set; name the directory of the run"
+        if self.prompt_template is not None and not Path(self.prompt_template).is_file():
+            yield f"prompt_template={self.prompt_template!r} is no file here ({Path.cwd()}); correct the path"
+
+    def _value_problems(self) -> Iterator[str]:
+        for name in _COUNTS + (("subset",) if self.subset is not None else ()):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                yield f"{name}={value!r}; it must be an integer of at least 1"
+        for name in _POSITIVE_NUMBERS:
+            value = getattr(self, name)
+            if not isinstance(value, float) or not 0 < value < float("inf"):
+                yield f"{name}={value!r}; it must be a finite number above 0"
+        for name in ("seed", "subset_seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                yield f"{name}={value!r}; it must be an integer"
+        if not isinstance(self.temperature, float) or not 0 <= self.temperature < float("inf"):
+            yield f"temperature={self.temperature!r}; it must be a finite number of at least 0"
+        elif self.temperature == 0 and isinstance(self.samples, int) and self.samples > 1:
+            yield f"samples={self.samples} at temperature 0 are all equal; set a temperature, for example 1.0"
+        if not isinstance(self.gpu_memory_utilization, float) or not 0 < self.gpu_memory_utilization <= 1:
+            yield f"gpu_memory_utilization={self.gpu_memory_utilization!r}; it must be above 0 and at most 1"
+        if self.dtype not in DTYPES:
+            yield f"dtype={self.dtype!r}; it must be one of {', '.join(DTYPES)}"
+        names = [_name(entry) for entry in self.benchmarks]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            yield f"benchmarks names {', '.join(repeated)} more than once; name each once"
+
+    def _backend_problems(self) -> Iterator[str]:
+        if self.backend not in (AUTO, *BACKENDS):
+            yield f"backend={self.backend!r}; it must be one of {', '.join((AUTO, *BACKENDS))}"
+            return
+        if self.chosen_backend == ENDPOINT and not self.endpoint:
+            yield "backend='endpoint' needs endpoint, the server's base URL, for example http://127.0.0.1:8000/v1"
+        if self.endpoint and self.chosen_backend != ENDPOINT:
+            yield f"endpoint={self.endpoint!r} and backend={self.backend!r} do not go together; leave one of them out"
+        if self.endpoint:
+            try:
+                check_endpoint_url(self.endpoint)
+            except ValueError as error:
+                yield str(error)
+        if self.tensor_parallel_size != 1 and self.chosen_backend != VLLM:
+            yield f"tensor_parallel_size={self.tensor_parallel_size} is for vllm, not for {self.chosen_backend}"
+
+
+@dataclass
+class SearchArguments(RetrieverArguments):
+    """`RetrieverArguments` that may be left out, for methods that never search."""
+
+    def __post_init__(self) -> None:
+        self.is_given = not (self.retriever in ([BM25], BM25) and not self.corpus)
+        if self.is_given:
+            super().__post_init__()
+
+
+def _listed(value: Any) -> list[Any]:
+    """Entries given as a list, as one entry, or separated by commas."""
+    entries = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+    parted = [entry.split(",") if isinstance(entry, str) else [entry] for entry in entries]
+    return [part.strip() if isinstance(part, str) else part for parts in parted for part in parts if part]
+
+
+def _name(entry: Any) -> str:
+    return entry.partition("=")[0] if isinstance(entry, str) else str(entry.get("name", entry))
