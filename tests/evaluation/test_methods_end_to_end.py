@@ -21,19 +21,22 @@ from rex_rag.types import SegmentKind, Trajectory
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Whole strings that methods look for are tokens, so that an untrained model writes them now and then."""
+    """Whole actions and announcements are tokens, so that an untrained model writes them now and then."""
     from parts import make_bpe_tokenizer
 
     tokenizer = make_bpe_tokenizer()
-    phrases = [". ", "So the answer is:", "\\boxed{oak}", "**Final Information** owl", "\n"]
-    tokenizer.add_tokens([*ALL_TAGS, *QUERY_MARKS, *phrases])
+    words = ["Ada", "Boris", "Clara", "Valmere"]
+    queries = [QUERY_MARKS[0] + word + QUERY_MARKS[1] for word in words]
+    searches = [f"<search> {word} </search>" for word in words]
+    phrases = [". ", "So the answer is: oak\n", "\\boxed{oak}", "**Final Information** owl", "<answer> oak </answer>"]
+    tokenizer.add_tokens([*ALL_TAGS, *queries, *searches, *phrases])
     return tokenizer
 
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
     """Float64, so that what a row is padded with cannot tip the choice between two tokens."""
-    model = make_tiny_model(tokenizer, seed=3).double().eval()
+    model = make_tiny_model(tokenizer, seed=2).double().eval()
     with torch.no_grad():
         model.model.embed_tokens.weight[400:] *= 2.5  # the tokens added above come up more often
     return model
@@ -75,13 +78,13 @@ def test_every_method_runs_and_its_results_do_not_depend_on_the_order(name, tool
     assert method.run([asked[0], asked[0]], toolbox) == [trajectories[0]] * 2
 
 
-def test_the_untrained_model_reaches_the_parts_under_test(toolbox, questions):
-    """The test above would show little if no search were made and no text cut."""
-    interleaved = [
-        t for name in ("ircot", "search_o1", "search_r1") for t in make_method(name).run(questions[1], toolbox)
-    ]
-    assert sum(len(trajectory.searches) for trajectory in interleaved) > 20
-    assert sum(sum(trajectory.truncations.values()) for trajectory in interleaved) > 20
+@pytest.mark.parametrize("name", ["ircot", "search_o1", "search_r1"])
+def test_the_untrained_model_reaches_the_parts_under_test(name, toolbox, questions):
+    """The test above would show little if no search were made, no answer given and no text cut."""
+    trajectories = make_method(name).run(questions[1], toolbox)
+    assert sum(len(trajectory.searches) for trajectory in trajectories) >= 5
+    assert sum(trajectory.answer is not None for trajectory in trajectories) >= 3
+    assert sum(sum(trajectory.truncations.values()) for trajectory in trajectories) >= 3
 
 
 def check_books(trajectory: Trajectory, toolbox: Toolbox) -> None:
