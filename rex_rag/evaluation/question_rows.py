@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 # Sets carry whole documents in their metadata; a prediction keeps what fits beside it.
 _METADATA_CHARACTERS = 200
-_READ_BY_DATASETS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
+FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 
 LocatedRow = tuple[str, Mapping[str, Any]]
 
@@ -49,7 +51,7 @@ def read_rows(
     """
     file = Path(path).expanduser()
     suffix = "".join(file.suffixes[-2:]) if file.suffix == ".gz" else file.suffix
-    if suffix not in (".jsonl", ".jsonl.gz", *_READ_BY_DATASETS):
+    if suffix not in FILE_SUFFIXES:
         return _hub_rows(path, config, split, revision)
     if config is not None or split is not None or revision is not None:
         raise BenchmarkError(
@@ -58,38 +60,76 @@ def read_rows(
         )
     if not file.is_file():
         raise BenchmarkError(f"{path}: no such file; check the path (working directory: {Path.cwd()})")
-    if suffix in _READ_BY_DATASETS:
-        rows = _load_dataset(path, _READ_BY_DATASETS[suffix], data_files=str(file), split="train")
-        return path, _numbered(path, rows)
+    if suffix == ".parquet":
+        return path, _parquet_rows(file, path)
+    if suffix == ".csv":
+        return path, _csv_rows(file, path)
+    if suffix == ".json" and file.read_bytes()[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        return path, _array_rows(file, path)
     return path, ((f"{path}, line {number}", row) for number, row in iter_json_objects(file, BenchmarkError))
+
+
+def _parquet_rows(file: Path, path: str) -> Iterator[LocatedRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise BenchmarkError(f"{path}: not a readable parquet file ({error}); write or fetch it again") from error
+    return _numbered(path, table.to_pylist())
+
+
+def _csv_rows(file: Path, path: str) -> Iterator[LocatedRow]:
+    """Rows under a line of column names. Every cell is text, as it stands there; an empty one is a null."""
+    # Readers that guess types turn "007" into 7 and the choice "None" into no choice.
+    with file.open(encoding="utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text, strict=True)
+        try:
+            for row in reader:
+                place = f"{path}, line {reader.line_num}"
+                if None in row or None in row.values():
+                    raise BenchmarkError(
+                        f"{place}: the row has not {len(reader.fieldnames or ())} cells as the first line has; quote "
+                        "cells that hold a comma, and leave out none"
+                    )
+                yield place, {name: cell or None for name, cell in row.items()}
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise BenchmarkError(
+                f"{path}, after line {reader.line_num}: not readable CSV in UTF-8 ({error}); write it again"
+            ) from error
+
+
+def _array_rows(file: Path, path: str) -> Iterator[LocatedRow]:
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise BenchmarkError(f"{path}: broken JSON ({error}); the file must hold one array of objects") from error
+    for place, row in _numbered(path, rows):
+        if not isinstance(row, dict):
+            raise BenchmarkError(f"{place}: an object is needed, found {shorten(row)}")
+        yield place, row
 
 
 def _hub_rows(
     path: str, config: str | None, split: str | None, revision: str | None
 ) -> tuple[str, Iterator[LocatedRow]]:
     if Path(path).expanduser().exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise BenchmarkError(
-            f"{path}: neither a .jsonl, .jsonl.gz, .json, .csv or .parquet file nor a dataset's name; check the path"
-        )
+        raise BenchmarkError(f"{path}: neither a {', '.join(FILE_SUFFIXES)} file nor a dataset's name; check the path")
     if split is None:
         raise BenchmarkError(f"{path}: a dataset of the Hub needs `split:`, for example test")
-    rows = _load_dataset(path, path, config, split=split, revision=revision)
-    where = f"{path}{f' ({config})' if config else ''}, split {split}{f'@{revision}' if revision else ''}"
-    return where, _numbered(where, rows)
-
-
-def _load_dataset(path: str, *arguments: Any, **options: Any) -> Iterable[Mapping[str, Any]]:
     from datasets import load_dataset
 
     try:
-        return load_dataset(*arguments, **options)
+        rows = load_dataset(path, config, split=split, revision=revision)
     # The library raises anything from KeyError to the network's errors here; all mean the same to a user.
     except Exception as error:
-        cause = error.__cause__ or error
         raise BenchmarkError(
-            f"{path} cannot be loaded: {type(cause).__name__}: {shorten(str(cause), 300)}. Check path, config and "
-            "split, or convert it to JSON lines"
+            f"{path} (config={config!r}, split={split!r}) cannot be loaded: {type(error).__name__}: "
+            f"{shorten(str(error), 300)}. Check the name, config and split, or fetch it and name the file"
         ) from error
+    where = f"{path}{f' ({config})' if config else ''}, split {split}{f'@{revision}' if revision else ''}"
+    return where, _numbered(where, rows)
 
 
 def _numbered(where: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[LocatedRow]:

@@ -14,6 +14,7 @@ from rex_rag.evaluation.benchmarks import (
     FLASHRAG_SETS,
     BenchmarkError,
     BenchmarkSource,
+    benchmark_specs,
     load_benchmark,
     subset,
 )
@@ -68,6 +69,49 @@ def test_a_packed_file_and_an_array_give_the_same_questions(tmp_path):
         assert load_benchmark(path).questions == plain.questions
         assert load_benchmark(path).sha256 == plain.sha256
     assert load_benchmark(packed).name == "packed"
+
+
+def test_a_parquet_file_gives_the_same_questions(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [ROWS[0], ROWS[0] | {"id": "y", "golden_answers": ["1999-01-01"]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "questions.parquet")
+    loaded = load_benchmark(tmp_path / "questions.parquet")
+    assert loaded.questions == load_benchmark(write(tmp_path / "plain.jsonl", rows)).questions
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    with pytest.raises(BenchmarkError, match=r"broken\.parquet: not a readable parquet file"):
+        load_benchmark(tmp_path / "broken.parquet")
+
+
+def test_cells_of_csv_are_text_as_they_stand_there(tmp_path):
+    path = tmp_path / "codes.csv"
+    path.write_text('id,question,a,A,B,C\n007,"Which, if any?",B,None,1.50,\n')
+    source = {"path": str(path), "kind": "multiple_choice", "answers_column": "a", "choices_column": ["A", "B", "C"]}
+    [question] = load_benchmark(source).questions
+    assert (question.id, question.question) == ("007", "Which, if any?")
+    assert question.choices == {"A": "None", "B": "1.50"}
+    path.write_text("id,question,golden_answers\n1,Who?,Jane,Austen\n")
+    with pytest.raises(BenchmarkError, match=r"codes\.csv, line 2: the row has not 3 cells"):
+        load_benchmark(path)
+    path.write_bytes(b"id,question,golden_answers\n1,Who?,Andr\xe9\n")
+    with pytest.raises(BenchmarkError, match=r"not readable CSV in UTF-8"):
+        load_benchmark(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"question": "Who?"', r"broken\.json: broken JSON"),
+        ('[{"question": "Who?", "golden_answers": ["a"]}, 3]', r"broken\.json, row 2: an object is needed, found 3"),
+        ("[]", r"broken\.json: there is no question in it"),
+        ("", r"broken\.json: the file is empty"),
+    ],
+)
+def test_a_broken_array_is_refused(tmp_path, content, message):
+    (tmp_path / "broken.json").write_text(content)
+    with pytest.raises(BenchmarkError, match=message):
+        load_benchmark(tmp_path / "broken.json")
 
 
 def test_a_file_that_is_called_qa_or_test_is_named_after_its_folder(tmp_path):
@@ -155,6 +199,34 @@ def test_a_set_that_cannot_be_fetched_names_the_way_out():
     # The tests run offline, and the seven sets are in nobody's cache under this revision.
     with pytest.raises(BenchmarkError, match=r"nq/test\.jsonl of RUC-NLPIR/FlashRAG_datasets .*nq=FILE\.jsonl"):
         load_benchmark("nq", revision="no-such-revision")
+
+
+def test_a_set_of_the_hub_names_its_commit(tmp_path, monkeypatch):
+    """The Hub's own client reads a cache laid out as it lays it out itself."""
+    commit = "5eb464920f16249636739594a12691f4ad4295f7"
+    cache = tmp_path / "datasets--RUC-NLPIR--FlashRAG_datasets"
+    rows = [{"id": f"test_{n}", "question": f"Question {n}?", "golden_answers": ["a"]} for n in range(125)]
+    write(cache / "snapshots" / commit / "bamboogle" / "test.jsonl", rows)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    benchmark = load_benchmark("bamboogle")
+    assert (benchmark.name, len(benchmark)) == ("bamboogle", 125)
+    assert benchmark.source == f"RUC-NLPIR/FlashRAG_datasets@{commit}/bamboogle/test.jsonl"
+    write(cache / "snapshots" / commit / "bamboogle" / "test.jsonl", rows[1:])
+    with pytest.raises(BenchmarkError, match="holds 124 questions, but bamboogle has 125"):
+        load_benchmark("bamboogle", revision=commit)
+
+
+def test_what_a_command_line_names_is_cut_at_commas():
+    assert benchmark_specs("nq, popqa,") == ["nq", "popqa"]
+    assert benchmark_specs(["nq,popqa", {"path": "a.jsonl"}, "x=y.jsonl"]) == [
+        "nq",
+        "popqa",
+        {"path": "a.jsonl"},
+        "x=y.jsonl",
+    ]
+    assert benchmark_specs(None) == []
 
 
 MEDICAL = {"question": "Which thins blood?", "answer_idx": "b", "options": {"A": "Iron", "B": "Warfarin", "C": "Salt"}}
