@@ -25,6 +25,7 @@ from rex_rag.evaluation.records import PREDICTIONS_FILE, TIMINGS_FILE, Predictio
 __all__ = [
     "BenchmarkScores",
     "Estimate",
+    "Judge",
     "ScoreError",
     "macro_scores",
     "main_metric",
@@ -40,6 +41,9 @@ EXACT_MATCH = "exact_match"
 F1 = "f1"
 SUB_MATCH = "sub_match"
 ACCURACY = "accuracy"
+JUDGE = "judge"
+# How right an answer to an open question is, in [0, 1]: the opinion of a model, say. Exact match stays beside it.
+Judge = Callable[[Prediction, str], float]
 _OPEN_METRICS: dict[str, Callable[[str | None, Sequence[str]], float]] = {
     EXACT_MATCH: exact_match,
     F1: token_f1,
@@ -55,11 +59,11 @@ class ScoreError(ValueError):
 class BenchmarkScores:
     """Scores of one benchmark; all scores in [0, 1].
 
-    metrics: `exact_match`, `f1` and `sub_match`, or `accuracy` for multiple choice; the mean over questions of the
-    mean over a question's samples. pass_at_k: k -> estimate, for 1, 2, 4, ... and the number of samples; majority: of
-    the vote; both of the main metric, and empty or `None` for one sample a question. searches, tokens,
-    invalid_actions: means over samples. truncations: cause -> how often, over all samples. unanswered: share of
-    samples without an answer. unreadable: share of samples whose answer names no choice. seconds: of the whole
+    metrics: `exact_match`, `f1`, `sub_match` and, if asked, `judge`; or `accuracy` for multiple choice; the mean over
+    questions of the mean over a question's samples. pass_at_k: k -> estimate, for 1, 2, 4, ... and the number of
+    samples; majority: of the vote; both of the main metric, and empty or `None` for one sample a question. searches,
+    tokens, invalid_actions: means over samples. truncations: cause -> how often, over all samples. unanswered: share
+    of samples without an answer. unreadable: share of samples whose answer names no choice. seconds: of the whole
     benchmark, if known. values: metric -> score of each question, shape (n,), in the order of `ids`.
     """
 
@@ -108,16 +112,23 @@ def main_metric(kind: str) -> str:
     return ACCURACY if kind == "multiple_choice" else EXACT_MATCH
 
 
-def question_scores(prediction: Prediction) -> dict[str, list[float]]:
-    """Metric -> score of each sample, in [0, 1]. Without an answer a sample scores 0."""
+def question_scores(prediction: Prediction, judge: Judge | None = None) -> dict[str, list[float]]:
+    """Metric -> score of each sample, in [0, 1]. Without an answer a sample scores 0, and no judge is asked.
+
+    Raises:
+        ScoreError: for a judge's score outside [0, 1].
+    """
     answers = [sample.answer for sample in prediction.samples]
     if prediction.choices is not None:
         letters = [choice_letter(answer, prediction.choices) for answer in answers]
         return {ACCURACY: [float(letter in prediction.golden_answers) for letter in letters]}
-    return {
+    scores = {
         name: [float(score(answer, prediction.golden_answers)) for answer in answers]
         for name, score in _OPEN_METRICS.items()
     }
+    if judge is not None:
+        scores[JUDGE] = [_judged(judge, prediction, sample) for sample in prediction.samples]
+    return scores
 
 
 def score_benchmark(
@@ -126,15 +137,21 @@ def score_benchmark(
     seconds: float | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    judge: Judge | None = None,
 ) -> BenchmarkScores:
     """Score the predictions of one benchmark; intervals are over questions.
 
+    Args:
+        seconds: what the benchmark took, see `read_seconds`.
+        judge: adds the metric `judge` to open questions; called once for every answer.
+
     Raises:
-        ScoreError: for no prediction, ids that repeat, kinds or numbers of samples that differ between questions.
+        ScoreError: for no prediction, ids that repeat, kinds or numbers of samples that differ between questions, a
+            judge's score outside [0, 1].
     """
     _check(predictions)
     kind = "open" if predictions[0].choices is None else "multiple_choice"
-    per_question = [question_scores(prediction) for prediction in predictions]
+    per_question = [question_scores(prediction, judge) for prediction in predictions]
     # (n, samples)
     scores = {name: np.array([row[name] for row in per_question]) for name in per_question[0]}
     values = {name: table.mean(axis=1) for name, table in scores.items()}
@@ -264,6 +281,15 @@ def _check(predictions: Sequence[Prediction]) -> None:
             f"the predictions hold {sorted(sizes)} samples a question and {len(kinds)} kinds of question; those of "
             "one benchmark hold the same number, at least 1, of one kind: score benchmarks one by one"
         )
+
+
+def _judged(judge: Judge, prediction: Prediction, sample: Sample) -> float:
+    if _is_unanswered(sample):
+        return 0.0
+    score = float(judge(prediction, sample.answer))
+    if not 0 <= score <= 1:
+        raise ScoreError(f"question {prediction.id!r}: the judge scored {score}; a score must be in [0, 1]")
+    return score
 
 
 def _majority_is_right(prediction: Prediction) -> bool:

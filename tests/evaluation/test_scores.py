@@ -266,6 +266,22 @@ def test_a_benchmark_of_choices_by_hand():
     assert (scores.main.mean, scores.unanswered, scores.unreadable) == (0.25, 0.25, 0.25)
 
 
+def test_a_judge_stands_beside_exact_match_and_is_asked_once_an_answer():
+    asked = []
+
+    def judge(question: Prediction, answer: str) -> float:
+        asked.append((question.id, answer))
+        return 0.5 if "Rome" in answer else 0.0
+
+    rows = [prediction("1", ["Roma"], "Rome"), prediction("2", ["Roma"], "Oslo"), prediction("3", ["Roma"], None)]
+    scores = score_benchmark(rows, judge=judge)
+    assert asked == [("1", "Rome"), ("2", "Oslo")]
+    assert scores.metrics["judge"].mean == pytest.approx(0.5 / 3)
+    assert scores.main.mean == 0.0
+    with pytest.raises(ScoreError, match=r"question '1': the judge scored 7\.0"):
+        score_benchmark(rows, judge=lambda question, answer: 7)
+
+
 def test_the_mean_over_benchmarks_may_mix_kinds():
     opened = score_benchmark([prediction("1", ["Rome"], "Rome")])
     chosen = score_benchmark([prediction("1", ["B"], "A", choices=CHOICES)])
