@@ -216,6 +216,9 @@ def _choices(row: Mapping[str, Any], wanted: str | list[str] | dict[str, str], p
         held = {letter: _column(row, name, "choices_column", place) for letter, name in wanted.items()}
     else:
         held = [_column(row, name, "choices_column", place) for name in wanted]
+    if isinstance(held, Mapping) and held.keys() == {"label", "text"} and isinstance(held["text"], list | tuple):
+        # As ARC, OpenBookQA and CommonsenseQA have it.
+        held = dict(zip(held["label"], held["text"], strict=True)) if len(held["label"]) == len(held["text"]) else None
     if isinstance(held, list | tuple) and len(held) <= len(ascii_uppercase):
         held = dict(zip(ascii_uppercase, held, strict=False))
     if not isinstance(held, Mapping):

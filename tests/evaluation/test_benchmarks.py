@@ -251,6 +251,7 @@ def test_multiple_choice_described_in_yaml(tmp_path):
         ({"a": "B", "options": ["Iron", "Warfarin"]}, "options", "letter"),
         ({"a": 1, "options": ["Iron", "Warfarin"]}, "options", "index"),
         ({"a": "Warfarin", "options": ["Iron", "Warfarin"]}, "options", "text"),
+        ({"a": "B", "options": {"label": ["A", "B"], "text": ["Iron", "Warfarin"]}}, "options", "letter"),
         ({"a": "B", "A": "Iron", "B": "Warfarin", "C": None}, ["A", "B", "C"], "letter"),
         ({"a": "b", "en_1": "Iron", "en_2": "Warfarin"}, {"A": "en_1", "B": "en_2"}, "letter"),
     ],
@@ -279,6 +280,7 @@ def test_the_layouts_of_choices(tmp_path, row, choices_column, answers_are):
         ({"a": "A", "options": ["x"]}, "letter", r"at least two are needed"),
         ({"a": "A", "options": ["x", " "]}, "letter", r"with a text"),
         ({"a": "A", "options": {"A": "x", "BB": "y"}}, "letter", r"under a letter from A to Z"),
+        ({"a": "A", "options": {"label": ["A", "B"], "text": ["x"]}}, "letter", r"give a list or a mapping"),
         ({"a": "A", "options": "x, y"}, "letter", r"give a list or a mapping"),
     ],
 )
