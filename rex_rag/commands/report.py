@@ -129,7 +129,7 @@ def compare(options: argparse.Namespace) -> None:
     if options.changed:
         with written_whole(options.changed) as file:
             for row in changed_rows(found):
-                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
     _show(as_markdown(found, options.ids), options.output)
 
 

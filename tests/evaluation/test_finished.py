@@ -1,0 +1,84 @@
+"""Runs as reports read them: scored, checked against their card, and honest about what is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rex_rag.evaluation.finished import ReportError, read_run, run_directories
+from rex_rag.rollout import RolloutBudget
+from tests.evaluation.run_parts import open_questions, write_run
+
+
+def test_a_run_is_scored(tmp_path: Path):
+    run = read_run(write_run(tmp_path / "a", {"nq": [1, 0, 0, 0], "own": [1, 1]}))
+    assert (run.method, run.model) == ("REX-RAG", "me/model-3B")
+    assert run.scores["nq"].main.mean == 0.25
+    assert run.scores["own"].main.mean == 1.0
+    assert run.scores["nq"].seconds == 1.5
+    assert run.missing == {}
+    assert run.mean(["nq", "own"]).mean == pytest.approx(0.625)  # over questions it would be 3/6
+
+
+def test_a_set_under_way_says_how_many_questions_are_missing(tmp_path: Path):
+    run = read_run(write_run(tmp_path / "a", {"nq": [1] * 5, "own": [1, 0]}, unfinished={"nq": 3}))
+    assert run.missing == {"nq": 2}
+    assert run.missing_text == "nq: 2 of 5 questions missing"
+    assert list(run.scores) == ["own"]
+    assert run.mean(["nq", "own"]) is None
+    assert run.mean(["own"]).mean == 0.5
+
+
+def test_a_set_not_begun_is_missing_whole(tmp_path: Path):
+    path = write_run(tmp_path / "a", {"nq": [1] * 5}, unfinished={"nq": 0})
+    assert read_run(path).missing == {"nq": 5}
+
+
+def test_predictions_of_other_questions_than_the_cards_are_refused(tmp_path: Path):
+    path = write_run(tmp_path / "a", {"nq": [1, 0, 1]})
+    file = path / "nq" / "predictions.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:2]))
+    with pytest.raises(ReportError, match=r"holds 2 predictions that are not those of the 3 questions"):
+        read_run(path)
+    file.write_text("".join(lines).replace('["Lisbon"]', '["Oporto"]'))
+    with pytest.raises(ReportError, match=r"holds 3 predictions that are not those of the 3 questions"):
+        read_run(path)
+
+
+def test_the_protocol_is_named_by_what_rows_must_share(tmp_path: Path):
+    first = read_run(write_run(tmp_path / "a", {"nq": [1]}))
+    same = read_run(write_run(tmp_path / "b", {"own": [1]}, method="rag", model="other"))
+    other = read_run(write_run(tmp_path / "c", {"nq": [1]}, budget=RolloutBudget(top_k=5)))
+    assert first.protocol == same.protocol != other.protocol
+    assert len(first.protocol) == 12
+
+
+def test_a_directory_of_runs_names_them_all(tmp_path: Path):
+    for name in ("b", "a"):
+        write_run(tmp_path / "all" / name, {"nq": [1]})
+    (tmp_path / "all" / "notes").mkdir()
+    assert run_directories([tmp_path / "all"]) == [tmp_path / "all" / "a", tmp_path / "all" / "b"]
+    with pytest.raises(ReportError, match="is named twice"):
+        run_directories([tmp_path / "all", tmp_path / "all" / "a"])
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path):
+    with pytest.raises(ReportError, match=r"holds no run\.json; name the directory that an evaluation wrote"):
+        run_directories([tmp_path])
+    with pytest.raises(ReportError, match=r"holds no run\.json"):
+        read_run(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ReportError, match="is not readable JSON"):
+        read_run(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(ReportError, match="format 99"):
+        read_run(tmp_path)
+
+
+def test_ids_may_repeat_between_sets_but_questions_are_each_sets_own(tmp_path: Path):
+    benchmarks = {"nq": open_questions("nq", 2), "own": open_questions("own", 2)}
+    run = read_run(write_run(tmp_path / "a", {"nq": [1, 0], "own": [0, 0]}, benchmarks=benchmarks))
+    assert run.scores["nq"].ids == run.scores["own"].ids == ("q0", "q1")
