@@ -33,6 +33,12 @@ def written_whole(path: Path, alone: bool = True) -> Iterator[IO[bytes]]:
     sync_folder(path.parent)
 
 
+def remove_partial(folder: Path) -> None:
+    """Remove what killed writers of `written_whole` left anywhere under a folder that nobody writes to now."""
+    for path in folder.rglob(".*.part"):
+        path.unlink()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file for people and programs, whole or not at all; equal values give equal bytes."""
     with written_whole(path) as file:

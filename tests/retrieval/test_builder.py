@@ -264,6 +264,9 @@ def test_an_unfinished_build_is_not_taken_for_an_index_nor_finished_as_another(
             build(corpus, tmp_path / "index")
     with pytest.raises(RetrievalError, match="an unfinished build lies in"):
         open_index(tmp_path / "index")
+    # What a kill in the middle of writing a file leaves behind must not become part of the index.
+    for name in (".manifest.json.part", "bm25/.terms.txt.part"):
+        (tmp_path / "index.building" / "index" / name).write_text("half a fi")
     with pytest.raises(RetrievalError, match=r"unfinished build of something else \(b 0\.75, now 0\.5\)"):
         build(corpus, tmp_path / "index", b=0.5)
     said = build(corpus, tmp_path / "index")

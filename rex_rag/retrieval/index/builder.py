@@ -18,7 +18,7 @@ from typing import Any
 
 from rex_rag.data.corpus import CorpusError, corpus_files
 from rex_rag.data.jsonl import shorten
-from rex_rag.durable import locked, sync_folder, write_json
+from rex_rag.durable import locked, remove_partial, sync_folder, write_json
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.index.arguments import IndexArguments
 from rex_rag.retrieval.index.estimate import Estimate, Room, check_room, human_bytes, human_seconds, measure_room
@@ -131,6 +131,7 @@ def _build(
         raise
     passages = PassageStore(index)
     encoder, parameters = kind.build(passages, info.sha256, index, work)
+    remove_partial(index)
     Manifest(
         kind=plan["arguments"]["kind"],
         passages=info.passages,
