@@ -141,7 +141,9 @@ def _record_html(index: int, record: Mapping[str, Any], count: int) -> str:
         else:
             body += _segment_html(kind, text, place < copied)
     found = outcomes(record)
-    known = "".join(f"<dt>{escape(name)}</dt><dd>{escape_visibly(value)}</dd>" for name, value in facts(record))
+    known = "".join(
+        f"<dt>{escape_visibly(name)}</dt><dd>{escape_visibly(value)}</dd>" for name, value in facts(record)
+    )
     parent = record.get("parent")
     if isinstance(parent, int) and 0 <= parent < count:
         known += f'<dt>original</dt><dd><a href="#t{parent}">#{parent}</a>; pale: copied from it</dd>'

@@ -1,0 +1,117 @@
+"""`rex-rag view`, `curves` and `reliability` as a user types them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from rex_rag.commands.pictures import add_curves, add_reliability, add_view
+from rex_rag.evaluation.records import Prediction, Sample
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*words: object) -> None:
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers()
+    for add in (add_view, add_curves, add_reliability):
+        add(commands)
+    options = parser.parse_args([str(word) for word in words])
+    options.run(options)
+
+
+def write_predictions(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True)
+    samples = (Sample("Man", [{"kind": "POLICY", "text": "<answer>Man</answer>"}], [], 3, 0, {}),)
+    rows = (Prediction(f"q{number}", f"Which isle, {number}?", ("Man",), samples).as_row() for number in range(count))
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_view_writes_a_page_beside_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture):
+    write_predictions(tmp_path / "nq", 3)
+    write_predictions(tmp_path / "popqa", 3)
+    run("view", tmp_path)
+    page = tmp_path / "trajectories.html"
+    assert capsys.readouterr().out == f"{page}: 6 of 6 trajectories, 0 of them probes\n"
+    assert "right (6)" in page.read_text()
+    run("view", tmp_path, "--benchmark", "popqa", "--limit", "2")
+    assert capsys.readouterr().out == f"{page}: 2 of 3 trajectories, 0 of them probes; --limit 3 shows all\n"
+    text = page.read_text()
+    assert "Shown here: 2 of 3 trajectories." in text
+    assert "<dd>popqa</dd>" in text and "<dd>nq</dd>" not in text
+    run("view", tmp_path / "nq" / "predictions.jsonl")
+    assert (tmp_path / "nq" / "trajectories.html").is_file()
+
+
+def test_curves_draws_runs_under_their_labels(tmp_path: Path, capsys: pytest.CaptureFixture):
+    for name, steps in (("a", 3), ("b", 5)):
+        (tmp_path / name).mkdir()
+        rows = [{"step": step, "kl": 0.1 * step} for step in range(1, steps + 1)] + [{"train_runtime": 2.0}]
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps({"log_history": rows}))
+    picture = tmp_path / "curves.svg"
+    run("curves", tmp_path / "a", f"other={tmp_path / 'b'}", "--output", picture, "--title", "Two & two")
+    assert capsys.readouterr().out == f"{picture}: rows logged: a 3, other 5\n"
+    text = picture.read_text()
+    assert all(f">{shown}</text>" in text for shown in ("a", "other", "Two &amp; two"))
+    with pytest.raises(FileNotFoundError, match=r"no trainer_state\.json in"):
+        run("curves", tmp_path / "nowhere", "--output", picture)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two tiny models with random weights, as folders that AutoModel and AutoTokenizer load."""
+    spec = importlib.util.spec_from_file_location("warm_start", ROOT / "scripts" / "warm_start.py")
+    warm_start = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(warm_start)
+    tokenizer = warm_start.build_tokenizer("Question: {question}")
+    folders = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = warm_start.build_model(tokenizer, hidden_size=32, layers=1)
+        with torch.no_grad():
+            # Random weights of the usual size give logits of about 0: larger ones are evidence.
+            model.model.embed_tokens.weight.mul_(20)
+        folders.append(tmp_path_factory.mktemp(f"model_{seed}"))
+        model.save_pretrained(folders[-1])
+        tokenizer.save_pretrained(folders[-1])
+    return folders
+
+
+def test_reliability_draws_two_models_with_search(models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"id": "0", "contents": "\\"Owl\\"\\nthe owl is in the oak"}\n')
+    picture, page = tmp_path / "a.svg", tmp_path / "a.html"
+    words = ["--question", "Where is the owl?", "--corpus", corpus, "--max-turn-tokens", "6", "--max-turns", "1"]
+    run("reliability", "--model", models[0], "--model", models[1], *words, "--output", picture, "--page", page)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == str(picture) and said[-1] == str(page)
+    counts = [int(re.search(r": (\d+) tokens, mean reliability -0\.\d+", line)[1]) for line in said[1:3]]
+    assert all(0 < count <= 12 for count in counts)
+    drawn, text = picture.read_text(), page.read_text()
+    for model in models:
+        assert f">{model}</text>" in drawn
+        assert f"<summary>Token reliability, {model}</summary>" in text
+    assert text.count('<section class="family pair">') == 1
+    assert len(re.findall(r'<span class="token (?:r\d|none)" title', text)) == sum(counts)
+    run("reliability", "--model", models[0], *words, "--output", tmp_path / "b.svg")
+    assert str(models[1]) not in (tmp_path / "b.svg").read_text()
+
+
+def test_reliability_without_anything_to_search_is_one_turn(models: list[Path], tmp_path: Path, capsys):
+    words = ["--question", "Where?", "--max-turn-tokens", "5", "--k", "3", "--output", tmp_path / "a.png"]
+    run("reliability", "--model", models[0], *words)
+    assert int(re.search(r": (\d+) tokens", capsys.readouterr().out)[1]) <= 5
+
+
+def test_what_is_wrong_is_said_before_a_model_is_loaded(tmp_path: Path):
+    nowhere = ["reliability", "--model", "no/such-model"]
+    with pytest.raises(ValueError, match="question is empty"):
+        run(*nowhere, "--question", " ", "--output", tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.gif does not say what picture"):
+        run(*nowhere, "--question", "Where?", "--output", tmp_path / "a.gif")
