@@ -121,7 +121,6 @@ def test_rows_of_different_protocols_are_refused_naming_what_differs(unlike: lis
 def test_rows_of_different_protocols_get_a_footnote_when_asked(unlike: list[Path]):
     text = as_markdown(build_report(load_runs(unlike), mark=True))
     assert [line[0] for line in lines_of(text)[2:]] == ["REX-RAG", "Direct answer", "RAG (a)"]
-    assert "- (a) not comparable with row 1: budget.top\\_k" not in text  # an underscore inside a word needs no escape
     assert "- (a) not comparable with row 1: budget.top_k: 3 against 5; retriever.fingerprint: a against b" in text
 
 
@@ -279,11 +278,9 @@ def run_command(*words: str) -> None:
 def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture):
     path = str(write_run(tmp_path / "a", {"nq": [1, 1]}))
     run_command(path, "--published", "none", "--columns", "tokens,seconds")
-    out = capsys.readouterr().out
-    assert (
-        out.startswith("| method  | model       |            NQ (n=2) | tokens | seconds |\n")
-        or "| tokens | seconds |" in out
-    )
+    head, _, row = lines_of(capsys.readouterr().out)
+    assert head == ["method", "model", "NQ (n=2)", "tokens", "seconds"]
+    assert row == ["REX-RAG", "me/model-3B", "100.0 [100.0, 100.0]", "10", "2"]
     run_command(path, "--format", "csv", "--output", str(tmp_path / "t.csv"), "--resamples", "200")
     assert capsys.readouterr().out == ""
     assert (tmp_path / "t.csv").read_text().startswith("method,model,source,protocol,nq_n,")
