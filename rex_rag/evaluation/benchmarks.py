@@ -87,9 +87,10 @@ class BenchmarkSource:
     path: a .jsonl, .jsonl.gz, .json, .csv or .parquet file (relative to the description's folder), or a dataset of the
     Hub, then with `config`, `split` and `revision`. name: default, the file's. size: rows that there must be.
 
-    kind `multiple_choice`: `choices_column` names a column with a mapping of letters to texts, a list of texts or
-    a mapping of `label` and `text` to lists; or is itself a list of columns, one a choice, or a mapping of letters to
-    columns. A null is a choice that this question lacks. Gold answers are letters unless `answers_are` says `index` (from 0) or `text`.
+    kind `multiple_choice`: `choices_column` names a column with a mapping of letters to texts, a list of texts or a
+    mapping of `label` and `text` to lists; or it is itself a list of columns, one a choice, or a mapping of letters to
+    columns. A null is a choice that this question lacks. Gold answers are letters unless `answers_are` says `index`
+    (from 0) or `text`.
 
     Raises:
         BenchmarkError: for values that are out of range or do not go together.

@@ -66,6 +66,16 @@ def test_answers_are_found_as_whole_words():
     assert AnswerMatcher([]).find("anything") == set()
 
 
+def test_a_forgotten_answer_takes_no_other_with_it():
+    matcher = AnswerMatcher(["new york", "new york city", "york"])
+    matcher.forget("new york")
+    assert matcher.find("New York City") == {"new york city", "york"}
+    matcher.forget("new york city")
+    assert matcher.find("New York City, New York") == {"york"}
+    matcher.forget("york")
+    assert matcher.find("New York City") == set()
+
+
 WORDS = st.lists(st.sampled_from(["new", "york", "city", "the", "new.", "A"]), max_size=12).map(" ".join)
 
 
