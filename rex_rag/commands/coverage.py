@@ -75,6 +75,9 @@ def coverage(words: Sequence[str]) -> None:
     if not sources and not arguments.search:
         raise ValueError("there is nothing to look through; name --corpus, --passages or an index, or search")
     retriever = load_retriever(retrieval) if arguments.search else None
+    if retriever is not None:
+        # A server that is away should not be found out after hours over a large corpus.
+        retriever.check()
     passages, total = open_corpus(sources) if sources else (None, None)
     measured = measure_coverage(benchmarks, passages, retriever, arguments.top_k, total=total)
     if sources:

@@ -209,9 +209,17 @@ def test_the_command_takes_a_recipe_with_a_described_set(corpus, tmp_path, capsy
     assert "| mine | all | 1 | 100.0 (100.0–100.0) |" in capsys.readouterr().out
 
 
-def test_the_command_refuses_what_it_cannot_do(corpus):
+def test_the_command_refuses_what_it_cannot_do(corpus, tmp_path):
     with pytest.raises(ValueError, match="no benchmark was given"):
         coverage(["--corpus", str(corpus)])
+    (tmp_path / "mine.jsonl").write_text(json.dumps(QUESTIONS[0]))
+    away = ["--benchmarks", str(tmp_path / "mine.jsonl"), "--retriever", "http://127.0.0.1:9"]
+    with pytest.raises(ValueError, match="there is nothing to look through"):
+        coverage([*away, "--no_search"])
+    out = tmp_path / "coverage.json"
+    with pytest.raises(RetrievalError, match=r"127\.0\.0\.1:9"):
+        coverage([*away, "--retriever_max_attempts", "1", "--passages", str(corpus), "--json", str(out)])
+    assert not out.exists()
 
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="real questions and passages are not at ../shared/data")
