@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag import __version__
-from rex_rag.commands import pictures, retrieval
+from rex_rag.commands import coverage, evaluate, pictures, report, retrieval
 from rex_rag.commands.sections import describe_unknown
 
 if TYPE_CHECKING:
     from rex_rag.config import REXRAGConfig
 
 EXPECTED_ERROR = 2
+# These take whole dataclasses of options, or a recipe's part; their parsers are made when they run.
 _FORWARDED = {
-    "index": "build an index of a corpus",
-    "serve": "answer searches over HTTP",
+    "index": (retrieval.index, "build an index of a corpus"),
+    "serve": (retrieval.serve, "answer searches over HTTP"),
+    "evaluate": (evaluate.evaluate, "run a method over benchmarks"),
+    "coverage": (coverage.coverage, "how many gold answers a corpus and a retriever hold"),
 }
 
 _CORRECTIONS = {
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         if forwarded:
-            getattr(retrieval, options.command)(words)
+            _FORWARDED[options.command][0](words)
         else:
             options.run(options)
         sys.stdout.flush()
@@ -84,12 +87,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.set_defaults(run=_check)
 
-    for name, help_text in _FORWARDED.items():
-        # These take a whole dataclass of options, or a recipe's part; their parser is made when they run.
-        forwarded = commands.add_parser(name, help=help_text, add_help=False)
-        forwarded.set_defaults(run=None)
+    for name, (_, help_text) in _FORWARDED.items():
+        commands.add_parser(name, help=help_text, add_help=False)
     retrieval.add_search(commands)
     retrieval.add_bench(commands)
+    report.add_report(commands)
+    report.add_compare(commands)
+    pictures.add_view(commands)
+    pictures.add_curves(commands)
+    pictures.add_reliability(commands)
 
     hopworld = commands.add_parser(
         "hopworld",
@@ -110,8 +116,6 @@ def _parser() -> argparse.ArgumentParser:
             help=f"how many {split} questions with one, two and three hops",
         )
     hopworld.set_defaults(run=_hopworld)
-
-    pictures.add_view(commands)
 
     prompts = commands.add_parser(
         "prompts",

@@ -28,7 +28,7 @@ from trl import ModelConfig, TrlParser
 
 from rex_rag.config import REXRAGConfig
 from rex_rag.data.qa import QuestionArguments
-from rex_rag.evaluation.runner import EvaluatedQuestion, evaluate_questions, probe_dead_ends
+from rex_rag.evaluation.dead_ends import EvaluatedQuestion, evaluate_questions, probe_dead_ends
 from rex_rag.exploration import ExplorationPool
 from rex_rag.generation import TransformersGenerator
 from rex_rag.protocol import build_prompt

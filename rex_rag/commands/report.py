@@ -12,7 +12,7 @@ def add_report(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "report",
         help="put evaluation runs into one table",
-        description="One row a run: exact match with its 95 %% interval for every set, and the mean. The paper's "
+        description="One row a run: exact match with its 95 % interval for every set, and the mean. The paper's "
         "published rows stand below, marked. Runs of different protocols and runs that are not whole are refused "
         "unless --mark is given.",
     )
@@ -51,9 +51,10 @@ def add_report(commands: argparse._SubParsersAction) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Print or write the table, and the model card if one is asked for."""
-    from rex_rag.evaluation.report import build_report, load_runs
+    from rex_rag.evaluation.report import build_report, check_choices, load_runs
     from rex_rag.evaluation.report_formats import FORMATS
 
+    check_choices(options.columns, options.published)  # before runs are read, which takes a while
     runs = load_runs(options.runs, resamples=options.resamples, seed=options.seed)
     table = build_report(
         runs,
@@ -76,7 +77,7 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "compare",
         help="compare two evaluation runs question by question",
-        description="The paired difference B - A of every set and overall, with its 95 %% bootstrap interval and an "
+        description="The paired difference B - A of every set and overall, with its 95 % bootstrap interval and an "
         "exact sign test (McNemar), and the questions on which the runs differ. Runs over different questions are "
         "refused.",
     )
