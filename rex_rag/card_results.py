@@ -6,8 +6,11 @@ form. Whatever else the card says stays; results written before stay too, unless
 
 from __future__ import annotations
 
+import logging
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +21,12 @@ from rex_rag.tables import markdown_table, markdown_text
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
 
+logger = logging.getLogger(__name__)
+
 TASK_TYPE = "question-answering"
 TASK_NAME = "Question answering with search"
+# The entry of a result's details that says which weights it is of.
+WEIGHTS = "weights_sha256"
 
 _NO_METADATA = "---\n\n---\n"
 _BEGIN = "<!-- results: begin -->"
@@ -93,8 +100,6 @@ def write_results(path: str | Path, results: Sequence[CardResult], *, model_name
 def read_results(path: str | Path) -> list[CardResult]:
     """The results that `write_results` put into a card; none where there is no card.
 
-    Training writes its card anew at every push: read them before, write them again after.
-
     Raises:
         ValueError: if the card's metadata cannot be read.
     """
@@ -102,6 +107,62 @@ def read_results(path: str | Path) -> list[CardResult]:
     if not path.is_file():
         return []
     return [_from_eval_result(result) for result in _load(path).data.eval_results or [] if _is_ours(result)]
+
+
+@contextmanager
+def results_kept(path: str | Path, weights_sha256: str | None) -> Iterator[None]:
+    """Carry a card's results over a block that writes the card anew, as training does at every push.
+
+    Only results of the weights that the card is of are carried over: those of weights trained further would be false.
+
+    Args:
+        weights_sha256: hash of the weights beside the card, as results of evaluation runs hold it; `None` keeps none.
+    """
+    path = Path(path)
+    try:
+        found = read_results(path)
+    except ValueError as error:
+        # A card that nobody can read must not cost a training run its own.
+        logger.warning("%s; its results are not carried over", error)
+        found = []
+    kept = [result for result in found if weights_sha256 and result.details.get(WEIGHTS) == weights_sha256]
+    if len(kept) < len(found):
+        logger.warning("%s: %d results of other weights are not carried over", path, len(found) - len(kept))
+    yield
+    if kept:
+        write_results(path, kept, model_name=path.resolve().parent.name)
+
+
+def training_results(log_history: Sequence[Mapping[str, Any]], datasets: Sequence[str]) -> list[CardResult]:
+    """What training's own evaluation says of the model in the end: the last exact match of every evaluation set.
+
+    Args:
+        log_history: of the trainer's state; exact match of sampled rollouts stands under `eval_em/originals`, or
+            `eval_<set>_em/originals` where there are several sets.
+        datasets: names of the evaluation sets; with one, the unnamed metric is its own.
+    """
+    results = []
+    for name in datasets:
+        keys = [f"eval_{name}_em/originals", *(["eval_em/originals"] if len(datasets) == 1 else [])]
+        rows = [(row, key) for row in log_history for key in keys if _is_number(row.get(key))]
+        if not rows:
+            continue
+        row, key = rows[-1]
+        results.append(
+            CardResult(
+                dataset_name=name,
+                dataset_type=name,
+                metric_type="exact_match",
+                metric_name="Exact match, % (sampled, during training)",
+                value=round(100 * row[key], 2),
+                details={"step": row.get("step")},
+            )
+        )
+    return results
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _load(path: Path) -> ModelCard:

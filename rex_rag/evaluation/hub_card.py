@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rex_rag.card_results import CardResult, write_results
+from rex_rag.card_results import WEIGHTS, CardResult, write_results
 from rex_rag.evaluation.benchmarks import FLASHRAG_REPOSITORY, FLASHRAG_SETS
 from rex_rag.evaluation.bootstrap import Estimate
 from rex_rag.evaluation.finished import FinishedRun
@@ -70,6 +70,7 @@ def _results(run: FinishedRun) -> Iterator[CardResult]:
                 protocol=run.protocol,
                 details={
                     "method": card["method"]["name"],
+                    WEIGHTS: card["model"].get("weights_sha256"),
                     "questions_sha256": row["sha256"],
                     "retriever": (card["retriever"] or {}).get("description"),
                     "top_k": card["budget"]["top_k"] if card["retriever"] else None,

@@ -140,9 +140,7 @@ def build_report(
     """
     if not runs:
         raise ValueError("there is no run to report; name at least one directory")
-    unknown = [name for name in extras if name not in COLUMNS]
-    if unknown:
-        raise ValueError(f"there is no column {unknown[0]!r}; choose from {', '.join(COLUMNS)}")
+    check_choices(extras, published)
     if not mark:
         _check_comparable(runs)
     names = ordered(name for run in runs for name in run.benchmarks)
@@ -158,6 +156,14 @@ def build_report(
     rows += [_published(row, names, notes) for row in published_rows(shown)]
     columns = tuple(_column(name, runs) for name in names)
     return Report(columns, tuple(extras), tuple(rows), notes.texts, tuple(_remarks(columns, runs, extras)))
+
+
+def check_choices(extras: Sequence[str], published: Sequence[str] | None) -> None:
+    """Raise a ValueError for an extra column or a size of published rows that does not exist."""
+    unknown = [name for name in extras if name not in COLUMNS]
+    if unknown:
+        raise ValueError(f"there is no column {unknown[0]!r}; choose from {', '.join(COLUMNS)}")
+    published_rows(published or ())
 
 
 def _check_comparable(runs: Sequence[FinishedRun]) -> None:

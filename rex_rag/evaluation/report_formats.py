@@ -24,7 +24,7 @@ def as_markdown(report: Report) -> str:
         marks = "".join(f" ({mark})" for mark in row.marks)
         figures = [figure(row.cells.get(column.name), column) for column in report.columns]
         means = [figure(row.mean)] if _has_mean(report) else []
-        extras = [markdown_text(row.extras[name].text) if name in row.extras else _NOTHING for name in report.extras]
+        extras = [_extra(row, name, markdown_text) or _NOTHING for name in report.extras]
         return [method + marks, markdown_text(_model(row, report)), *figures, *means, *extras]
 
     table = markdown_table(_header(report, markdown_text), [show(row) for row in report.rows], 2)
@@ -42,7 +42,7 @@ def as_latex(report: Report) -> str:
         around = (r"{\scriptsize ", "}")
         figures = [_figure(row.cells.get(column.name), column, around, "$^{", "}$") for column in report.columns]
         means = [_figure(row.mean, None, around, "$^{", "}$")] if _has_mean(report) else []
-        extras = [latex_text(row.extras[name].text) if name in row.extras else "--" for name in report.extras]
+        extras = [_extra(row, name, latex_text) or "--" for name in report.extras]
         cells = [cell.replace(_NOTHING, "--") for cell in (*figures, *means)]
         return [method + marks, latex_text(_model(row, report)), *cells, *extras]
 
@@ -113,6 +113,14 @@ def _figure(
     interval = f"{around[0]}[{100 * cell.estimate.low:.1f}, {100 * cell.estimate.high:.1f}]{around[1]}"
     asked = cell.n != column.questions if column else False
     return f"{100 * cell.estimate.mean:.1f} {interval}{f' (n={cell.n:,})' if asked else ''}{mark}"
+
+
+def _extra(row: Row, name: str, escape: Callable[[str], str]) -> str:
+    """What an extra column shows; numbers and their intervals need no escape."""
+    if name not in row.extras:
+        return ""
+    extra = row.extras[name]
+    return escape(extra.text) if isinstance(extra.value, str) else extra.text
 
 
 def _ends(cell: Cell | None) -> list[float | None]:
