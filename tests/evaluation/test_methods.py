@@ -161,6 +161,18 @@ def test_text_cut_at_the_token_limit_is_counted(bpe_tokenizer):
     assert (whole.answer, dict(whole.truncations)) == ("zz", {})
 
 
+def test_each_row_keeps_to_its_own_room(bpe_tokenizer):
+    """Both rows are generated in one call; the longer question leaves itself 7 tokens of the 400 that a turn may have."""
+    long = "q" * 100
+    used = len(bpe_tokenizer(fill(DIRECT, question=long) + " ")["input_ids"])
+    budget = RolloutBudget(max_turn_tokens=400, max_sequence_length=used + 7)
+    bench = Bench(bpe_tokenizer, [["z" * 20 + "<eos>", "z" * 20 + "<eos>"]], budget=budget)
+    whole, cut = bench.run("direct", question("where"), question(long, 1))
+    assert (whole.answer, dict(whole.truncations)) == ("z" * 20, {})
+    assert (cut.answer, dict(cut.truncations)) == ("z" * 7, {"sequence": 1})
+    assert cut.length == used + 7
+
+
 def test_chain_of_thought_takes_what_follows_the_announcement(bpe_tokenizer):
     turns = [
         "The owl is in the oak. So the answer is: the oak.\nQuestion: x So the answer is: elm",

@@ -186,6 +186,14 @@ def test_search_o1_ends_where_the_model_only_searches(bpe_tokenizer):
     assert trajectory.answer == "oak"
 
 
+def test_search_o1_remembers_an_answer_given_before_a_search(bpe_tokenizer):
+    side = ["**Final Information**\n\\boxed{elm}"]
+    bench = Bench(bpe_tokenizer, [["\\boxed{oak}? " + ASK_OWL], side, ["It is confirmed.<eos>"]])
+    [trajectory] = bench.run("search_o1", question("where is the owl"))
+    assert "\\boxed{elm}" in trajectory.segments[2].text
+    assert trajectory.answer == "oak" and trajectory.invalid_actions == 0
+
+
 def test_search_o1_counts_blank_queries_and_silence_as_invalid(bpe_tokenizer):
     bench = Bench(bpe_tokenizer, [["<|begin_search_query|> <|end_search_query|>"], ["I give up.<eos>"]])
     [trajectory] = bench.run("search_o1", question("where is the owl"))
