@@ -162,7 +162,7 @@ def test_text_cut_at_the_token_limit_is_counted(bpe_tokenizer):
 
 
 def test_each_row_keeps_to_its_own_room(bpe_tokenizer):
-    """Both rows are generated in one call; the longer question leaves itself 7 tokens of the 400 that a turn may have."""
+    """Both rows are generated in one call; the longer question leaves itself 7 of the 400 tokens of a turn."""
     long = "q" * 100
     used = len(bpe_tokenizer(fill(DIRECT, question=long) + " ")["input_ids"])
     budget = RolloutBudget(max_turn_tokens=400, max_sequence_length=used + 7)
