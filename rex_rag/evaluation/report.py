@@ -272,7 +272,8 @@ def _cost(name: str, scores: Sequence[BenchmarkScores]) -> Extra | None:
     if name == "unanswered":
         return _shown(100 * a_sample(one.unanswered for one in scores), ".1f")
     if name == "seconds" and all(one.seconds is not None for one in scores):
-        return _shown(sum(one.seconds for one in scores), ",.0f")
+        seconds = sum(one.seconds for one in scores)
+        return _shown(seconds, ",.0f" if seconds >= 100 else ".1f")
     if name == "truncations":
         causes = sorted({cause for one in scores for cause in one.truncations})
         counts = [f"{cause} {sum(one.truncations.get(cause, 0) for one in scores):,}" for cause in causes]
@@ -325,6 +326,11 @@ def _remarks(columns: Sequence[Column], runs: Sequence[FinishedRun], extras: Seq
     samples = sorted({scores.samples for run in runs for scores in run.scores.values()})
     if samples not in ([], [1]):
         remarks.append(f"Samples a question: {', '.join(map(str, samples))}; scores are means over them.")
+    if any(scores.main.mean in (0.0, 1.0) for run in runs for scores in run.scores.values()):
+        remarks.append(
+            "Where none or all of n answers are right, the bootstrap's interval has no width; that a rate up to "
+            "3/n away lies behind it is still likely (rule of three)."
+        )
     if extras:
         remarks.append("; ".join(_EXPLAINED[name] for name in extras) + ".")
     return [*remarks, *_protocol(runs[0])]

@@ -98,7 +98,7 @@ def _has_mean(report: Report) -> bool:
 def _model(row: Row, report: Report) -> str:
     """The model, with the run's folder where two rows would look the same."""
     same = [other for other in report.rows if (other.method, other.model) == (row.method, row.model)]
-    return f"{row.model} ({Path(row.run).name})" if len(same) > 1 and row.run else row.model
+    return f"{row.model}, run {Path(row.run).name}" if len(same) > 1 and row.run else row.model
 
 
 def _figure(

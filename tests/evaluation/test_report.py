@@ -51,6 +51,13 @@ def test_the_interval_is_the_bootstraps(tmp_path: Path):
     assert cell.high == pytest.approx(0.496, abs=0.012)
 
 
+def test_an_interval_without_width_is_explained(tmp_path: Path):
+    for name, answers in (("some", [1, 0]), ("none", [0, 0]), ("all", [1, 1])):
+        write_run(tmp_path / name, {"own": answers})
+        text = as_markdown(build_report(load_runs([tmp_path / name])))
+        assert ("rule of three" in text) is (name != "some")
+
+
 def seven(value: int) -> dict[str, list[int]]:
     return {name: [value, value] for name in BENCHMARKS}
 
@@ -257,7 +264,7 @@ def test_two_runs_of_one_method_and_model_are_told_apart(tmp_path: Path):
     for name in ("greedy", "again"):
         write_run(tmp_path / name, {"own": [1]})
     rows = lines_of(as_markdown(build_report(load_runs([tmp_path]))))[2:]
-    assert [row[1] for row in rows] == ["me/model-3B (again)", "me/model-3B (greedy)"]
+    assert [row[1] for row in rows] == ["me/model-3B, run again", "me/model-3B, run greedy"]
 
 
 def test_an_unknown_column_and_no_run_are_refused(tmp_path: Path):
@@ -280,7 +287,7 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     run_command(path, "--published", "none", "--columns", "tokens,seconds")
     head, _, row = lines_of(capsys.readouterr().out)
     assert head == ["method", "model", "NQ (n=2)", "tokens", "seconds"]
-    assert row == ["REX-RAG", "me/model-3B", "100.0 [100.0, 100.0]", "10", "2"]
+    assert row == ["REX-RAG", "me/model-3B", "100.0 [100.0, 100.0]", "10", "1.5"]
     run_command(path, "--format", "csv", "--output", str(tmp_path / "t.csv"), "--resamples", "200")
     assert capsys.readouterr().out == ""
     assert (tmp_path / "t.csv").read_text().startswith("method,model,source,protocol,nq_n,")
