@@ -328,8 +328,8 @@ def _remarks(columns: Sequence[Column], runs: Sequence[FinishedRun], extras: Seq
         remarks.append(f"Samples a question: {', '.join(map(str, samples))}; scores are means over them.")
     if any(scores.main.mean in (0.0, 1.0) for run in runs for scores in run.scores.values()):
         remarks.append(
-            "Where none or all of n answers are right, the bootstrap's interval has no width; a true rate up to 3/n away "
-            "remains plausible (rule of three)."
+            "Where none or all of n answers are right, the bootstrap's interval has no width; a true rate up to 3/n "
+            "away remains plausible (rule of three)."
         )
     if extras:
         remarks.append("; ".join(_EXPLAINED[name] for name in extras) + ".")
