@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +61,9 @@ class CardResult:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+_EVALUATED = re.compile(r"eval_(?:(.+)_)?em/originals")
+
+
 def write_results(path: str | Path, results: Sequence[CardResult], *, model_name: str) -> None:
     """Add results to the card at `path`, in its metadata and as a table; a card is begun where there is none.
 
@@ -109,53 +111,28 @@ def read_results(path: str | Path) -> list[CardResult]:
     return [_from_eval_result(result) for result in _load(path).data.eval_results or [] if _is_ours(result)]
 
 
-@contextmanager
-def results_kept(path: str | Path, weights_sha256: str | None) -> Iterator[None]:
-    """Carry a card's results over a block that writes the card anew, as training does at every push.
-
-    Only results of the weights that the card is of are carried over: those of weights trained further would be false.
-
-    Args:
-        weights_sha256: hash of the weights beside the card, as results of evaluation runs hold it; `None` keeps none.
-    """
-    path = Path(path)
-    try:
-        found = read_results(path)
-    except ValueError as error:
-        # A card that nobody can read must not cost a training run its own.
-        logger.warning("%s; its results are not carried over", error)
-        found = []
-    kept = [result for result in found if weights_sha256 and result.details.get(WEIGHTS) == weights_sha256]
-    if len(kept) < len(found):
-        logger.warning("%s: %d results of other weights are not carried over", path, len(found) - len(kept))
-    yield
-    if kept:
-        write_results(path, kept, model_name=path.resolve().parent.name)
-
-
-def training_results(log_history: Sequence[Mapping[str, Any]], datasets: Sequence[str]) -> list[CardResult]:
+def training_results(log_history: Sequence[Mapping[str, Any]]) -> list[CardResult]:
     """What training's own evaluation says of the model in the end: the last exact match of every evaluation set.
 
     Args:
         log_history: of the trainer's state; exact match of sampled rollouts stands under `eval_em/originals`, or
             `eval_<set>_em/originals` where there are several sets.
-        datasets: names of the evaluation sets; with one, the unnamed metric is its own.
     """
+    last: dict[str, tuple[Any, float]] = {}
+    for row in log_history:
+        for key, value in row.items():
+            if (found := _EVALUATED.fullmatch(key)) and _is_number(value):
+                last[found[1] or "evaluation questions"] = row.get("step"), value
     results = []
-    for name in datasets:
-        keys = [f"eval_{name}_em/originals", *(["eval_em/originals"] if len(datasets) == 1 else [])]
-        rows = [(row, key) for row in log_history for key in keys if _is_number(row.get(key))]
-        if not rows:
-            continue
-        row, key = rows[-1]
+    for name, (step, value) in sorted(last.items()):
         results.append(
             CardResult(
                 dataset_name=name,
                 dataset_type=name,
                 metric_type="exact_match",
                 metric_name="Exact match, % (sampled, during training)",
-                value=round(100 * row[key], 2),
-                details={"step": row.get("step")},
+                value=round(100 * value, 2),
+                details={"step": step},
             )
         )
     return results

@@ -7,6 +7,8 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rex_rag.card_results import training_results, write_results
+
 if TYPE_CHECKING:
     from rex_rag.config import REXRAGConfig
 
@@ -29,7 +31,7 @@ _RESULTS = ("em/originals", "em/probes", "dead_end/rate", "dead_end/rescue_rate"
 def append_method_section(
     path: Path, *, args: REXRAGConfig, retriever: str, recipe: str | None, log_history: list[dict]
 ) -> None:
-    """Append the section to a card just written by TRL."""
+    """Append the section to a card just written by TRL, and the last evaluation to its metadata, as the Hub reads it."""
     settings = {
         "Method": "REX-RAG (arXiv 2508.08149)" if args.num_probe_slots else "Search-R1 GRPO (probes off)",
         "Recipe": recipe or "none; built in Python",
@@ -45,6 +47,8 @@ def append_method_section(
     lines += _result_lines(log_history)
     card = path.read_text(encoding="utf-8")
     path.write_text(card.rstrip() + "\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    if results := training_results(log_history):
+        write_results(path, results, model_name=path.resolve().parent.name)
 
 
 def _result_lines(log_history: list[dict]) -> list[str]:

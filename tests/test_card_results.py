@@ -9,7 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from rex_rag.card_results import WEIGHTS, CardResult, read_results, results_kept, training_results, write_results
+from rex_rag.card_results import CardResult, read_results, training_results, write_results
 
 NQ = CardResult(
     dataset_name="NQ",
@@ -202,37 +202,26 @@ def test_two_of_the_same_and_none_at_all_are_refused(card: Path):
     assert card.read_text(encoding="utf-8") == CARD
 
 
-def test_results_of_the_same_weights_survive_a_card_written_anew(card: Path, caplog: pytest.LogCaptureFixture):
-    mine = replace(NQ, details={WEIGHTS: "aa"})
-    older = replace(OWN, details={WEIGHTS: "bb"})
-    write_results(card, [mine, older, replace(NQ, metric_name="nobody knows of which weights")], model_name="me/model")
-    with results_kept(card, "aa"):
-        card.write_text(CARD + "\nWritten anew.\n", encoding="utf-8")
-    assert read_results(card) == [mine]
-    assert "Written anew." in card.read_text(encoding="utf-8")
-    assert "2 results of other weights are not carried over" in caplog.text
-
-
-@pytest.mark.parametrize("content", [None, "---\na: [1\n---\n"])
-def test_nothing_is_carried_over_from_no_card_or_a_broken_one(tmp_path: Path, content: str | None):
-    path = tmp_path / "README.md"
-    if content is not None:
-        path.write_text(content)
-    with results_kept(path, "aa"):
-        path.write_text(CARD, encoding="utf-8")
-    assert path.read_text(encoding="utf-8") == CARD
-
-
 def test_trainings_own_evaluation():
     log = [
         {"step": 10, "eval_em/originals": 0.25},
         {"step": 20, "eval_em/originals": 0.375, "em/originals": 0.9},
         {"step": 20, "train_runtime": 3.0},
-        {"step": 30, "eval_em/originals": float("nan")},
+        {"step": 30, "eval_em/originals": float("nan"), "eval_two_em/originals": 1},
     ]
-    [result] = training_results(log, ["hopworld"])
-    assert (result.dataset_name, result.value, result.details) == ("hopworld", 37.5, {"step": 20})
-    assert training_results(log, ["one", "two"]) == []  # an unnamed metric could be either's
-    log.append({"step": 40, "eval_two_em/originals": 1})
-    assert [(one.dataset_name, one.value) for one in training_results(log, ["one", "two"])] == [("two", 100.0)]
-    assert training_results([], ["hopworld"]) == []
+    found = [(one.dataset_name, one.value, one.details) for one in training_results(log)]
+    assert found == [("evaluation questions", 37.5, {"step": 20}), ("two", 100.0, {"step": 30})]
+    assert training_results([{"step": 5, "em/originals": 0.9}]) == []
+
+
+def test_a_card_of_training_holds_its_last_evaluation_as_the_hub_reads_it(card: Path, tmp_path: Path):
+    from rex_rag.config import REXRAGConfig
+    from rex_rag.model_card import append_method_section
+
+    args = REXRAGConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_accumulation_steps=4)
+    log = [{"step": 5, "em/originals": 0.5}, {"step": 6, "eval_em/originals": 0.25}]
+    append_method_section(card, args=args, retriever="BM25", recipe=None, log_history=log)
+    [result] = read_results(card)
+    assert (result.dataset_name, result.metric_type, result.value) == ("evaluation questions", "exact_match", 25.0)
+    text = card.read_text(encoding="utf-8")
+    assert "## Method and results" in text and "base_model: Qwen/Qwen2.5-3B" in text
