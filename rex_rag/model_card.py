@@ -31,7 +31,7 @@ _RESULTS = ("em/originals", "em/probes", "dead_end/rate", "dead_end/rescue_rate"
 def append_method_section(
     path: Path, *, args: REXRAGConfig, retriever: str, recipe: str | None, log_history: list[dict]
 ) -> None:
-    """Append the section to a card just written by TRL, and the last evaluation to its metadata, as the Hub reads it."""
+    """Append the section to a card just written by TRL, and the last evaluation to its metadata."""
     settings = {
         "Method": "REX-RAG (arXiv 2508.08149)" if args.num_probe_slots else "Search-R1 GRPO (probes off)",
         "Recipe": recipe or "none; built in Python",
