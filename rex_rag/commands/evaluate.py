@@ -119,7 +119,8 @@ def run_evaluation(
     is_first = shard.index == 0
     if is_first:
         questions = sum(map(len, benchmarks))
-        say(f"{method.title} with {card['model']['name']}: {questions:,} questions of {len(benchmarks)} benchmarks")
+        sets = f"{len(benchmarks)} benchmark{'s' if len(benchmarks) > 1 else ''}"
+        say(f"{method.title} with {card['model']['name']}: {questions:,} questions of {sets}")
     try:
         finished = run.run(shard, show_progress=is_first or not shard.helps)
     finally:

@@ -1,0 +1,177 @@
+"""`rex-rag evaluate`: arguments, recipes, and a whole run from the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rex_rag.commands.evaluate import evaluate, launched_shard
+from rex_rag.commands.sections import parse_section
+from rex_rag.evaluation.arguments import EvaluationArguments, SearchArguments
+from rex_rag.evaluation.benchmarks import FLASHRAG_SETS
+from rex_rag.evaluation.methods import METHODS
+from rex_rag.evaluation.run import RunError, Shard
+from tests.evaluation.tiny_run import ROOT, make_tiny_world
+
+RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes" / "evaluation").glob("*.yaml"))
+ENOUGH = {"model": "m", "benchmarks": ["nq"], "output": "runs/a"}
+
+
+def parse(*words: str):
+    return parse_section("evaluate", "", "evaluate", (EvaluationArguments, SearchArguments), words)
+
+
+@pytest.fixture(autouse=True)
+def _from_the_root(monkeypatch):
+    """Recipes hold paths relative to the repository root."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_tiny_world(tmp_path_factory.mktemp("world"))
+
+
+def test_all_problems_are_reported_together():
+    with pytest.raises(ValueError) as raised:
+        EvaluationArguments(
+            benchmarks=["a=1.jsonl,a=2.jsonl"],
+            samples=3,
+            batch_size=0,
+            temperature=0,
+            backend="vllm",
+            endpoint="http://me:secret@host",
+            dtype="int4",
+            prompt_template="nowhere.txt",
+            endpoint_timeout=-1.0,
+            seed=True,
+        )
+    said = str(raised.value)
+    for part in (
+        "model is not set",
+        "output is not set",
+        "benchmarks names a more than once",
+        "samples=3 at temperature 0 are all equal",
+        "batch_size=0",
+        "dtype='int4'",
+        "prompt_template='nowhere.txt' is no file",
+        "endpoint_timeout=-1.0",
+        "seed=True",
+        "do not go together",
+        "user name or password",
+    ):
+        assert part in said, part
+    assert "secret" not in said.replace("me:secret@host' and backend", ""), "shown once, where it was typed"
+
+
+def test_benchmarks_are_separated_by_commas_or_spaces():
+    for words in (["nq,popqa"], ["nq", "popqa"], ["nq,", " popqa"]):
+        arguments, _, _ = parse("--model", "m", "--output", "o", "--benchmarks", *words)
+        assert arguments.benchmarks == ["nq", "popqa"]
+    assert EvaluationArguments(**{**ENOUGH, "benchmarks": "nq, popqa"}).benchmarks == ["nq", "popqa"]
+
+
+def test_the_backend_follows_from_the_endpoint():
+    assert EvaluationArguments(**ENOUGH).chosen_backend == "transformers"
+    assert EvaluationArguments(**ENOUGH, backend="vllm").chosen_backend == "vllm"
+    served = EvaluationArguments(**ENOUGH, endpoint="http://127.0.0.1:8000")
+    assert served.chosen_backend == "endpoint"
+    assert served.model_options().endpoint.model == "m"
+    with pytest.raises(ValueError, match="backend='endpoint' needs endpoint"):
+        EvaluationArguments(**ENOUGH, backend="endpoint")
+
+
+def test_a_retriever_may_be_left_out_and_is_checked_if_it_is_not():
+    assert not SearchArguments().is_given
+    assert SearchArguments(corpus=["a.jsonl"]).is_given
+    with pytest.raises(ValueError, match="has its own corpus"):
+        SearchArguments(retriever=["http://127.0.0.1:1"], corpus=["a.jsonl"])
+
+
+def test_processes_that_were_launched_take_their_part():
+    assert launched_shard({}) == Shard(0, 1)
+    assert launched_shard({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}) == Shard(2, 4)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_parse_strictly_and_name_real_benchmarks_and_methods(recipe):
+    arguments, search, _ = parse("--config", recipe)
+    written = yaml.safe_load((ROOT / recipe).read_text())["evaluate"]
+    for name, value in written.items():
+        owner = arguments if hasattr(arguments, name) else search
+        assert getattr(owner, name) in (value, [value]), name
+    assert arguments.method in METHODS
+    assert search.is_given
+    assert all(name in FLASHRAG_SETS or "=" in name or "/" in name for name in arguments.benchmarks)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_headers_name_files_that_exist_and_show_an_override_that_parses(recipe):
+    text = "\n".join(
+        line.removeprefix("#").strip() for line in (ROOT / recipe).read_text().splitlines() if line.startswith("#")
+    ).replace("\\\n", "")
+    [(config, script, named)] = re.findall(r"accelerate launch --config_file (\S+) (\S+) --config (\S+)", text)
+    assert (ROOT / config).is_file() and (ROOT / script).is_file()
+    assert named == recipe
+    overrides = re.search(r"for example:\n(--.+)", text)[1].split()
+    arguments, _, _ = parse("--config", recipe, *overrides)
+    for name, value in zip(overrides[::2], overrides[1::2], strict=True):
+        assert str(getattr(arguments, name[2:])) == value
+
+
+def test_the_papers_recipe_asks_all_51713_questions():
+    arguments, _, _ = parse("--config", "recipes/evaluation/paper_7_sets.yaml")
+    assert arguments.benchmarks == list(FLASHRAG_SETS)
+    assert sum(FLASHRAG_SETS[name][1] for name in arguments.benchmarks) == 51_713
+    assert arguments.subset is None and arguments.temperature == 0.0
+
+
+def test_a_whole_run_from_the_command_line(world, tmp_path, capsys):
+    words = world.words(tmp_path / "run", subset=12, batch_size=5)
+    evaluate(words)
+    printed = capsys.readouterr().out
+    assert "12 questions of 1 benchmark\n" in printed
+    assert re.search(r"^world +12 +\d+\.\d +\d+\.\d to \d+\.\d", printed, re.MULTILINE)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["benchmarks"]["world"]["n"] == 12
+    card = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert card["retriever"]["kind"] == "bm25" and card["chunk_size"] == 5
+    assert card["benchmarks"]["world"]["subset"].startswith("12 of 40 questions, seed 0")
+    assert str(tmp_path) not in json.dumps(card)
+    before = (tmp_path / "run" / "world" / "predictions.jsonl").read_bytes()
+    evaluate(words)  # finished: nothing is run again
+    assert (tmp_path / "run" / "world" / "predictions.jsonl").read_bytes() == before
+    with pytest.raises(RunError, match=r"another run.*benchmarks\.world\.questions: 12 against 10"):
+        evaluate(world.words(tmp_path / "run", subset=10, batch_size=5))
+
+
+def test_shards_from_the_command_line_merge_with_the_last(world, tmp_path, capsys):
+    words = world.words(tmp_path / "run", subset=12, batch_size=5)
+    evaluate([*words, "--shard", "1/2"])
+    assert "part 1/2 is done; others are not" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "results.json").exists()
+    evaluate([*words, "--shard", "0/2"])
+    assert "results: " in capsys.readouterr().out
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_method_without_search_needs_no_retriever(world, tmp_path):
+    words = world.words(tmp_path / "run", method="direct", subset=4)
+    place = words.index("--corpus")
+    evaluate([*words[:place], *words[place + 2 :]])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["retriever"] is None
+    words = world.words(tmp_path / "other", method="search_r1", subset=4)
+    place = words.index("--corpus")
+    with pytest.raises(ValueError, match="the method search_r1 searches, but no retriever is named"):
+        evaluate([*words[:place], *words[place + 2 :]])
+    assert not (tmp_path / "other").exists()
+
+
+def test_budgets_beyond_the_model_are_refused(world, tmp_path):
+    with pytest.raises(ValueError, match="max_sequence_length=4096 is more than the 2048 tokens"):
+        evaluate(world.words(tmp_path / "run", max_sequence_length=4096))
+    assert not Path(tmp_path / "run").exists()
