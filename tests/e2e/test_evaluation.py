@@ -1,4 +1,4 @@
-"""Evaluation runs with real parts: vLLM's own OpenAI server and its offline engine on CPU, two processes, real data."""
+"""Evaluation with real parts: vLLM's own OpenAI server, its offline engine on CPU, two processes, real data."""
 
 import contextlib
 import importlib.util
