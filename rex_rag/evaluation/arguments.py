@@ -92,7 +92,8 @@ class EvaluationArguments:
         default=DEFAULT_KEY_VARIABLE, metadata={"help": "Environment variable that holds the key, if there is one."}
     )
     prompt_template: str | None = field(
-        default=None, metadata={"help": "Text file with the method's first prompt; default, the built-in one."}
+        default=None,
+        metadata={"help": "Text file with the method's first prompt; `none`, the default, is the built-in one."},
     )
     top_k: int = field(default=_BUDGET.top_k, metadata={"help": "Passages a search."})
     max_turns: int = field(
@@ -114,6 +115,8 @@ class EvaluationArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.prompt_template in ("none", "null"):  # a command line has no other word for YAML's null
+            self.prompt_template = None
         self.benchmarks = _listed(self.benchmarks)
         for name in ("temperature", "gpu_memory_utilization", *_POSITIVE_NUMBERS):
             value = getattr(self, name)
