@@ -99,6 +99,7 @@ def add_reliability(commands: argparse._SubParsersAction) -> None:
     add("--corpus", action="append", default=[], metavar="FILE", help="search these passages with BM25 in memory")
     add("--output", required=True, metavar="PICTURE.png|svg", type=Path, help="image to write")
     add("--page", metavar="PAGE.html", type=Path, help="write the trajectories with their tokens as a page, too")
+    add("--prompt-template", metavar="FILE", type=Path, help="text with {question} in it (default: the built-in one)")
     add("--k", type=_positive, default=2, metavar="K", help="largest logits taken as evidence (default: 2)")
     add("--top-k", type=_positive, default=3, metavar="K", help="passages a search (default: 3)")
     add("--max-turns", type=_positive, default=4, metavar="N", help="turns that may search (default: 4)")
@@ -145,7 +146,7 @@ def _answer(
 
     from rex_rag.evaluation.reliability import score_trajectory
     from rex_rag.generation import TransformersGenerator
-    from rex_rag.protocol import build_prompt
+    from rex_rag.protocol import PROMPT_TEMPLATE, build_prompt
     from rex_rag.retrieval.load import load_retriever
     from rex_rag.rollout import RolloutBudget, RolloutEngine
     from rex_rag.visualization.reliability import reliability_record
@@ -163,7 +164,8 @@ def _answer(
     )
     retriever = load_retriever(retrieval) if retrieval else None
     engine = RolloutEngine(TransformersGenerator(model, tokenizer, temperature=0.0), retriever, tokenizer, budget)
-    messages = build_prompt(options.question)
+    template = options.prompt_template.read_text(encoding="utf-8") if options.prompt_template else PROMPT_TEMPLATE
+    messages = build_prompt(options.question, template)
     if tokenizer.chat_template:
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     else:
