@@ -83,7 +83,7 @@ class EvaluationArguments:
     enforce_eager: bool = field(default=False, metadata={"help": "vllm: compile nothing; starts sooner, runs slower."})
     endpoint: str | None = field(
         default=None,
-        metadata={"help": "Base URL of an OpenAI-compatible server, for example http://127.0.0.1:8000/v1."},
+        metadata={"help": "Base URL of an OpenAI-compatible server, for example http://127.0.0.1:8001/v1."},
     )
     endpoint_timeout: float = field(default=600.0, metadata={"help": "Seconds one attempt at a completion may take."})
     endpoint_attempts: int = field(default=6, metadata={"help": "Attempts at a completion before it is an error."})
@@ -216,7 +216,7 @@ class EvaluationArguments:
             yield f"backend={self.backend!r}; it must be one of {', '.join((AUTO, *BACKENDS))}"
             return
         if self.chosen_backend == ENDPOINT and not self.endpoint:
-            yield "backend='endpoint' needs endpoint, the server's base URL, for example http://127.0.0.1:8000/v1"
+            yield "backend='endpoint' needs endpoint, the server's base URL, for example http://127.0.0.1:8001/v1"
         if self.endpoint and self.chosen_backend != ENDPOINT:
             yield f"endpoint={self.endpoint!r} and backend={self.backend!r} do not go together; leave one of them out"
         if self.endpoint:

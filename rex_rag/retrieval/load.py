@@ -81,6 +81,8 @@ class RetrieverArguments:
         for name in ("retriever", "corpus", "retriever_devices"):
             value = getattr(self, name)
             setattr(self, name, list(value) if isinstance(value, list | tuple) else [] if value is None else [value])
+        if self.corpus == ["none"]:  # a command line has no other word for leaving out what a recipe names
+            self.corpus = []
         if isinstance(self.retriever_timeout, int) and not isinstance(self.retriever_timeout, bool):
             self.retriever_timeout = float(self.retriever_timeout)
         problems = [*self._source_problems(), *self._value_problems()]
@@ -121,7 +123,7 @@ class RetrieverArguments:
         if self.kind in ("remote", "online") and self.corpus:
             yield (
                 f"retriever={self.retriever} has its own corpus, but corpus={self.corpus} is set too; leave corpus "
-                f"out, or use retriever={BM25!r}"
+                f"out (--corpus none where a recipe names it), or use retriever={BM25!r}"
             )
         if self.kind == BM25 and not self.corpus:
             yield (

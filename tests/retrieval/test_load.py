@@ -87,3 +87,13 @@ def test_imports_stay_light():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (result.stdout.strip(), result.stderr.strip()) == ("[]", "")
+
+
+def test_a_corpus_that_a_recipe_names_can_be_left_out_on_the_command_line(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("retriever: bm25\ncorpus: one.jsonl\n")
+    words = ["--config", str(recipe), "--retriever", "http://127.0.0.1:8000"]
+    with pytest.raises(ValueError, match="--corpus none where a recipe names it"):
+        TrlParser(RetrieverArguments).parse_args_and_config(words)
+    [arguments] = TrlParser(RetrieverArguments).parse_args_and_config([*words, "--corpus", "none"])
+    assert (arguments.corpus, arguments.kind) == ([], "remote")
