@@ -357,11 +357,11 @@ def test_a_query_that_fails_ends_the_whole_search_and_no_more_is_paid_for_the_ot
     retriever = make("serpapi", max_attempts=99, backoff=30.0)
     with pytest.raises(RetrievalError, match=r"'fail 403 1' failed: HTTP 403"):
         retriever.search(["fail 500 99", "fail 403 1"], 1)
-    spent = retriever.cache.spent()
     started = time.monotonic()
     retriever.close()  # nobody sleeps until the next attempt
     assert time.monotonic() - started < 2.0
-    assert retriever.cache.spent() == spent <= 2
+    # The other query's first attempt may have been under way; a second one is not made.
+    assert retriever.cache.spent() <= 2
 
 
 def test_closing_ends_searches_that_wait_for_another_attempt_or_for_a_thread(make, services):
