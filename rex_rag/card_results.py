@@ -6,7 +6,6 @@ form. Whatever else the card says stays; results written before stay too, unless
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,6 @@ from rex_rag.tables import markdown_table, markdown_text
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
-
-logger = logging.getLogger(__name__)
 
 TASK_TYPE = "question-answering"
 TASK_NAME = "Question answering with search"

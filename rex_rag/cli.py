@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from rex_rag import __version__
 from rex_rag.commands import coverage, evaluate, pictures, report, retrieval
 from rex_rag.commands.sections import describe_unknown
+from rex_rag.commands.terminal import positive
 
 if TYPE_CHECKING:
     from rex_rag.config import REXRAGConfig
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("recipe", metavar="RECIPE.yaml", type=Path)
     check.add_argument(
-        "--processes", type=_positive, default=1, metavar="N", help="work the batch out for N processes (default: 1)"
+        "--processes", type=positive, default=1, metavar="N", help="work the batch out for N processes (default: 1)"
     )
     check.set_defaults(run=_check)
 
@@ -125,13 +126,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     prompts.set_defaults(run=_prompts)
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
 
 
 def _hopworld(options: argparse.Namespace) -> None:

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rex_rag.commands.terminal import positive, printable
+
 if TYPE_CHECKING:
     from rex_rag.retrieval.load import RetrieverArguments
     from rex_rag.types import Trajectory
@@ -34,7 +36,7 @@ def add_view(commands: argparse._SubParsersAction) -> None:
     view.add_argument("--benchmark", metavar="NAME", help="only this benchmark of an evaluation (default: all)")
     view.add_argument(
         "--limit",
-        type=_positive,
+        type=positive,
         default=PAGE_LIMIT,
         metavar="N",
         help=f"only the first N trajectories, an equal share of each benchmark (default: {PAGE_LIMIT})",
@@ -100,10 +102,10 @@ def add_reliability(commands: argparse._SubParsersAction) -> None:
     add("--output", required=True, metavar="PICTURE.png|svg", type=Path, help="image to write")
     add("--page", metavar="PAGE.html", type=Path, help="write the trajectories with their tokens as a page, too")
     add("--prompt-template", metavar="FILE", type=Path, help="text with {question} in it (default: the built-in one)")
-    add("--k", type=_positive, default=2, metavar="K", help="largest logits taken as evidence (default: 2)")
-    add("--top-k", type=_positive, default=3, metavar="K", help="passages a search (default: 3)")
-    add("--max-turns", type=_positive, default=4, metavar="N", help="turns that may search (default: 4)")
-    add("--max-turn-tokens", type=_positive, default=500, metavar="N", help="tokens a turn (default: 500)")
+    add("--k", type=positive, default=2, metavar="K", help="largest logits taken as evidence (default: 2)")
+    add("--top-k", type=positive, default=3, metavar="K", help="passages a search (default: 3)")
+    add("--max-turns", type=positive, default=4, metavar="N", help="turns that may search (default: 4)")
+    add("--max-turn-tokens", type=positive, default=500, metavar="N", help="tokens a turn (default: 500)")
     add("--inserted", action="store_true", help="draw the tokens of retrieved text as well")
     add("--device", help="where the models run (default: the first GPU, or else the CPU)")
     parser.set_defaults(run=_reliability)
@@ -127,7 +129,7 @@ def _reliability(options: argparse.Namespace) -> None:
     pictures = with_shared_scale([picture for _, picture in answered])
     print(draw_reliability(pictures, options.output, f"Question: {options.question.strip()}"))
     for picture, (trajectory, _) in zip(pictures, answered, strict=True):
-        print(f"  {picture['model']}: {summary(picture)}; answer: {_printable(trajectory.answer)}")
+        print(f"  {picture['model']}: {summary(picture)}; answer: {printable(trajectory.answer or '(none)')}")
     if options.page:
         records = [
             trajectory_record(trajectory, options.question.strip(), [], None)
@@ -173,17 +175,3 @@ def _answer(
     [trajectory] = engine.rollout([prompt])
     tokens = score_trajectory(model, tokenizer, trajectory, options.k)
     return trajectory, reliability_record(name, tokens, options.k, inserted=options.inserted)
-
-
-def _printable(text: str | None) -> str:
-    """A model may have copied control sequences; they are not for the terminal."""
-    if text is None:
-        return "(none)"
-    return "".join(character if character.isprintable() else " " for character in text)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value

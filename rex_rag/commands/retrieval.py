@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag.commands.sections import parse_section
+from rex_rag.commands.terminal import positive, printable
 
 if TYPE_CHECKING:
     from rex_rag.types import Passage
@@ -110,7 +111,7 @@ def add_search(commands: argparse._SubParsersAction) -> None:
     )
     source.add_argument("--index", metavar="DIR", help="directory that `rex-rag index` made")
     source.add_argument("--url", help="retrieval server, for example http://127.0.0.1:8000")
-    parser.add_argument("--top-k", type=_positive, default=3, metavar="K", help="passages to show (default: 3)")
+    parser.add_argument("--top-k", type=positive, default=3, metavar="K", help="passages to show (default: 3)")
     parser.add_argument("query")
     parser.set_defaults(run=_search)
 
@@ -137,12 +138,7 @@ def _search(options: argparse.Namespace) -> None:
 
 def _shown(rank: int, passage: Passage) -> str:
     score = "" if passage.score is None else f"  ({passage.score:.3f})"
-    return f"{rank}. {_printable(passage.title)}{score}\n   {_printable(passage.text)}"
-
-
-def _printable(text: str) -> str:
-    """Passages are untrusted: without this a corpus could send control sequences to the terminal."""
-    return "".join(character if character.isprintable() else " " for character in text)
+    return f"{rank}. {printable(passage.title)}{score}\n   {printable(passage.text)}"
 
 
 def add_bench(commands: argparse._SubParsersAction) -> None:
@@ -154,15 +150,15 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
         "and where the time goes: queue, encode, search, fetch and the wire.",
     )
     parser.add_argument("--url", required=True, help="the server, for example http://127.0.0.1:8000")
-    parser.add_argument("--concurrency", type=_positive, default=64, metavar="N", help="requests under way at once")
-    parser.add_argument("--queries", type=_positive, default=20_000, metavar="N", help="queries to send in all")
-    parser.add_argument("--batch-size", type=_positive, default=1, metavar="N", help="queries a request")
-    parser.add_argument("--top-k", type=_positive, default=3, metavar="K", help="passages a query")
+    parser.add_argument("--concurrency", type=positive, default=64, metavar="N", help="requests under way at once")
+    parser.add_argument("--queries", type=positive, default=20_000, metavar="N", help="queries to send in all")
+    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="queries a request")
+    parser.add_argument("--top-k", type=positive, default=3, metavar="K", help="passages a query")
     parser.add_argument(
         "--query-file", metavar="FILE", help="JSON lines with `question` or `query`, or one query a line"
     )
     parser.add_argument(
-        "--processes", type=_positive, metavar="N", help="processes that send (default: one for every 64 connections)"
+        "--processes", type=positive, metavar="N", help="processes that send (default: one for every 64 connections)"
     )
     parser.add_argument("--index", metavar="DIR", help="also call this index in process, one batch after the other")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there too")
@@ -200,10 +196,3 @@ def _bench_index(options: argparse.Namespace, queries: Sequence[str] | None, ben
     queries = queries or invent_queries(retriever.search, options.queries)
     asked = [queries[number % len(queries)] for number in range(options.queries)]
     return bench_in_process(retriever, asked, options.batch_size, options.top_k)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
+import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag import __version__, answers
+from rex_rag.evaluation.records import RUN_FILE
 
 if TYPE_CHECKING:
     from rex_rag.evaluation.benchmarks import Benchmark
@@ -159,6 +161,26 @@ def _counts(name: str, card: Mapping[str, Any]) -> bool:
     if name == "retriever.description":
         return (card["retriever"] or {}).get("fingerprint") is None
     return name != "benchmark_order" and not (name.startswith("benchmarks.") and name.endswith(".source"))
+
+
+def read_card(directory: str | Path) -> dict[str, Any]:
+    """The protocol card of a run's directory.
+
+    Raises:
+        ValueError: for a card that is missing, broken or of another format.
+    """
+    path = Path(directory) / RUN_FILE
+    if not path.is_file():
+        raise ValueError(f"{directory} holds no {RUN_FILE}; name the directory that an evaluation wrote (--output)")
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON ({error}); evaluate into a new directory") from error
+    try:
+        check_card(card)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return card
 
 
 def check_card(card: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from rex_rag.evaluation.benchmarks import Benchmark
 from rex_rag.evaluation.bootstrap import RESAMPLES, Estimate
-from rex_rag.evaluation.card import check_card
+from rex_rag.evaluation.card import read_card
 from rex_rag.evaluation.records import PREDICTIONS_FILE, RUN_FILE, Prediction, Question
 from rex_rag.evaluation.scores import BenchmarkScores, macro_scores, read_predictions, read_seconds, score_benchmark
 
@@ -100,7 +100,10 @@ def read_run(path: str | Path, *, resamples: int = RESAMPLES, seed: int = 0) -> 
         ScoreError: for predictions that cannot be scored.
     """
     path = Path(path)
-    card = read_card(path)
+    try:
+        card = read_card(path)
+    except ValueError as error:
+        raise ReportError(str(error)) from error
     scores, missing = {}, {}
     for name, row in card["benchmarks"].items():
         folder = path / name
@@ -133,25 +136,3 @@ def questions_sha256(predictions: Sequence[Prediction]) -> str:
         for prediction in predictions
     )
     return Benchmark(name="", kind="", questions=questions, source="", size=len(questions)).sha256
-
-
-def read_card(path: Path) -> dict[str, Any]:
-    """The protocol card of a run.
-
-    Raises:
-        ReportError: for a card that is missing, broken or of another format.
-    """
-    file = path / RUN_FILE
-    try:
-        card = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ReportError(
-            f"{path} holds no {RUN_FILE}; name the directory that an evaluation wrote (--output)"
-        ) from error
-    except ValueError as error:
-        raise ReportError(f"{file} is not readable JSON ({error}); evaluate into a new directory") from error
-    try:
-        check_card(card)
-    except ValueError as error:
-        raise ReportError(f"{file}: {error}") from error
-    return card

@@ -180,8 +180,7 @@ class TransformersModel(LanguageModel):
             self.tokenizer,
             temperature=self.options.temperature,
             eos_token_ids=end_token_ids(self.tokenizer, self._model.generation_config),
-            # It must have one; a row ends at this token anyway.
-            stop_strings=stop_strings or (self.tokenizer.eos_token,),
+            stop_strings=stop_strings,
         )
 
     def _describe(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rex_rag.bars import progress_bar
 from rex_rag.durable import locked, write_json, written_whole
-from rex_rag.evaluation.card import check_card, differences
+from rex_rag.evaluation.card import differences, read_card
 from rex_rag.evaluation.methods import Method, Toolbox
 from rex_rag.evaluation.records import PREDICTIONS_FILE, RUN_FILE, TIMINGS_FILE, Prediction, Question, Sample
 from rex_rag.evaluation.scores import BenchmarkScores, macro_scores, read_predictions, read_seconds, score_benchmark
@@ -316,24 +316,6 @@ def _write_or_check_card(output: Path, card: Mapping[str, Any]) -> None:
             "is no run; name a directory that is new or empty"
         )
     write_json(path, card)
-
-
-def read_card(output: str | Path) -> dict[str, Any]:
-    """The protocol card of a run's directory.
-
-    Raises:
-        RunError: for a directory without one, or with a broken one.
-        ValueError: for one of another format.
-    """
-    path = Path(output) / RUN_FILE
-    if not path.is_file():
-        raise RunError(f"{output} has no {RUN_FILE}, so it is no run; name the directory that an evaluation wrote")
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path} is broken ({error}); run the evaluation again into a new directory") from error
-    check_card(card)
-    return card
 
 
 def score_run(output: str | Path, card: Mapping[str, Any] | None = None) -> dict[str, BenchmarkScores]:

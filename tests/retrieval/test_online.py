@@ -354,11 +354,21 @@ def test_a_key_in_an_answer_is_hidden_before_the_answer_is_cut_to_length(make, s
 
 
 def test_a_query_that_fails_ends_the_whole_search_and_no_more_is_paid_for_the_others(make, services):
+    retriever = make("serpapi", max_attempts=99, backoff=0.05)
+    with pytest.raises(RetrievalError, match=r"'fail 403 1' failed: HTTP 403"):
+        retriever.search(["fail 500 99", "fail 403 1"], 1)
+    time.sleep(0.5)  # an attempt that was under way may end
+    spent = retriever.cache.spent()
+    time.sleep(1.5)  # pauses of 0.05, 0.1, 0.2, 0.4, ... s: left alone, the other query would be paid for again
+    assert retriever.cache.spent() == spent
+
+
+def test_closing_waits_for_no_pause_before_another_attempt(make, services):
     retriever = make("serpapi", max_attempts=99, backoff=30.0)
     with pytest.raises(RetrievalError, match=r"'fail 403 1' failed: HTTP 403"):
         retriever.search(["fail 500 99", "fail 403 1"], 1)
     started = time.monotonic()
-    retriever.close()  # nobody sleeps until the next attempt
+    retriever.close()
     assert time.monotonic() - started < 2.0
     # The other query's first attempt may have been under way; a second one is not made.
     assert retriever.cache.spent() <= 2
