@@ -7,7 +7,10 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+_UNSET = ("none", "null")
 
 
 def parse_section(
@@ -21,6 +24,7 @@ def parse_section(
     """Parse `words` into one object of each dataclass in `types`, and a namespace of what `add_arguments` added.
 
     `--config FILE` gives defaults from the mapping under `section` in a YAML file; the command line goes over them.
+    `--key none` unsets a setting that may be left out: a command line has no other word for YAML's `null`.
 
     Raises:
         ValueError: for a file without that section or with keys that no dataclass has.
@@ -31,13 +35,42 @@ def parse_section(
     parser.add_argument("--config", metavar="RECIPE.yaml", help=f"defaults from the part `{section}:` of this file")
     if add_arguments is not None:
         add_arguments(parser)
+    optional = {name for kind in types for name in _optional_fields(kind)}
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config.add_argument("--config")
     given, _ = config.parse_known_args(words)
     if given.config:
         known = {entry.name for kind in types for entry in fields(kind)}
-        parser.set_defaults(**read_section(Path(given.config), section, known))
+        named = read_section(Path(given.config), section, known)
+        parser.set_defaults(
+            **{key: None if key in optional and value in _UNSET else value for key, value in named.items()}
+        )
+    words, unset = _without_unset(words, optional)
+    parser.set_defaults(**dict.fromkeys(unset))
     return parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+
+
+def _optional_fields(kind: type) -> set[str]:
+    return {name for name, hint in get_type_hints(kind).items() if NoneType in get_args(hint)}
+
+
+def _without_unset(words: Sequence[str], optional: set[str]) -> tuple[list[str], set[str]]:
+    """The words without optional keys that end as `none`, and these keys; the last value of a key counts."""
+    options: list[tuple[str, list[str]]] = []  # the name of each, and its words
+    for word in words:
+        if word.startswith("--") or not options:
+            options.append((word.partition("=")[0].removeprefix("--").replace("-", "_"), [word]))
+        else:
+            options[-1][1].append(word)
+    is_unset = [
+        name in optional and (given[-1] if len(given) > 1 else given[0].partition("=")[2]) in _UNSET
+        for name, given in options
+    ]
+    ends_unset = {name: unset for (name, _), unset in zip(options, is_unset, strict=True)}
+    kept = [
+        given for (name, given), unset in zip(options, is_unset, strict=True) if not unset and not ends_unset[name]
+    ]
+    return [word for given in kept for word in given], {name for name, unset in ends_unset.items() if unset}
 
 
 def read_section(path: Path, section: str, known: set[str]) -> dict[str, Any]:

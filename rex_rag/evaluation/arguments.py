@@ -115,8 +115,6 @@ class EvaluationArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.prompt_template in ("none", "null"):  # a command line has no other word for YAML's null
-            self.prompt_template = None
         self.benchmarks = _listed(self.benchmarks)
         for name in ("temperature", "gpu_memory_utilization", *_POSITIVE_NUMBERS):
             value = getattr(self, name)

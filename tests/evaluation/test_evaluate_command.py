@@ -175,11 +175,3 @@ def test_budgets_beyond_the_model_are_refused(world, tmp_path):
     with pytest.raises(ValueError, match="max_sequence_length=4096 is more than the 2048 tokens"):
         evaluate(world.words(tmp_path / "run", max_sequence_length=4096))
     assert not Path(tmp_path / "run").exists()
-
-
-def test_none_on_the_command_line_is_the_methods_own_prompt():
-    """A recipe may name a template for one method, and the command line another method."""
-    arguments = EvaluationArguments(
-        model="m", benchmarks=["nq"], method="rag", output="o", prompt_template="none", backend="transformers"
-    )
-    assert arguments.prompt_template is None

@@ -110,9 +110,6 @@ class IndexArguments:
     qdrant_collection: str | None = field(default=None, metadata={"help": "qdrant: collection on that cluster."})
 
     def __post_init__(self) -> None:
-        for name in ("stemmer", "stopwords"):  # a command line has no other word for YAML's null
-            if getattr(self, name) in ("none", "null"):
-                setattr(self, name, None)
         for name in _LISTS:  # YAML gives a lone entry as such
             value = getattr(self, name)
             setattr(self, name, list(value) if isinstance(value, list | tuple) else [] if value is None else [value])
