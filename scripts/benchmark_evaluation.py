@@ -1,11 +1,12 @@
 """How fast an evaluation runs: vLLM in batches against transformers one question at a time, in one run.
 
     python scripts/benchmark_evaluation.py --config recipes/evaluation/local_sample.yaml \\
-        [--questions 400] [--alone 40] [--json FILE] [--key value ...]
+        [--questions 400] [--batched 200] [--alone 40] [--json FILE] [--key value ...]
 
 The last of the recipe's benchmarks with `--questions` questions or more is asked, a seeded subset of it: all of them
-by vLLM and by transformers in batches, `--alone` of them by transformers one after the other. Questions a second come
-from whole runs (searches, parsing and writing included), after a warm-up; loading a model is not counted.
+by vLLM in batches, the first `--batched` by transformers in batches, the first `--alone` by transformers one after the
+other. Questions a second come from whole runs (searches, parsing and writing included), after a warm-up; loading a
+model is not counted.
 """
 
 import argparse
@@ -23,6 +24,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from rex_rag.commands.evaluate import load_benchmarks
 from rex_rag.commands.sections import parse_section
+from rex_rag.commands.terminal import positive
 from rex_rag.evaluation.arguments import EvaluationArguments, SearchArguments
 from rex_rag.evaluation.benchmarks import Benchmark, subset
 from rex_rag.evaluation.card import protocol_card
@@ -74,7 +76,7 @@ def timed_run(
         return seconds, read_predictions(Path(scratch) / "run" / benchmark.name)
 
 
-def measure(arguments: EvaluationArguments, search: SearchArguments, questions: int, alone: int) -> dict:
+def measure(arguments: EvaluationArguments, search: SearchArguments, questions: int, batched: int, alone: int) -> dict:
     """Questions a second of the three ways, and how many trajectories of vLLM's are transformers' own."""
     large = [
         benchmark for benchmark in load_benchmarks(replace(arguments, subset=None)) if len(benchmark) >= questions
@@ -82,8 +84,9 @@ def measure(arguments: EvaluationArguments, search: SearchArguments, questions: 
     if not large:
         raise ValueError(f"no benchmark of the recipe has {questions} questions; lower --questions")
     asked = subset(large[-1], questions, arguments.subset_seed)
-    by_one = replace(asked, questions=asked.questions[:alone])
-    warm_up = replace(asked, questions=asked.questions[:WARM_UP_QUESTIONS])
+    warm_up, in_batches, by_one = (
+        replace(asked, questions=asked.questions[:first]) for first in (WARM_UP_QUESTIONS, batched, alone)
+    )
     # vLLM before the retriever: its CPU build cannot start once bm25s is loaded.
     models = {
         backend: open_model(replace(arguments, backend=backend, temperature=0.0).model_options())
@@ -92,7 +95,7 @@ def measure(arguments: EvaluationArguments, search: SearchArguments, questions: 
     retriever = load_retriever(search)
     ways = {
         "vllm, batches": (models[VLLM], asked, arguments.batch_size),
-        "transformers, batches": (models[TRANSFORMERS], asked, arguments.batch_size),
+        "transformers, batches": (models[TRANSFORMERS], in_batches, arguments.batch_size),
         "transformers, one by one": (models[TRANSFORMERS], by_one, 1),
     }
     figures: dict = {"benchmark": asked.name, "batch_size": arguments.batch_size, "ways": {}}
@@ -108,8 +111,9 @@ def measure(arguments: EvaluationArguments, search: SearchArguments, questions: 
             "tokens_per_question": round(sum(sample.tokens for sample in samples) / len(samples), 1),
             "searches_per_question": round(sum(len(sample.searches) for sample in samples) / len(samples), 2),
         }
-    pairs = zip(predictions["vllm, batches"], predictions["transformers, batches"], strict=True)
-    figures["same_trajectories"] = round(sum(one == other for one, other in pairs) / len(asked), 4)
+    by_transformers = predictions["transformers, batches"]
+    pairs = zip(predictions["vllm, batches"][: len(by_transformers)], by_transformers, strict=True)
+    figures["same_trajectories"] = round(sum(one == other for one, other in pairs) / len(by_transformers), 4)
     rate = {name: way["questions_per_second"] for name, way in figures["ways"].items()}
     figures["vllm_over_one_by_one"] = round(rate["vllm, batches"] / rate["transformers, one by one"], 2)
     figures["load_average"] = [round(load, 2) for load in os.getloadavg()]
@@ -118,14 +122,15 @@ def measure(arguments: EvaluationArguments, search: SearchArguments, questions: 
 
 def main(words: list[str]) -> None:
     def switches(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--questions", type=int, default=400, help="questions in batches")
-        parser.add_argument("--alone", type=int, default=40, help="questions one by one")
+        parser.add_argument("--questions", type=positive, default=400, help="questions by vLLM, in batches")
+        parser.add_argument("--batched", type=positive, default=200, help="of them by transformers, in batches")
+        parser.add_argument("--alone", type=positive, default=40, help="of them by transformers, one by one")
         parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
 
     arguments, search, options = parse_section(
         "evaluate", __doc__.split("\n")[0], "evaluate", (EvaluationArguments, SearchArguments), words, switches
     )
-    figures = measure(arguments, search, options.questions, options.alone)
+    figures = measure(arguments, search, options.questions, options.batched, options.alone)
     print(json.dumps(figures, indent=1))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
