@@ -250,7 +250,8 @@ class RolloutEngine:
         self._insert(trajectory, SegmentKind.INFORMATION, body_ids + self._tail_ids, body + OBSERVATION_TAIL)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        # verbose: passages are cut to the budget afterwards, so their length is nothing to warn of.
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _decode(self, ids: list[list[int]]) -> list[str]:
         if not ids:  # a rank that only joins in; batch_decode takes an empty batch for one empty row

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parts import PASSAGES, ScriptedGenerator, make_bpe_tokenizer, make_word_tokenizer
+from transformers import tokenization_utils_base
 
 from rex_rag.exploration import ExplorationPool
 from rex_rag.generation import Generation
@@ -114,6 +115,19 @@ def test_budgets_are_counted_by_cause(word_tokenizer, retriever):
     budget = RolloutBudget(max_turns=3, max_turn_tokens=40, max_observation_tokens=60, max_sequence_length=50, top_k=1)
     (full,) = engine_for(word_tokenizer, [[long_turn]], retriever, budget).rollout([[5]])
     assert full.truncations == {Truncation.SEQUENCE: 1} and full.done and full.length <= 50
+
+
+def test_a_passage_longer_than_the_model_takes_is_cut_without_a_warning(retriever, monkeypatch):
+    tokenizer = make_word_tokenizer()
+    tokenizer.model_max_length = 8
+    warned = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", lambda *words: warned.append(words))
+    encode(tokenizer, "the owl is in the oak and the owl is in the oak")
+    assert len(warned) == 1  # the library's own, which tells a reader of it nothing here
+    tokenizer.deprecation_warnings.clear()  # it warns once
+    turns = [["<search> owl </search>"], ["<answer> oak </answer>"]]
+    engine_for(tokenizer, turns, retriever).rollout([[5]])
+    assert len(warned) == 1
 
 
 def test_sequence_limit_holds_whatever_is_sampled(word_tokenizer, retriever):
