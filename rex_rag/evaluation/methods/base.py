@@ -64,8 +64,12 @@ class Toolbox:
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
-        """Strings of the tokenizer's own that inserted text must not contain."""
-        return tuple(self.tokenizer.all_special_tokens)
+        """Strings of the tokenizer's own that inserted text must not contain.
+
+        Also those that it marks as special and names nowhere, as Llama 3 does with all that frame a message.
+        """
+        marked = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        return tuple(dict.fromkeys([*self.tokenizer.all_special_tokens, *marked]))
 
 
 class Method(ABC):
