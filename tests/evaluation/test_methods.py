@@ -173,6 +173,23 @@ def test_each_row_keeps_to_its_own_room(bpe_tokenizer):
     assert cut.length == used + 7
 
 
+@pytest.mark.parametrize(
+    ("name", "turn"),
+    [("direct", "oak"), ("cot", "So the answer is: oak"), ("rag", "oak"), ("search_o1", "It is \\boxed{oak}")],
+)
+def test_a_message_ends_where_the_chat_template_ends_one(name, turn):
+    """Base models: the engine knows `<|endoftext|>` alone, and goes on behind `<|im_end|>` with turns of its own."""
+    tokenizer = make_bpe_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    )
+    more = "<|im_end|>\nuser\nWho?<|im_end|>\nSo the answer is: elm \\boxed{elm}<eos>"
+    bench = Bench(tokenizer, [[turn + more]])
+    [trajectory] = bench.run(name, question("where is the owl"))
+    assert trajectory.answer == "oak" and dict(trajectory.truncations) == {}
+    assert kinds(trajectory)[-1] == ("POLICY", turn + more)  # all that was sampled is kept and counted
+
+
 def test_chain_of_thought_takes_what_follows_the_announcement(bpe_tokenizer):
     turns = [
         "The owl is in the oak. So the answer is: the oak.\nQuestion: x So the answer is: elm",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 from evaluation.test_methods import Bench, kinds, question
+from parts import make_bpe_tokenizer
 
 from rex_rag.evaluation.methods.ircot import MAX_PARAGRAPHS, SENTENCE_STOPS, first_sentence
-from rex_rag.evaluation.methods.search_o1 import condense_reasoning, condensed_information
+from rex_rag.evaluation.methods.search_o1 import QUERY_MARKS, condense_reasoning, condensed_information
 from rex_rag.evaluation.prompts import SEARCH_O1, fill
 from rex_rag.rollout import RolloutBudget
 from rex_rag.types import Passage
@@ -161,6 +162,14 @@ def test_search_o1_condenses_documents_before_they_enter_the_chain(bpe_tokenizer
     assert f"Reasoning so far:\nStep 1: {ASK_OWL}\n\nSearch query:\nwhere is the owl\n\n" in told
     assert "Documents found:\nDoc 1(Title: Owl) the owl is in the oak\n" in told
     assert "the owl is in the oak" not in bpe_tokenizer.decode(chain)
+
+
+def test_search_o1_reads_its_marks_where_the_tokenizer_holds_them_as_control_tokens():
+    tokenizer = make_bpe_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", *QUERY_MARKS]})
+    bench = Bench(tokenizer, [[ASK_OWL], ["**Final Information** in the oak"], ["\\boxed{oak}<eos>"]])
+    [trajectory] = bench.run("search_o1", question("where is the owl"))
+    assert trajectory.answer == "oak" and queries(trajectory) == ["where is the owl"]
 
 
 def test_search_o1_repeats_no_search_and_refuses_those_beyond_the_limit(bpe_tokenizer):

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from rex_rag.generation import Generator
 
+_SAID = "said-by-the-assistant"
+
 
 @dataclass(frozen=True, slots=True)
 class Toolbox:
@@ -70,6 +72,20 @@ class Toolbox:
         """
         marked = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
         return tuple(dict.fromkeys([*self.tokenizer.all_special_tokens, *marked]))
+
+    @property
+    def end_tokens(self) -> tuple[str, ...]:
+        """Control tokens that end the model's message: the tokenizer's own, and what its chat template writes there.
+
+        They differ for base models, of which an engine then knows the first alone and goes on behind the second.
+        """
+        own = [self.tokenizer.eos_token] if self.tokenizer.eos_token else []
+        if self.tokenizer.chat_template is None:
+            return tuple(own)
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SAID}]
+        behind = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_SAID)[2].lstrip()
+        of_template = [token for token in self.control_tokens if behind.startswith(token)]
+        return tuple(dict.fromkeys([*own, *of_template]))
 
 
 class Method(ABC):

@@ -17,6 +17,7 @@ from collections.abc import Generator as Coroutine
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import ClassVar
 
 from rex_rag.evaluation.methods.base import Method, Toolbox
 from rex_rag.evaluation.records import Question
@@ -46,7 +47,7 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What the model wrote: the sampled ids, without the control tokens it ended with (as is its text).
+    """What the model wrote: the sampled ids, up to where it ended its message (as is its text).
 
     ended: it ended its message. truncation: why it was cut, `None` where it stopped by itself.
     """
@@ -85,14 +86,16 @@ class Desk:
 
 
 class ScriptMethod(Method):
-    """A method given by its script."""
+    """A method given by its script. `marks`: strings of its own that carry meaning in what the model writes."""
+
+    marks: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def script(self, desk: Desk) -> Script:
         """Work on one question: set `prompt_ids` and, where there is one, `answer` of `desk.trajectory`."""
 
     def _run(self, questions: Sequence[Question], toolbox: Toolbox) -> list[Trajectory]:
-        driver = _Driver(toolbox)
+        driver = _Driver(toolbox, self.marks)
         seats = [_Seat(self.script(desk), desk.trajectory) for desk in (Desk(each, toolbox) for each in questions)]
         for seat in seats:
             seat.resume(None)
@@ -127,17 +130,13 @@ class _Seat:
 
 
 class _Driver:
-    def __init__(self, toolbox: Toolbox) -> None:
+    def __init__(self, toolbox: Toolbox, marks: Sequence[str]) -> None:
         self._tools = toolbox
         self._budget = toolbox.budget
-        tokenizer = toolbox.tokenizer
+        as_id = toolbox.tokenizer.convert_tokens_to_ids
+        self._end_ids = {as_id(token) for token in toolbox.end_tokens}
         # A tokenizer may hold the tags as control tokens; they carry meaning and stay.
-        marks = {*ALL_TAGS}
-        self._end_ids = {
-            index
-            for index, token in zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
-            if token not in marks
-        }
+        self._control_ids = {as_id(token) for token in toolbox.control_tokens if token not in {*ALL_TAGS, *marks}}
 
     def search(self, seats: list[_Seat]) -> None:
         """Answer all waiting searches in one batch, a query that several ask only once."""
@@ -181,8 +180,8 @@ class _Driver:
             seat.resume(self._written(seat, segment, limit, stop))
 
     def _written(self, seat: _Seat, segment: Segment, limit: int, stop: tuple[str, ...]) -> Written:
-        kept = len(segment.ids)
-        while kept and segment.ids[kept - 1] in self._end_ids:
+        kept = next((place for place, token in enumerate(segment.ids) if token in self._end_ids), len(segment.ids))
+        while kept and segment.ids[kept - 1] in self._control_ids:
             kept -= 1
         has_end_token = kept < len(segment.ids)
         text = self._tools.decode(segment.ids[:kept]) if has_end_token else segment.text

@@ -79,6 +79,7 @@ class SearchO1(ScriptMethod):
         "blank": SEARCH_O1_BLANK,
     }
     stop_strings = ((), (QUERY_MARKS[1],))
+    marks = (*QUERY_MARKS, *RESULT_MARKS)
 
     def script(self, desk: Desk) -> Script:
         budget, trajectory = desk.tools.budget, desk.trajectory
