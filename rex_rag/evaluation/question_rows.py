@@ -143,6 +143,8 @@ def questions_of(rows: Iterable[LocatedRow], columns: Columns, where: str) -> tu
     Raises:
         BenchmarkError: for no row, a row that cannot be used, an id that two rows share.
     """
+    rows = list(rows)
+    _check_choice_columns([row for _, row in rows], columns.choices, where)
     questions: list[Question] = []
     places: dict[str, str] = {}
     blank_aliases = 0
@@ -161,6 +163,21 @@ def questions_of(rows: Iterable[LocatedRow], columns: Columns, where: str) -> tu
     if blank_aliases:
         logger.warning("%s: %d blank gold answers stand beside others and were left out", where, blank_aliases)
     return tuple(questions)
+
+
+def _check_choice_columns(
+    rows: list[Mapping[str, Any]], wanted: str | list[str] | dict[str, str] | None, where: str
+) -> None:
+    """One row may lack a choice's column, as JSON lines leave out what is null; all of them means a wrong name."""
+    if wanted is None or isinstance(wanted, str) or not rows:
+        return
+    held = dict.fromkeys(name for row in rows for name in row)
+    absent = [name for name in (wanted.values() if isinstance(wanted, Mapping) else wanted) if name not in held]
+    if absent:
+        raise BenchmarkError(
+            f"{where}: no row has the columns {', '.join(map(repr, absent))} that choices_column names; the columns "
+            f"are {', '.join(map(str, held))}. Set choices_column to the right ones"
+        )
 
 
 def _question(row: Mapping[str, Any], columns: Columns, place: str, default_id: str) -> tuple[Question, int]:
@@ -213,9 +230,9 @@ def _choices(row: Mapping[str, Any], wanted: str | list[str] | dict[str, str], p
     if isinstance(wanted, str):
         held = _column(row, wanted, "choices_column", place)
     elif isinstance(wanted, Mapping):
-        held = {letter: _column(row, name, "choices_column", place) for letter, name in wanted.items()}
+        held = {letter: row.get(name) for letter, name in wanted.items()}
     else:
-        held = [_column(row, name, "choices_column", place) for name in wanted]
+        held = [row.get(name) for name in wanted]
     if isinstance(held, Mapping) and held.keys() == {"label", "text"} and isinstance(held["text"], list | tuple):
         # As ARC, OpenBookQA and CommonsenseQA have it.
         held = dict(zip(held["label"], held["text"], strict=True)) if len(held["label"]) == len(held["text"]) else None

@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rex_rag.evaluation.benchmarks import (
     FLASHRAG_SETS,
@@ -268,6 +269,39 @@ def test_the_layouts_of_choices(tmp_path, row, choices_column, answers_are):
     [question] = load_benchmark(source).questions
     assert question.golden_answers == ("B",)
     assert question.choices == {"A": "Iron", "B": "Warfarin"}
+
+
+def test_a_choice_that_one_row_lacks_is_a_choice_less_and_a_column_that_all_lack_an_error(tmp_path):
+    four = {"question": "Which?", "a": "C", "A": "x", "B": "y", "C": "z", "D": "w"}
+    path = write(tmp_path / "mine.jsonl", [four, four | {"question": "Whose?", "a": "E", "E": "v"}])
+    mapping = {"path": str(path), "kind": "multiple_choice", "answers_column": "a"}
+    first, second = load_benchmark(mapping | {"choices_column": ["A", "B", "C", "D", "E"]}).questions
+    assert (first.golden_answers, list(first.choices)) == (("C",), ["A", "B", "C", "D"])
+    assert (second.golden_answers, second.choices["E"]) == (("E",), "v")
+    with pytest.raises(BenchmarkError, match=r"no row has the columns 'F' that choices_column names; .*, D, E\. Set"):
+        load_benchmark(mapping | {"choices_column": ["A", "B", "C", "D", "E", "F"]})
+
+
+ANAESTHESIA = {"id": "91b5", "question": "Which thins blood?", "A": "Iron", "B": "Warfarin", "choice_num": 2}
+MEDICAL_SETS = {
+    # Rows in the shape that the sets' own pages show.
+    "anesbench_en": ANAESTHESIA | {"target": "B"} | dict.fromkeys("CDEFGHI"),
+    "medqa": {"answer": "Warfarin", "meta_info": "step1", "metamap_phrases": ["blood"]} | MEDICAL,
+}
+
+
+@pytest.mark.parametrize("name", MEDICAL_SETS)
+def test_the_descriptions_that_come_along_fit_the_sets_they_describe(tmp_path, name):
+    description = Path(__file__).parents[2] / "recipes" / "evaluation" / "benchmarks" / f"{name}.yaml"
+    mapping = yaml.safe_load(description.read_text(encoding="utf-8"))
+    hub = {key: mapping.pop(key) for key in ("path", "split", "size", "config") if key in mapping}
+    assert hub["split"] == "test" and hub["size"] in (4343, 1273) and hub["path"].count("/") == 1
+    path = write(tmp_path / "rows.jsonl", [MEDICAL_SETS[name]])
+    [question] = load_benchmark(mapping | {"path": str(path)}).questions
+    assert question.golden_answers == ("B",)
+    assert question.choices["B"] == "Warfarin"
+    with pytest.raises(BenchmarkError, match=rf"holds 1 questions, but {name} has {hub['size']:,}"):
+        load_benchmark(mapping | {"path": str(path), "size": hub["size"]})
 
 
 @pytest.mark.parametrize(
