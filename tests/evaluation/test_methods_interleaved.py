@@ -203,6 +203,16 @@ def test_search_o1_remembers_an_answer_given_before_a_search(bpe_tokenizer):
     assert trajectory.answer == "oak" and trajectory.invalid_actions == 0
 
 
+def test_search_o1_keeps_its_answer_when_a_search_leaves_no_room(bpe_tokenizer):
+    said = "\\boxed{oak}? " + ASK_OWL
+    prompt = fill(SEARCH_O1, question="where is the owl", searches="2") + " "
+    used = len(bpe_tokenizer(prompt + said)["input_ids"])
+    budget = RolloutBudget(max_turns=2, max_turn_tokens=400, max_sequence_length=used + 5, top_k=1)
+    bench = Bench(bpe_tokenizer, [[said]], budget=budget)
+    [trajectory] = bench.run("search_o1", question("where is the owl"))
+    assert trajectory.answer == "oak" and dict(trajectory.truncations) == {"sequence": 1}
+
+
 def test_search_o1_counts_blank_queries_and_silence_as_invalid(bpe_tokenizer):
     bench = Bench(bpe_tokenizer, [["<|begin_search_query|> <|end_search_query|>"], ["I give up.<eos>"]])
     [trajectory] = bench.run("search_o1", question("where is the owl"))

@@ -95,12 +95,12 @@ class SearchO1(ScriptMethod):
             text = desk.tools.decode(fresh)
             query = _QUERY.search(text)
             last = turn == budget.max_turns + 1 or written.truncation is Truncation.SEQUENCE
+            # Kept at once: a chain that runs out of room behind a search ends where it is.
+            trajectory.answer = boxed_answer(said + text)
             if query is None or last:
-                answer = boxed_answer(said + text)
-                if answer is None and written.truncation is Truncation.TURN and not last:
+                if trajectory.answer is None and written.truncation is Truncation.TURN and not last:
                     continue
-                trajectory.answer = answer
-                trajectory.invalid_actions += int(answer is None and query is None)
+                trajectory.invalid_actions += int(trajectory.answer is None and query is None)
                 return
             said, quoted, fresh = said + text, quoted + text, []
             content = query.group(1).strip()
