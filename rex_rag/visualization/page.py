@@ -24,7 +24,8 @@ from rex_rag.visualization.records import (
     facts,
     headline,
     outcomes,
-    queries,
+    passage_ids,
+    searches_behind,
 )
 from rex_rag.visualization.reliability import reliability_html, reliability_style
 
@@ -131,13 +132,11 @@ def _family_html(family: Sequence[int], records: Sequence[Mapping[str, Any]]) ->
 def _record_html(index: int, record: Mapping[str, Any], count: int) -> str:
     segments = checked_segments(index, record)
     copied = len(copied_segments(record))
-    asked = queries(record, segments)
-    searches = iter(record.get("searches") or [])
+    searches = searches_behind(record)
     body = ""
     for place, (kind, text) in enumerate(segments):
         if kind is SegmentKind.INFORMATION:
-            search = next(searches, None)
-            body += _passages_html(text, asked[place], (search or {}).get("passages"), place < copied)
+            body += _passages_html(text, searches[place] or {}, place < copied)
         else:
             body += _segment_html(kind, text, place < copied)
     found = outcomes(record)
@@ -168,10 +167,10 @@ def _segment_html(kind: SegmentKind, text: str, copied: bool) -> str:
     )
 
 
-def _passages_html(text: str, query: str | None, passages: Sequence[str] | None, copied: bool) -> str:
+def _passages_html(text: str, search: Mapping[str, Any], copied: bool) -> str:
     text = text.strip()
-    asked = f' <span class="query">{escape_visibly(query)}</span>' if query is not None else ""
-    ids = f", passages {escape_visibly(', '.join(map(str, passages)))}" if passages else ""
+    asked = f' <span class="query">{escape_visibly(search["query"])}</span>' if "query" in search else ""
+    ids = f", {escape_visibly(passage_ids(search['passages']))}" if search.get("passages") else ""
     return (
         f'<details class="segment information{" copied" if copied else ""}" open><summary>'
         f'<span class="label">INFORMATION</span>{asked} <span class="size">({len(text):,} characters{ids})</span>'

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rex_rag.answers import exact_match
 from rex_rag.data.jsonl import iter_json_objects
 from rex_rag.evaluation.choices import choice_letter
 from rex_rag.evaluation.records import PREDICTIONS_FILE, Prediction
-from rex_rag.protocol import parse_action
+from rex_rag.protocol import ANSWER_TAGS, THINK_TAGS, parse_action
 from rex_rag.types import SegmentKind, Trajectory
+
+if TYPE_CHECKING:
+    import pyarrow
 
 OUTCOMES = ("wrong", "right", "rescued", "unanswered")
 
@@ -89,8 +93,8 @@ def read_records(
             f"(training writes them with log_completions: true), a {PREDICTIONS_FILE} of an evaluation, or the "
             "directory of a run. --step looks for the former alone, --benchmark for the latter"
         )
-    records = read_completion_tables(path, step) if tables else []
-    total = len(records)
+    records = read_completion_tables(path, step, limit) if tables else []
+    total = sum(steps[step] if step is not None else steps.total() for steps in map(_steps, tables))
     kept: Counter = Counter()
     for record in read_predictions(path, benchmark) if predictions else ():
         total += 1
@@ -101,12 +105,16 @@ def read_records(
     return (records if limit is None else first_of_each(records, limit)), total
 
 
-def read_completion_tables(path: str | os.PathLike, step: int | None = None) -> list[dict[str, Any]]:
+def read_completion_tables(
+    path: str | os.PathLike, step: int | None = None, limit: int | None = None
+) -> list[dict[str, Any]]:
     """Trajectory records from the completion tables that training writes with `log_completions`.
 
     Args:
         path: one table (parquet), a folder of them, or a run's output directory.
         step: only rows of this training step; all by default.
+        limit: as many whole tables as hold so many of the rows, all by default: training writes one a step, and all
+            of them may be more than memory holds.
 
     Returns:
         The records in the order of steps and rows: a question's originals, then its probes. `reward` is exact match;
@@ -122,13 +130,18 @@ def read_completion_tables(path: str | os.PathLike, step: int | None = None) -> 
             f"there are no completion tables at {path}; name a completions_*.parquet or a run's output directory. "
             "Training writes them with log_completions: true"
         )
-    rows = [row for file in files for row in _completion_rows(file)]
-    steps = sorted({row["step"] for row in rows})
     if step is not None:
-        rows = [row for row in rows if row["step"] == step]
-        if not rows:
-            known = f"{steps[0]} to {steps[-1]}" if steps else "none"
+        found = {file: _steps(file) for file in files}
+        files = [file for file in files if step in found[file]]
+        if not files:
+            steps = {each for counted in found.values() for each in counted}
+            known = f"{min(steps)} to {max(steps)}" if steps else "none"
             raise ValueError(f"{path} has no completions of step {step}; it has those of steps {known}")
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        if limit is not None and len(rows) >= limit:
+            break
+        rows += [row for row in _completion_rows(file) if step is None or row["step"] == step]
     reached = {(row["step"], row["question"]) for row in rows if not row["is_probe"] and row["exact_match_reward"]}
     records = [
         {
@@ -161,21 +174,30 @@ def completion_files(path: Path) -> list[Path]:
 
 
 def _completion_rows(file: Path) -> list[dict[str, Any]]:
+    columns = ["step", "question", "golden_answers", "predicted_answer", "is_probe", "exact_match_reward", "segments"]
+    return _columns(file, columns).to_pylist()
+
+
+def _steps(file: Path) -> Counter[int]:
+    """How many rows a completion table has of each step."""
+    return Counter(_columns(file, ["step"])["step"].to_pylist())
+
+
+def _columns(file: Path, columns: list[str]) -> pyarrow.Table:
     import pyarrow
     import pyarrow.parquet
 
     try:
         # Not read_table: it would take `step=1` in a folder's name for a column.
-        table = pyarrow.parquet.ParquetFile(file).read()
+        with pyarrow.parquet.ParquetFile(file) as table:
+            missing = [name for name in columns if name not in table.schema_arrow.names]
+            if not missing:
+                return table.read(columns=columns)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{file} is not a parquet file ({error}); name a completion table") from None
-    columns = ["step", "question", "golden_answers", "predicted_answer", "is_probe", "exact_match_reward", "segments"]
-    missing = [name for name in columns if name not in table.column_names]
-    if missing:
-        raise ValueError(
-            f"{file} has no column {', '.join(missing)}; only tables written by this package's trainer can be shown"
-        )
-    return table.select(columns).to_pylist()
+    raise ValueError(
+        f"{file} has no column {', '.join(missing)}; only tables written by this package's trainer can be shown"
+    )
 
 
 def _find_parents(records: Sequence[dict[str, Any]]) -> None:
@@ -187,21 +209,29 @@ def _find_parents(records: Sequence[dict[str, Any]]) -> None:
     for record in records:
         if record["kind"] == "probe":
             waiting = originals.get((record["step"], record["question"]), [])
-            parent = next((index for index in waiting if _is_prefix_of(record, records[index])), None)
+            parent = next((index for index in waiting if _was_cut_from(record, records[index])), None)
             if parent is not None:
                 record["parent"] = parent
                 waiting.remove(parent)  # an original is probed once
 
 
-def _is_prefix_of(probe: Mapping[str, Any], original: Mapping[str, Any]) -> bool:
-    """Whether what stands before the exploration prompt is a beginning of the original, segment by segment."""
-    prefix = copied_segments(probe)
-    if len(prefix) > len(original["segments"]) or not prefix:
+def _was_cut_from(probe: Mapping[str, Any], original: Mapping[str, Any]) -> bool:
+    """Whether cutting the original before an answer tag gives this probe, as `RolloutEngine.start_probe` does it.
+
+    That the prefix begins the original is not enough: a longer original may begin just as well.
+    """
+    copied = copied_segments(probe)
+    *before, answering = original["segments"]
+    kept = copied[len(before) :]
+    if copied[: len(before)] != before or [each["kind"] for each in kept] not in ([], [SegmentKind.POLICY.name]):
         return False
-    pairs = list(zip(prefix, original["segments"], strict=False))
-    (cut, whole) = pairs.pop()
-    return all(copy == source for copy, source in pairs) and (
-        cut["kind"] == whole["kind"] and whole["text"].startswith(cut["text"])
+    head = "".join(segment["text"] for segment in kept)
+    inserted = "".join(segment["text"] for segment in probe["segments"][len(copied) : len(copied) + 1])
+    # What a straddling token held before the tag stands at the head of the exploration prompt.
+    return answering["text"].startswith(head) and any(
+        inserted.startswith(answering["text"][len(head) : tag.start()] + THINK_TAGS[0])
+        for tag in re.finditer(ANSWER_TAGS[0], answering["text"])
+        if tag.start() >= len(head)
     )
 
 
@@ -333,7 +363,30 @@ def facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name in ("step", "model", "benchmark", "id", "sample"):
         if record.get(name) is not None:
             known.append((name, str(record[name])))
+    searches = record.get("searches") or []
+    if searches and not searches_pair_off(record):
+        lines = (f"{number}. {search_text(search)}" for number, search in enumerate(searches, start=1))
+        known.append(("searches", "\n".join(lines)))
     return known + [(str(name), str(value)) for name, value in (record.get("notes") or {}).items()]
+
+
+def search_text(search: Mapping[str, Any]) -> str:
+    """A recorded search in words: its query, and which passages came back."""
+    return f"{search.get('query', '')} ({passage_ids(search.get('passages') or [])})"
+
+
+def passage_ids(ids: Sequence[str]) -> str:
+    """Which passages a search found, best first."""
+    return f"passage ids {', '.join(map(str, ids))}" if ids else "no passages"
+
+
+def searches_pair_off(record: Mapping[str, Any]) -> bool:
+    """Whether every search has its retrieved text among the segments, so that one can be told from the other.
+
+    IRCoT shows nothing of a search that found nothing new, Search-o1 answers a query that it did not search with.
+    """
+    shown = sum(segment.get("kind") == SegmentKind.INFORMATION.name for segment in record.get("segments", ()))
+    return len(record.get("searches") or []) == shown
 
 
 def checked_segments(index: int, record: Mapping[str, Any]) -> list[tuple[SegmentKind, str]]:
@@ -356,19 +409,21 @@ def checked_segments(index: int, record: Mapping[str, Any]) -> list[tuple[Segmen
     return segments
 
 
-def queries(record: Mapping[str, Any], segments: Sequence[tuple[SegmentKind, str]]) -> list[str | None]:
-    """The query behind each segment: what was asked for a retrieved text, `None` for every other segment.
+def searches_behind(record: Mapping[str, Any]) -> list[dict[str, Any] | None]:
+    """The search behind each segment, for a retrieved text that has one: `{"query"}` and, where known, `"passages"`.
 
-    From the recorded searches where they pair off with the retrieved texts, or else from the model's own words before.
+    From the recorded searches where they pair off with the retrieved texts, or else from the model's words before.
     """
-    recorded = record.get("searches") or []
-    places = [place for place, (kind, _) in enumerate(segments) if kind is SegmentKind.INFORMATION]
-    found: list[str | None] = [None] * len(segments)
-    for number, place in enumerate(places):
-        if len(recorded) == len(places):
-            found[place] = str(recorded[number].get("query", ""))
+    segments = record["segments"]
+    recorded = iter(record["searches"]) if record.get("searches") and searches_pair_off(record) else None
+    found: list[dict[str, Any] | None] = [None] * len(segments)
+    for place, segment in enumerate(segments):
+        if segment["kind"] != SegmentKind.INFORMATION.name:
             continue
-        written = segments[place - 1][1] if place and segments[place - 1][0] is SegmentKind.POLICY else ""
-        action = parse_action(written)
-        found[place] = action.content if action is not None and action.kind == "search" else None
+        if recorded is not None:
+            found[place] = next(recorded)
+        elif place and segments[place - 1]["kind"] == SegmentKind.POLICY.name:
+            action = parse_action(segments[place - 1].get("text", ""))
+            if action is not None and action.kind == "search":
+                found[place] = {"query": action.content}
     return found

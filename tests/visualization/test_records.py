@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from rex_rag.evaluation.records import Prediction, Sample
-from rex_rag.types import SegmentKind
 from rex_rag.visualization.records import (
+    facts,
     first_of_each,
     outcomes,
-    queries,
     read_completion_tables,
     read_predictions,
     read_records,
+    searches_behind,
 )
 
 SEARCH = {"kind": "POLICY", "text": "<search> isle </search>"}
@@ -64,23 +65,30 @@ def sample(answer: str | None) -> Sample:
 
 
 def test_a_probe_finds_the_original_it_was_cut_from(tmp_path):
-    probe = {"kind": "PROBE", "text": ">< Hm"}
+    probe = {"kind": "PROBE", "text": "<think> Hm"}
+    straddling = {"kind": "PROBE", "text": ".\n<think> Hm"}  # the tag's token held a full stop and a line break
     rows = [
         row([SEARCH, FOUND, policy("so <answer>Wight</answer>")], "Wight", 0.0),
+        row([SEARCH, FOUND, policy("then on <answer>Mull</answer>")], "Mull", 0.0),  # begins as probes do
         row([SEARCH, FOUND, policy("then <answer>Skye</answer>")], "Skye", 0.0),
         row([SEARCH, FOUND, policy("then nothing")], None, 0.0),  # not answered: never probed
         row([SEARCH, FOUND, policy("then <answer>Man</answer>")], "Man", 1.0),  # right: never probed
         row([SEARCH, FOUND, policy("then <answer>Jura</answer>")], "Jura", 0.0),
+        row([policy("well.\n<answer>Rum</answer>")], "Rum", 0.0),
+        row([policy("<answer>Eigg</answer>")], "Eigg", 0.0),
         row([SEARCH, FOUND, policy("then "), probe, policy("<answer>Man</answer>")], "Man", 1.0, probe=True),
         row([SEARCH, FOUND, policy("then "), probe, policy("<answer>Bute</answer>")], "Bute", 0.0, probe=True),
-        row([SEARCH, FOUND, policy("so"), probe], None, 0.0, probe=True, question="Another?"),
+        row([SEARCH, FOUND, policy("so "), probe], None, 0.0, probe=True, question="Another?"),
         row([policy("else"), probe], None, 0.0, probe=True),
+        row([probe, policy("<answer>Man</answer>")], "Man", 1.0, probe=True),  # cut before the very first token
+        row([policy("well"), straddling], None, 0.0, probe=True),
+        row([SEARCH, FOUND, policy("then "), probe], None, 0.0, probe=True),  # all of its kind have theirs
     ]
     write_table(tmp_path / "completions_00001.parquet", rows)
     records = read_completion_tables(tmp_path)
     # An original is probed once, so of two that begin alike each gets one.
-    assert [record["parent"] for record in records] == [None] * 5 + [1, 4, None, None]
-    assert not records[5]["rescue"]  # one original was right
+    assert [record["parent"] for record in records] == [None] * 8 + [2, 5, None, None, 7, 6, None]
+    assert not records[8]["rescue"]  # one original was right
 
 
 def test_predictions_become_a_record_a_sample(tmp_path):
@@ -135,6 +143,24 @@ def test_one_folder_may_hold_training_and_evaluation(tmp_path):
         read_records(tmp_path, step=1, benchmark="nq")
 
 
+def test_no_more_tables_are_read_than_can_be_shown(tmp_path):
+    for step in range(1, 41):
+        rows = [row([policy("x" * 50_000)], "x", 0.0) | {"step": step}] * 5
+        write_table(tmp_path / f"completions_{step:05}.parquet", rows)
+    read_records(tmp_path, step=1)  # what importing takes is not counted
+    tracemalloc.start()
+    try:
+        records, total = read_records(tmp_path, limit=7)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert ([record["step"] for record in records], total) == ([1] * 5 + [2] * 2, 200)
+    assert peak < 2_000_000  # two tables hold 500,000 characters, all of them ten million
+    assert [record["step"] for record in read_records(tmp_path, step=39, limit=7)[0]] == [39] * 5
+    with pytest.raises(ValueError, match="no completions of step 41; it has those of steps 1 to 40"):
+        read_records(tmp_path, step=41)
+
+
 def test_what_cannot_be_read_is_named_by_file_and_line(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"neither completion tables nor predictions\.jsonl at"):
         read_records(tmp_path)
@@ -164,14 +190,25 @@ def test_a_cut_list_keeps_parents_that_are_in_it():
     assert [record["parent"] for record in first_of_each(moved, 3)] == [2, None, None]
 
 
-def test_queries_come_from_the_searches_if_they_pair_off_or_else_from_the_model():
+def test_searches_are_the_recorded_ones_if_they_pair_off_or_else_what_the_model_wrote():
     segments = [
-        (SegmentKind.POLICY, "<search> first </search>"),
-        (SegmentKind.INFORMATION, "…"),
-        (SegmentKind.POLICY, "no search here"),
-        (SegmentKind.INFORMATION, "<search> forged </search>"),
+        policy("<search> first </search>"),
+        {"kind": "INFORMATION", "text": "…"},
+        policy("no search here"),
+        {"kind": "INFORMATION", "text": "<search> forged </search>"},
     ]
-    assert queries({}, segments) == [None, "first", None, None]
-    asked = [{"query": "1st", "passages": []}, {"query": "2nd", "passages": []}]
-    assert queries({"searches": asked}, segments) == [None, "1st", None, "2nd"]
-    assert queries({"searches": asked[:1]}, segments) == [None, "first", None, None]
+    assert searches_behind({"segments": segments}) == [None, {"query": "first"}, None, None]
+    asked = [{"query": "1st", "passages": ["7"]}, {"query": "2nd", "passages": ["9"]}]
+    assert searches_behind({"segments": segments, "searches": asked}) == [None, asked[0], None, asked[1]]
+
+
+def test_searches_that_do_not_pair_off_with_retrieved_texts_are_listed_apart():
+    # As IRCoT leaves it whose second search found nothing new: the third's text must not pass for the second's.
+    segments = [FOUND, policy("Hm."), policy("So."), FOUND]
+    asked = [{"query": query, "passages": [name]} for query, name in (("q", "a"), ("Hm.", "a"), ("So.", "c"))]
+    record = {"question": "q", "segments": segments, "searches": asked}
+    assert searches_behind(record) == [None] * 4
+    assert dict(facts(record))["searches"] == "1. q (passage ids a)\n2. Hm. (passage ids a)\n3. So. (passage ids c)"
+    assert "searches" not in dict(facts({**record, "searches": asked[:2]}))
+    asked[1]["passages"] = []
+    assert "2. Hm. (no passages)" in dict(facts(record))["searches"]
