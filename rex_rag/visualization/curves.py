@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rex_rag.visualization.escape import without_controls
 from rex_rag.visualization.files import new_figure, picture_format, write_figure
 
 if TYPE_CHECKING:
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 STATE_FILE = "trainer_state.json"
 
 # One panel: title, unit of the vertical axis, (metric key, label) of its lines.
-_PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
+_Panel = tuple[str, str, tuple[tuple[str, str], ...]]
+_PANELS: tuple[_Panel, ...] = (
     ("Exact match", "share", (("em/originals", "originals"), ("em/probes", "probes"))),
     ("Dead ends", "share", (("dead_end/rate", "dead ends"), ("dead_end/rescue_rate", "rescued"))),
     ("Probes", "count a step", (("probes/made", "made"), ("probes/kept", "kept"))),
@@ -48,7 +51,8 @@ _PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ),
     ("Reward and entropy", "mean; nats", (("reward", "reward"), ("entropy", "entropy"))),
 )
-_LINE_STYLES = ("-", "--", ":")
+_LINE_STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 4)), (0, (8, 3)))
+_EVALUATION = re.compile(r"eval_(?:(.+)_)?em/originals")
 # Okabe and Ito's colours, told apart with any colour vision; yellow is left out, too pale for a line on white.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 _MARKERS = "osD^v*P"
@@ -126,27 +130,31 @@ def plot_training_curves(
         path: the image.
         title: above all panels.
 
-    A panel none of whose metrics was logged says so instead of showing an empty plot.
+    A panel none of whose metrics was logged says so instead of showing an empty plot; only one for evaluation sets is
+    left out where there are none.
 
     Raises:
         ImportError: without matplotlib; the message says how to install it.
         ValueError: for a name that ends neither in .png nor in .svg.
     """
     picture_format(path)
-    columns = 3
-    rows = math.ceil(len(_PANELS) / columns)
+    columns, panels = 3, _PANELS + _evaluation_panel(runs)
+    rows = math.ceil(len(panels) / columns)
     figure = new_figure(5 * columns, 3.1 * rows, layout="constrained")
-    figure.suptitle(title, parse_math=False)
+    figure.suptitle(without_controls(title), parse_math=False)
     longest = max((sum("step" in row for row in log) for log in runs.values()), default=0)
     window = max(1, longest // _WINDOWS) if len(runs) > 1 else 1
-    for axes, (name, unit, metrics) in zip(figure.subplots(rows, columns).flat, _PANELS, strict=True):
+    places = figure.subplots(rows, columns).flat
+    for axes in places[len(panels) :]:
+        axes.remove()
+    for axes, (name, unit, metrics) in zip(places, panels, strict=False):
         _draw_panel(axes, runs, metrics, window)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
         axes.set_ylabel(unit, fontsize=8)
         axes.tick_params(labelsize=8)
     if len(runs) > 1:
-        handles = [_line("-", name, _look(number)) for number, name in enumerate(runs)]
+        handles = [_line("-", without_controls(name), _look(number)) for number, name in enumerate(runs)]
         legend = figure.legend(
             handles=handles,
             loc="outside lower center",
@@ -177,25 +185,33 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
     return [sum(part) / len(part) for part in parts]
 
 
+def _evaluation_panel(runs: Mapping[str, Sequence[Mapping]]) -> tuple[_Panel, ...]:
+    """The panel of the evaluation sets that training looked at; none where it looked at none."""
+    keys = sorted({key for rows in runs.values() for row in rows for key in row if _EVALUATION.fullmatch(key)})
+    metrics = tuple((key, _EVALUATION.fullmatch(key)[1] or "evaluation questions") for key in keys)
+    return (("Exact match, evaluation sets", "share", metrics),) if metrics else ()
+
+
 def _draw_panel(
     axes: Axes, runs: Mapping[str, Sequence[Mapping]], metrics: Sequence[tuple[str, str]], window: int
 ) -> None:
-    drawn: dict[str, str] = {}
+    drawn: dict[str, Any] = {}  # label: line style
     overlaid = len(runs) > 1
     for number, rows in enumerate(runs.values()):
-        for (key, label), style in zip(metrics, _LINE_STYLES, strict=False):
+        for place, (key, label) in enumerate(metrics):
             steps, values = curve(rows, key)
             if not steps:
                 continue
+            style = _LINE_STYLES[place % len(_LINE_STYLES)]
             drawn.setdefault(label, style)
             # With one run colour is free to tell metrics apart as well.
-            look = _look(number if overlaid else _LINE_STYLES.index(style))
+            look = _look(number if overlaid else place)
             if window > 1:
-                axes.plot(steps, values, style, color=look["color"], linewidth=0.6, alpha=0.3)
+                axes.plot(steps, values, linestyle=style, color=look["color"], linewidth=0.6, alpha=0.3)
                 values = running_mean(values, window)
             # Few markers, so that the line style can still be seen.
             every = max(1, len(steps) // 8)
-            axes.plot(steps, values, style, linewidth=1.4, label=label, markevery=every, **look)
+            axes.plot(steps, values, linestyle=style, linewidth=1.4, label=label, markevery=every, **look)
     if drawn:
         if overlaid:
             axes.legend(handles=[_line(style, label, {"color": "0.3"}) for label, style in drawn.items()], fontsize=7)
@@ -214,10 +230,12 @@ def _draw_panel(
 
 
 def _look(run: int) -> dict[str, Any]:
-    return {"color": _COLOURS[run % len(_COLOURS)], "marker": _MARKERS[run % len(_MARKERS)], "markersize": 3}
+    # The eighth run has the first one's colour again, and the second one's marker.
+    marker = _MARKERS[(run + run // len(_COLOURS)) % len(_MARKERS)]
+    return {"color": _COLOURS[run % len(_COLOURS)], "marker": marker, "markersize": 3}
 
 
-def _line(style: str, label: str, look: Mapping[str, Any]) -> Line2D:
+def _line(style: Any, label: str, look: Mapping[str, Any]) -> Line2D:
     """A line for a legend alone."""
     from matplotlib.lines import Line2D
 

@@ -5,14 +5,26 @@ from __future__ import annotations
 import json
 import math
 import struct
+from xml.etree import ElementTree
 
 import pytest
+from matplotlib.axes import Axes
 
+from rex_rag.visualization import curves
 from rex_rag.visualization.curves import curve, labelled_runs, plot_training_curves, read_log_history, running_mean
 
 
 def rows(count: int, **metrics: float) -> list[dict]:
     return [{"step": step, **{name: value * step for name, value in metrics.items()}} for step in range(1, count + 1)]
+
+
+def drawn_axes(runs: dict[str, list[dict]]) -> list[Axes]:
+    """The panels of a picture, as matplotlib holds them before they are saved."""
+    figures = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "write_figure", lambda figure, path, dpi: figures.append(figure))
+        plot_training_curves(runs, "curves.png")
+    return figures[0].axes
 
 
 def write_state(folder, history) -> None:
@@ -62,6 +74,37 @@ def test_an_svg_names_runs_metrics_and_what_was_not_logged_as_text(tmp_path):
     # The longest run has 100 rows: means over 100 // 25 of them.
     assert ">running means over 4 logged steps, single steps behind</text>" in text
     assert plot_training_curves(runs, tmp_path / "d.svg", "Cost: $1 & <more>").read_text() == text
+
+
+def test_evaluation_sets_have_a_panel_of_their_own_where_there_are_any(tmp_path):
+    log = [*rows(3, kl=1), {"step": 3, "eval_nq_em/originals": 0.2}, {"step": 3, "eval_hotpotqa_em/originals": 0.1}]
+    text = plot_training_curves({"ours": log, "theirs": rows(3, kl=2)}, tmp_path / "c.svg").read_text()
+    for shown in ("Exact match, evaluation sets", "nq", "hotpotqa"):
+        assert f">{shown}</text>" in text, shown
+    [only] = [
+        axes for axes in drawn_axes({"ours": [{"step": 1, "eval_em/originals": 0.25}]}) if "sets" in axes.get_title()
+    ]
+    assert [line.get_ydata().tolist() for line in only.get_lines()] == [[0.25]]
+    assert not [axes for axes in drawn_axes({"ours": rows(3, kl=1)}) if "sets" in axes.get_title()]
+
+
+def test_ten_runs_look_different_each():
+    axes = drawn_axes({f"run {number}": rows(3, kl=0.1) for number in range(10)})
+    [legend] = axes[0].figure.legends
+    looks = [(line.get_color(), line.get_marker()) for line in legend.get_lines()]
+    assert len(looks) == len(set(looks)) == 10
+    # Each line is drawn as the legend says.
+    [panel] = [each for each in axes if each.get_title() == "KL"]
+    assert [(line.get_color(), line.get_marker()) for line in panel.get_lines()] == looks
+
+
+def test_names_that_no_svg_can_hold_are_drawn_without_what_it_cannot(tmp_path):
+    # As a folder whose name is not UTF-8 comes from the command line.
+    runs = {"a\udcff": rows(3, kl=1), "b\x1b\u202e": rows(3, kl=2)}
+    text = plot_training_curves(runs, tmp_path / "c.svg", "\x00 of\ntwo").read_text(encoding="utf-8")
+    ElementTree.fromstring(text)
+    for shown in ("a·", "b··", "· of⏎two"):
+        assert f">{shown}</text>" in text, shown
 
 
 def test_one_run_is_drawn_as_logged(tmp_path):
