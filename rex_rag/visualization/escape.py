@@ -25,5 +25,9 @@ def escape_visibly(text: object) -> str:
 
 def without_controls(text: str) -> str:
     """A text for a picture: one line, line ends as `⏎`, control characters as `·`."""
-    text = text.replace("\r\n", "\n").replace("\n", "⏎").replace("\t", "⇥")
+    return without_invisible(text.replace("\r\n", "\n").replace("\n", "⏎").replace("\t", "⇥"))
+
+
+def without_invisible(text: str) -> str:
+    """A text for a terminal: control characters but line ends and tabs as `·`."""
     return _INVISIBLE.sub("·", text)

@@ -197,7 +197,7 @@ def test_passages_fold_under_their_query(records):
     length = len(f"<information>Doc 1(Title: T) {HOSTILE}</information>")
     assert summary == [
         '<span class="label">INFORMATION</span> <span class="query">the &lt;b&gt; thing</span> '
-        f'<span class="size">({length} characters, passages p7, p9)</span>'
+        f'<span class="size">({length} characters, passage ids p7, p9)</span>'
     ]
     # Without recorded searches the query is what the model wrote.
     del records[0]["searches"]
@@ -244,6 +244,15 @@ def test_the_text_file_names_kinds_and_keeps_them_from_being_forged(records, tmp
     ]
     assert "    [POLICY]" in lines
     assert [line for line in lines if line.startswith("===")][1:] == ["=== #1 probe of #0, rewarded, a rescue"]
+
+
+def test_the_text_file_sends_a_terminal_no_control_sequences(records, tmp_path):
+    records[0]["segments"][1]["text"] = "a\tb \x1b[2J\x1b]0;title\x07 \u202egnp.exe"
+    records[0]["question"] = "Who? \x1b[31m"
+    text = write_trajectory_text(records, tmp_path / "page.txt").read_text()
+    assert not set(text) & set("\x1b\x07\u202e")
+    assert "    a\tb ·[2J·]0;title· ·gnp.exe\n" in text
+    assert "question: Who? ·[31m\n" in text
 
 
 def test_nothing_recorded_is_said(tmp_path):
