@@ -51,7 +51,10 @@ def _view(options: argparse.Namespace) -> None:
     records, total = read_records(options.source, options.step, options.benchmark, options.limit)
     folder = options.source if options.source.is_dir() else options.source.parent
     output = options.output or folder / "trajectories.html"
-    page = write_trajectory_page(records, output, f"Trajectories of {options.source}", total)
+    # Pages are passed on: of the path, only the end says what they show.
+    source = options.source.resolve()
+    title = f"Trajectories of {source.name if source.is_dir() else f'{source.parent.name}/{source.name}'}"
+    page = write_trajectory_page(records, output, title, total)
     probes = sum(record["kind"] == "probe" for record in records)
     more = f"; --limit {total} shows all" if total > len(records) else ""
     print(f"{page}: {len(records)} of {total} trajectories, {probes} of them probes{more}")
@@ -112,7 +115,9 @@ def add_reliability(commands: argparse._SubParsersAction) -> None:
 
 
 def _reliability(options: argparse.Namespace) -> None:
+    from rex_rag.protocol import PROMPT_TEMPLATE, build_prompt
     from rex_rag.retrieval.load import BM25, RetrieverArguments
+    from rex_rag.visualization.curves import labelled_runs
     from rex_rag.visualization.files import picture_format
     from rex_rag.visualization.page import write_trajectory_page
     from rex_rag.visualization.records import trajectory_record
@@ -122,10 +127,17 @@ def _reliability(options: argparse.Namespace) -> None:
     picture_format(options.output)
     if not options.question.strip():
         raise ValueError("the question is empty; give --question words")
+    if options.k < 2:
+        raise ValueError(f"--k is {options.k}; uncertainty between candidates needs 2 or more")
+    template = options.prompt_template.read_text(encoding="utf-8") if options.prompt_template else PROMPT_TEMPLATE
+    messages = build_prompt(options.question, template)
     retrieval = None
     if options.retriever or options.corpus:
         retrieval = RetrieverArguments(retriever=options.retriever or [BM25], corpus=options.corpus)
-    answered = [_answer(model, retrieval, options) for model in options.model]
+    # A picture is passed on: of a folder's path, only the end that tells models apart stands in it.
+    folders = [model for model in dict.fromkeys(options.model) if Path(model).is_dir()]
+    names = dict(zip(folders, labelled_runs(folders), strict=True))
+    answered = [_answer(model, names.get(model, model), messages, retrieval, options) for model in options.model]
     pictures = with_shared_scale([picture for _, picture in answered])
     print(draw_reliability(pictures, options.output, f"Question: {options.question.strip()}"))
     for picture, (trajectory, _) in zip(pictures, answered, strict=True):
@@ -140,7 +152,11 @@ def _reliability(options: argparse.Namespace) -> None:
 
 
 def _answer(
-    name: str, retrieval: RetrieverArguments | None, options: argparse.Namespace
+    path: str,
+    name: str,
+    messages: list[dict[str, str]],
+    retrieval: RetrieverArguments | None,
+    options: argparse.Namespace,
 ) -> tuple[Trajectory, dict[str, Any]]:
     """One model's greedy trajectory and the picture of it. Models are loaded one after the other."""
     import torch
@@ -148,16 +164,15 @@ def _answer(
 
     from rex_rag.evaluation.reliability import score_trajectory
     from rex_rag.generation import TransformersGenerator
-    from rex_rag.protocol import PROMPT_TEMPLATE, build_prompt
     from rex_rag.retrieval.load import load_retriever
     from rex_rag.rollout import RolloutBudget, RolloutEngine
     from rex_rag.visualization.reliability import reliability_record
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
     budget = RolloutBudget(
         # Without a retriever the first turn is the last, in which a search is not executed.
         max_turns=options.max_turns if retrieval else 0,
@@ -166,8 +181,6 @@ def _answer(
     )
     retriever = load_retriever(retrieval) if retrieval else None
     engine = RolloutEngine(TransformersGenerator(model, tokenizer, temperature=0.0), retriever, tokenizer, budget)
-    template = options.prompt_template.read_text(encoding="utf-8") if options.prompt_template else PROMPT_TEMPLATE
-    messages = build_prompt(options.question, template)
     if tokenizer.chat_template:
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     else:

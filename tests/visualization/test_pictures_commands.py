@@ -39,14 +39,16 @@ def test_view_writes_a_page_beside_an_evaluation(tmp_path: Path, capsys: pytest.
     run("view", tmp_path)
     page = tmp_path / "trajectories.html"
     assert capsys.readouterr().out == f"{page}: 6 of 6 trajectories, 0 of them probes\n"
-    assert "right (6)" in page.read_text()
+    text = page.read_text()
+    assert "right (6)" in text
+    assert f"<h1>Trajectories of {tmp_path.name}</h1>" in text and str(tmp_path) not in text
     run("view", tmp_path, "--benchmark", "popqa", "--limit", "2")
     assert capsys.readouterr().out == f"{page}: 2 of 3 trajectories, 0 of them probes; --limit 3 shows all\n"
     text = page.read_text()
     assert "Shown here: 2 of 3 trajectories." in text
     assert "<dd>popqa</dd>" in text and "<dd>nq</dd>" not in text
     run("view", tmp_path / "nq" / "predictions.jsonl")
-    assert (tmp_path / "nq" / "trajectories.html").is_file()
+    assert "<h1>Trajectories of nq/predictions.jsonl</h1>" in (tmp_path / "nq" / "trajectories.html").read_text()
 
 
 def test_curves_draws_runs_under_their_labels(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -95,12 +97,13 @@ def test_reliability_draws_two_models_with_search(models: list[Path], tmp_path: 
     assert all(0 < count <= 12 for count in counts)
     drawn, text = picture.read_text(), page.read_text()
     for model in models:
-        assert f">{model}</text>" in drawn
-        assert f"<summary>Token reliability, {model}</summary>" in text
+        assert f">{model.name}</text>" in drawn
+        assert f"<summary>Token reliability, {model.name}</summary>" in text
+    assert not any(str(tmp_path.parent) in shown for shown in (drawn, text))  # no path of this machine
     assert text.count('<section class="family pair">') == 1
     assert len(re.findall(r'<span class="token (?:r\d|none)" title', text)) == sum(counts)
     run("reliability", "--model", models[0], *words, "--output", tmp_path / "b.svg")
-    assert str(models[1]) not in (tmp_path / "b.svg").read_text()
+    assert models[1].name not in (tmp_path / "b.svg").read_text()
 
 
 def test_reliability_without_anything_to_search_is_one_turn(models: list[Path], tmp_path: Path, capsys):
@@ -115,3 +118,11 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(tmp_path: Path):
         run(*nowhere, "--question", " ", "--output", tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"a\.gif does not say what picture"):
         run(*nowhere, "--question", "Where?", "--output", tmp_path / "a.gif")
+    asking = [*nowhere, "--question", "Where?", "--output", tmp_path / "a.png"]
+    with pytest.raises(ValueError, match="--k is 1; uncertainty between candidates needs 2 or more"):
+        run(*asking, "--k", "1")
+    with pytest.raises(FileNotFoundError, match=r"template\.txt"):
+        run(*asking, "--prompt-template", tmp_path / "template.txt")
+    (tmp_path / "template.txt").write_text("Answer.")
+    with pytest.raises(ValueError, match=r"no '\{question\}' placeholder"):
+        run(*asking, "--prompt-template", tmp_path / "template.txt")
