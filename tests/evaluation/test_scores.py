@@ -133,6 +133,9 @@ def test_retrieved_text_cannot_score():
         ("B) A statin", "B"),
         ("The correct answer is (B).", "B"),
         ("the answer is Aspirin", "B"),
+        ("**Answer:** B", "B"),
+        ("**The answer is (B).**", "B"),
+        ("## Answer: **B**", "B"),
         ("Option C", "C"),
         ("Answer: a", "A"),
         ("So the answer is: option B.", "B"),
@@ -154,6 +157,52 @@ def test_retrieved_text_cannot_score():
 )
 def test_letters_are_read_strictly(answer, letter):
     assert choice_letter(answer, CHOICES) == letter
+
+
+GERMS = {"A": "A. fumigatus", "B": "E. coli", "C": "S. aureus", "D": "C. difficile", "E": "Giardia"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("E. coli", "B"),  # not letter E with the text "coli"
+        ("The answer is C. difficile.", "D"),
+        ("A. fumigatus", "A"),
+        ("E. coli, as a rule", None),  # letter E, or the text of B
+        ("E. colitis", "E"),
+        ("B. E. coli, as a rule", "B"),
+        ("E. Giardia", "E"),
+        ("E", "E"),
+    ],
+)
+def test_an_abbreviated_genus_is_no_letter(answer, letter):
+    assert choice_letter(answer, GERMS) == letter
+
+
+DOSES = {"A": "15 mg", "B": "-5", "C": "5", "D": "1,000 mg", "E": "C++", "F": "C#"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("15 mg.", "A"),
+        ("1.5 mg", None),  # without its point it would be A
+        ("-5", "B"),
+        ("5", "C"),
+        ("C. -5", None),
+        ("1000 mg", "D"),
+        ("C++", "E"),
+        ("c", "C"),
+    ],
+)
+def test_numbers_keep_their_points_and_signs(answer, letter):
+    assert choice_letter(answer, DOSES) == letter
+
+
+def test_a_text_that_is_an_article_is_a_text():
+    blood = {"A": "0", "B": "A", "C": "AB"}
+    assert choice_letter("B) A", blood) == "B"
+    assert choice_letter("B) 0", blood) is None
 
 
 def test_a_text_that_two_choices_share_names_neither():
