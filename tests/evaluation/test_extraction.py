@@ -40,7 +40,9 @@ def test_bare(text, answer):
         ("So the answer is: 3.5", "3.5"),
         ("So the answer is:", None),
         ("So the answer is: .", None),
-        ("The answer is: oak", None),
+        ("The answer is: oak", "oak"),
+        ("Therefore, the final **answer is**: oak.", "oak"),
+        ("I wonder what the answer is. The answer is unknown.", None),
     ],
 )
 def test_announced(text, answer):

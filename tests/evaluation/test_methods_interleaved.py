@@ -42,13 +42,14 @@ def queries(trajectory) -> list[str]:
         ("Dr. King spoke. He", "Dr. King spoke.", 15),
         ("in the U.S. army, e.g. here. And", "in the U.S. army, e.g. here.", 28),
         ("So the answer is: No. The", "So the answer is: No.", 21),
+        ("So the answer is:\n\nan oak. It", "So the answer is:\n\nan oak.", 26),
     ],
 )
 def test_a_sentence_ends_where_people_say_it_ends(text, sentence, length):
     assert first_sentence(text) == (sentence, length)
 
 
-@pytest.mark.parametrize("text", ["", "\n\n", "the owl", "the owl.", "George W. ", "St. "])
+@pytest.mark.parametrize("text", ["", "\n\n", "the owl", "the owl.", "George W. ", "St. ", "So the answer is:\n"])
 def test_no_sentence_is_complete_yet(text):
     assert first_sentence(text) is None
 
@@ -96,6 +97,25 @@ def test_ircot_writes_the_rest_in_one_go_once_searches_are_spent(bpe_tokenizer):
     assert queries(trajectory) == ["where is the owl", "One."]
     assert bench.stops == [SENTENCE_STOPS, SENTENCE_STOPS, ()]
     assert trajectory.answer == "oak" and trajectory.turns == 3
+
+
+def test_ircot_takes_an_answer_on_the_next_line_and_searches_for_nothing_meanwhile(bpe_tokenizer):
+    bench = Bench(bpe_tokenizer, [["So the answer is:\n"], ["\noak\n"]])
+    [trajectory] = bench.run("ircot", question("where is the owl"))
+    assert trajectory.answer == "oak" and queries(trajectory) == ["where is the owl"]
+
+
+def test_ircot_stops_where_its_authors_do(bpe_tokenizer):
+    bench = Bench(bpe_tokenizer, [["The answer is: oak.\n"]])
+    [trajectory] = bench.run("ircot", question("where is the owl"))
+    assert trajectory.answer == "oak" and queries(trajectory) == ["where is the owl"]
+
+
+def test_ircot_reads_the_rest_by_sentences_too(bpe_tokenizer):
+    turns = [["One. A"], [" two. A"], [" third. So the answer is: George W. Hill. That is certain.\nAnd"]]
+    bench = Bench(bpe_tokenizer, turns)  # two searches
+    [trajectory] = bench.run("ircot", question("where is the owl"))
+    assert trajectory.answer == "George W. Hill"
 
 
 def test_ircot_goes_on_after_an_initial_and_after_an_ended_message(bpe_tokenizer):
@@ -208,7 +228,7 @@ def test_search_o1_keeps_its_answer_when_a_search_leaves_no_room(bpe_tokenizer):
     prompt = fill(SEARCH_O1, question="where is the owl", searches="2") + " "
     used = len(bpe_tokenizer(prompt + said)["input_ids"])
     budget = RolloutBudget(max_turns=2, max_turn_tokens=400, max_sequence_length=used + 5, top_k=1)
-    bench = Bench(bpe_tokenizer, [[said]], budget=budget)
+    bench = Bench(bpe_tokenizer, [[said], ["**Final Information** It is."]], budget=budget)
     [trajectory] = bench.run("search_o1", question("where is the owl"))
     assert trajectory.answer == "oak" and dict(trajectory.truncations) == {"sequence": 1}
 

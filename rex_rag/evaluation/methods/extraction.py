@@ -11,7 +11,8 @@ _TAGGED = re.compile(
     f"{ANSWER_TAGS[0]}((?:(?!{ANSWER_TAGS[0]}).)*?){ANSWER_TAGS[1]}",
     re.DOTALL,
 )
-_ANNOUNCED = re.compile(r"\bso the answer is\b\s*:?", re.IGNORECASE)
+# As the prompts ask for it, and "answer is:", where IRCoT's authors stop (arXiv 2212.10509, section 3.1).
+_ANNOUNCED = re.compile(r"\b(?:so the answer is\b\s*:?|answer is[\s*_]*:)", re.IGNORECASE)
 _BOX = re.compile(r"\\boxed\s*\{")
 _TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
 _EMPHASIS = "*_`"
@@ -31,9 +32,15 @@ def bare_answer(text: str) -> str | None:
     return next((line.strip() for line in text.splitlines() if line.strip()), None)
 
 
+def announces_only(text: str) -> bool:
+    """Whether the text ends with "So the answer is:", so that the answer is yet to come."""
+    match = _ANNOUNCED.search(text)
+    return match is not None and not text[match.end() :].strip(_EMPHASIS + " \t\n")
+
+
 def announced_answer(text: str) -> str | None:
-    """The rest of the line behind the first "So the answer is:", without its full stop; or the next line that is not
-    blank where nothing follows on that line."""
+    """The rest of the line behind the first "So the answer is:" or "answer is:", without its full stop; or the next
+    line that is not blank where nothing follows on that line."""
     match = _ANNOUNCED.search(text)
     if match is None:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from rex_rag.evaluation.methods.extraction import announced_answer
+from rex_rag.evaluation.methods.extraction import announced_answer, announces_only
 from rex_rag.evaluation.methods.script import Desk, Generate, Script, ScriptMethod, Search
 from rex_rag.evaluation.prompts import IRCOT, fill, question_text
 from rex_rag.protocol import make_inert
@@ -26,11 +26,11 @@ def first_sentence(text: str) -> tuple[str, int] | None:
     """The first complete sentence and the offset behind it, or `None` where the text is not yet one.
 
     A sentence ends at a full stop, question or exclamation mark before white space, or at a line break; a full stop
-    after an initial or a common abbreviation ends none.
+    after an initial or a common abbreviation ends none, nor does a line break between "So the answer is:" and it.
     """
     for match in _END.finditer(text):
         sentence = text[: match.end()]
-        if not _ABBREVIATION.search(sentence):
+        if not (_ABBREVIATION.search(sentence) or announces_only(sentence)):
             return sentence.strip(), match.end()
     return None
 
@@ -48,7 +48,7 @@ class IRCoT(ScriptMethod):
 
     All paragraphs found so far, each once, stand before the question; the sentences so far follow as the model's own,
     as the very ids it wrote. Once `max_turns` searches are spent, the model writes the rest of its reasoning in one
-    go. The answer is what follows "So the answer is:" in the model's sentences.
+    go. The answer is what follows "So the answer is:" in the sentence that says so.
 
     The paper lets a second prompt, the reader, answer anew from the paragraphs; here, as in FlashRAG, the answer that
     the interleaved reasoning arrives at counts. Paragraphs beyond 15 are left out and counted as a cut observation.
@@ -90,7 +90,10 @@ class IRCoT(ScriptMethod):
             if desk.trajectory.answer is not None or not query or written.truncation is Truncation.SEQUENCE:
                 return
         written = yield Generate(self._prompt(desk, "\n\n".join(shown)) + thoughts)
-        desk.trajectory.answer = announced_answer(desk.tools.decode(thoughts + written.ids)[read:])
+        rest = desk.tools.decode(thoughts + written.ids)[read:]
+        while (cut := first_sentence(rest)) is not None and announced_answer(cut[0]) is None:
+            rest = rest[cut[1] :]
+        desk.trajectory.answer = announced_answer(cut[0] if cut is not None else rest)
 
     def _prompt(self, desk: Desk, passages: str) -> list[int]:
         text = fill(self.template, question=question_text(desk.question), passages=passages)
