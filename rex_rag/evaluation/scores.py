@@ -42,6 +42,9 @@ F1 = "f1"
 SUB_MATCH = "sub_match"
 ACCURACY = "accuracy"
 JUDGE = "judge"
+# Floats of equal fractions differ in their last bits (F1 of 3 words in 4 and 5, of 5 in 6 and 9; the same samples in
+# another order), which a sign test would count as wins.
+_DECIMALS = 12
 # How right an answer to an open question is, in [0, 1]: the opinion of a model, say. Exact match stays beside it.
 Judge = Callable[[Prediction, str], float]
 _OPEN_METRICS: dict[str, Callable[[str | None, Sequence[str]], float]] = {
@@ -118,7 +121,8 @@ def question_scores(prediction: Prediction, judge: Judge | None = None) -> dict[
     Raises:
         ScoreError: for a judge's score outside [0, 1].
     """
-    answers = [sample.answer for sample in prediction.samples]
+    # A blank would be right wherever a gold answer normalises to nothing, as "The The" does.
+    answers = [None if _is_unanswered(sample) else sample.answer for sample in prediction.samples]
     if prediction.choices is not None:
         letters = [choice_letter(answer, prediction.choices) for answer in answers]
         return {ACCURACY: [float(letter in prediction.golden_answers) for letter in letters]}
@@ -154,7 +158,7 @@ def score_benchmark(
     per_question = [question_scores(prediction, judge) for prediction in predictions]
     # (n, samples)
     scores = {name: np.array([row[name] for row in per_question]) for name in per_question[0]}
-    values = {name: table.mean(axis=1) for name, table in scores.items()}
+    values = {name: table.mean(axis=1).round(_DECIMALS) for name, table in scores.items()}
     correct = scores[main_metric(kind)]
     samples = correct.shape[1]
 

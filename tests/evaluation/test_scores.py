@@ -108,6 +108,12 @@ def test_open_questions_are_scored_by_all_three_metrics():
     }
 
 
+def test_a_blank_is_no_answer_even_where_a_gold_answer_normalises_to_nothing():
+    scores = question_scores(prediction("q", ["The The"], "", " ", None, "the the", "!"))
+    assert set(scores) == {"exact_match", "f1", "sub_match"}
+    assert all(row == [0.0, 0.0, 0.0, 1.0, 1.0] for row in scores.values())
+
+
 def test_choices_are_scored_by_letter_and_several_may_be_right():
     scores = question_scores(prediction("q", ["A", "B"], "B.", "aspirin", "C", "perhaps", choices=CHOICES))
     assert scores == {"accuracy": [1.0, 1.0, 0.0, 0.0]}
@@ -297,6 +303,19 @@ def test_a_benchmark_of_three_samples_by_hand():
     assert scores.majority.mean == 0.5
     assert scores.values["exact_match"] == pytest.approx([2 / 3, 1 / 3])
     assert json.loads(json.dumps(scores.as_row()))["pass_at_k"]["3"]["mean"] == 1.0
+
+
+def test_equal_scores_are_equal_floats():
+    # F1 = 2 x 3 / (4 + 5) = 2 x 5 / (6 + 9) = 2/3 both, from precision and recall in floats 1.1e-16 apart.
+    first = score_benchmark([prediction("1", ["a1 a2 a3 x y"], "a1 a2 a3 z")])
+    second = score_benchmark([prediction("1", ["a1 a2 a3 a4 a5 x y z w"], "a1 a2 a3 a4 a5 v")])
+    assert first.values["f1"] == second.values["f1"]
+    # 1, 1 and 1/3 in two orders: their sums end in other last bits.
+    there, back = (
+        score_benchmark([prediction("1", ["b c"], *order)])
+        for order in (("b c", "b c", "b p q r"), ("b c", "b p q r", "b c"))
+    )
+    assert there.values["f1"] == back.values["f1"]
 
 
 def test_a_benchmark_of_choices_by_hand():
