@@ -29,6 +29,8 @@ def written_whole(path: Path, alone: bool = True) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a full disk names none
         raise
     sync_folder(path.parent)
 

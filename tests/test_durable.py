@@ -1,5 +1,6 @@
 """Files that are there whole or not at all."""
 
+import resource
 import threading
 from pathlib import Path
 
@@ -34,3 +35,17 @@ def test_writers_that_are_not_alone_do_not_meet(tmp_path: Path):
         assert path.read_bytes() == b"other"
     thread.join()
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"one")]
+
+
+def test_a_disk_without_room_is_an_error_that_names_the_file(tmp_path: Path):
+    """The limit of a process stands in for a full disk: the system's error names no file either."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (tmp_path / "file").write_bytes(b"old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError) as raised, written_whole(tmp_path / "file") as file:
+            file.write(b"more than ten bytes")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.filename == str(tmp_path / "file")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
