@@ -41,9 +41,12 @@ def remove_partial(folder: Path) -> None:
         path.unlink()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file for people and programs, whole or not at all; equal values give equal bytes."""
-    with written_whole(path) as file:
+def write_json(path: Path, value: Any, alone: bool = True) -> None:
+    """Write a JSON file for people and programs, whole or not at all; equal values give equal bytes.
+
+    alone: as in `written_whole`.
+    """
+    with written_whole(path, alone) as file:
         file.write((json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 

@@ -152,7 +152,7 @@ class EvaluationRun:
                 self._run_chunk(chunk)
                 _show(bar, shown, chunk.benchmark)
             self._wait(awaited, bar)
-        return self._merge_all(wait=shard.helps)
+        return self._merge_all()
 
     def _cut(self) -> Iterator[Chunk]:
         number = 0
@@ -240,22 +240,29 @@ class EvaluationRun:
             elif missing:
                 time.sleep(POLL_SECONDS)
 
-    def _merge_all(self, wait: bool) -> bool:
+    def _merge_all(self) -> bool:
+        """Merge what is complete; returns whether everything is.
+
+        With all chunks there, a set that another process is merging is waited for: else of two that end together each
+        might leave a set to the other, and neither would see the run finished.
+        """
         deadline = time.monotonic() + self.patience
         while True:
-            finished = [self._merge(benchmark) for benchmark in self.benchmarks]
-            if all(finished) or not wait:
-                break
+            merged = [self._merge(benchmark) for benchmark in self.benchmarks]
+            if all(merged) or not all(chunk.is_done for chunk in self.chunks):
+                return all(merged)
             if time.monotonic() > deadline:
-                raise RunError(f"another process has been merging the chunks of {self.output} for {self.patience:g} s")
+                raise RunError(
+                    f"another process has been merging the chunks of {self.output} for {self.patience:g} s; end it "
+                    "and start this run again: it goes on where it stands"
+                )
             time.sleep(POLL_SECONDS)
-        return all(finished)
 
     def _merge(self, benchmark: Benchmark) -> bool:
         """Put the chunks of a benchmark together if all are there; returns whether its predictions are complete."""
         folder = self.output / benchmark.name
         final = folder / PREDICTIONS_FILE
-        if final.is_file():
+        if final.is_file() and not (folder / CHUNKS_FOLDER).exists():
             return True
         chunks = [chunk for chunk in self.chunks if chunk.benchmark == benchmark.name]
         if not all(chunk.is_done for chunk in chunks):
@@ -333,7 +340,8 @@ def score_run(output: str | Path, card: Mapping[str, Any] | None = None) -> dict
     results: dict[str, Any] = {"benchmarks": {name: one.as_row() for name, one in scores.items()}}
     if len(scores) > 1:
         results["macro"] = macro_scores(list(scores.values())).as_row()
-    write_json(output / RESULTS_FILE, results)
+    # Parts of a run that end together all score it.
+    write_json(output / RESULTS_FILE, results, alone=False)
     return scores
 
 

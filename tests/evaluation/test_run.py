@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -194,6 +196,38 @@ def test_waiting_for_a_process_that_stands_still_ends_with_its_chunks_named(worl
     assert run.run(show_progress=False), "the lock is gone with its holder"
 
 
+def test_the_last_to_end_waits_for_a_process_that_merges(world, reference, tmp_path):
+    """Otherwise two that end together may each find the other merging a set, and nobody would score."""
+    make_run(world, tmp_path / "run", **SAMPLED).run(Shard(0, 2, helps=False), False)
+    merging = threading.Event()
+
+    def hold() -> None:
+        with locked(tmp_path / "run" / "world" / ".merge.lock") as ours:
+            assert ours
+            merging.set()
+            while len(list((tmp_path / "run" / "world" / "chunks").glob("*[0-9].jsonl"))) < 10:
+                time.sleep(0.01)
+            time.sleep(1)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    merging.wait(10)
+    finished = make_run(world, tmp_path / "run", **SAMPLED).run(Shard(1, 2, helps=False), False)
+    other.join()
+    assert finished
+    assert predictions(tmp_path / "run") == predictions(reference)
+
+
+def test_killed_right_after_merging_it_leaves_no_parts_behind(world, reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "run")
+    chunks = tmp_path / "run" / "world" / "chunks"
+    chunks.mkdir()
+    (chunks / "000000.jsonl").write_bytes(predictions(reference).splitlines(keepends=True)[0])
+    assert make_run(world, tmp_path / "run", **SAMPLED).run(show_progress=False)
+    assert files(tmp_path / "run") == files(reference)
+    assert not chunks.exists()
+
+
 def test_a_chunk_file_of_other_questions_is_named(world, tmp_path):
     run = make_run(world, tmp_path / "run")
     run.run(Shard(0, 2, helps=False), False)
@@ -214,6 +248,15 @@ def test_scores_are_written_beside_the_predictions(reference, tmp_path):
     assert written["benchmarks"]["world"]["samples"] == 2
     assert set(written["benchmarks"]["world"]["pass_at_k"]) == {"1", "2"}
     assert written["benchmarks"]["world"]["seconds"] > 0
+
+
+def test_processes_that_end_together_may_all_score(reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "run")
+    with ThreadPoolExecutor(8) as pool:
+        scored = [pool.submit(score_run, tmp_path / "run") for _ in range(40)]
+    assert all(one.result()["world"].n == 40 for one in scored)
+    assert files(tmp_path / "run") == files(reference) | {"results.json"}
+    json.loads((tmp_path / "run" / "results.json").read_text())
 
 
 @pytest.mark.parametrize("text", ["2/2", "-1/2", "1", "a/b", "0/0"])
