@@ -145,7 +145,7 @@ def _load(path: Path) -> ModelCard:
     from huggingface_hub.repocard import REGEX_YAML_BLOCK
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         content = file.read()
     if not REGEX_YAML_BLOCK.search(content):
         content = _NO_METADATA + content

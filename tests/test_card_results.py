@@ -225,3 +225,11 @@ def test_a_card_of_training_holds_its_last_evaluation_as_the_hub_reads_it(card: 
     assert (result.dataset_name, result.metric_type, result.value) == ("evaluation questions", "exact_match", 25.0)
     text = card.read_text(encoding="utf-8")
     assert "## Method and results" in text and "base_model: Qwen/Qwen2.5-3B" in text
+
+
+def test_a_byte_order_mark_does_not_hide_the_metadata(tmp_path: Path):
+    path = tmp_path / "README.md"
+    path.write_bytes(b"\xef\xbb\xbf" + CARD.encode())
+    write_results(path, [NQ], model_name="me/model")
+    data = ModelCard.load(path).data
+    assert (data.license, data.base_model, len(data.eval_results)) == ("apache-2.0", "Qwen/Qwen2.5-3B", 1)
