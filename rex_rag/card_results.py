@@ -256,7 +256,7 @@ def _section(results: Sequence[EvalResult]) -> str:
     table = markdown_table(("data set", "metric", "value", "95 % interval", "questions", "protocol"), rows, 2)
     lines = [_BEGIN, "## Evaluation results", "", table]
     if any(result.metric_args and "protocol" in result.metric_args for result in results):
-        lines += ["Only rows of one protocol can be compared with each other.", ""]
+        lines += ["Rows of one protocol share retriever, token limits, decoding and scorer.", ""]
     return "\n".join([*lines, _END])
 
 

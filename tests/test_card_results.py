@@ -78,7 +78,7 @@ def test_the_table_in_the_text(card: Path):
     text = card.read_text(encoding="utf-8")
     assert "| NQ (test)  | Exact match, % (rex_rag) |  43.9 |  42.3 to 45.5 |     3,610 | ab12cd34 |\n" in text
     assert "| Own \\| set | Exact match, % (rex_rag) |  50.0 |               |         2 |          |\n" in text
-    assert "Only rows of one protocol can be compared with each other." in text
+    assert "Rows of one protocol share retriever, token limits, decoding and scorer." in text
 
 
 def test_the_same_result_is_replaced_and_others_are_kept(card: Path):

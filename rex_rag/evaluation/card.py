@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag import __version__, answers
+from rex_rag.evaluation import choices
 from rex_rag.evaluation.records import RUN_FILE
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def protocol_card(
         "budget": asdict(budget),
         "decoding": {"temperature": temperature, "top_p": 1.0, "samples": samples, "seed": seed},
         "chunk_size": chunk_size,
-        "scorer": {"name": SCORER, "sha256": scorer_sha256()},
+        "scorer": scorer_row(),
         "versions": _versions(model.get("backend") == "vllm"),
     }
 
@@ -96,13 +97,20 @@ def describe_retriever(arguments: RetrieverArguments, description: str) -> dict[
         "nprobe": arguments.retriever_nprobe,
         "ef_search": arguments.retriever_ef_search,
         "rerank_model": arguments.rerank_model,
+    Args:
+        benchmarks: the sets that matter; default, all that both hold.
+
         "rerank_candidates": arguments.rerank_candidates if arguments.rerank_model else None,
         "engine": None if arguments.retriever_engine == "auto" else arguments.retriever_engine,
     }
     return {**said, **{name: value for name, value in settings.items() if value is not None}}
 
 
-def comparable(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+def comparable(
+    first: Mapping[str, Any], second: Mapping[str, Any], benchmarks: Sequence[str] | None = None
+    if benchmarks is not None:
+        shared = [name for name in shared if name in benchmarks]
+) -> list[str]:
     """What keeps the figures of two runs from being compared, one line each; empty where nothing does.
 
     Must agree: the questions of the benchmarks that both hold, scorer, token limits, decoding (temperature, samples);
@@ -114,23 +122,13 @@ def comparable(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]
     """
     for card in (first, second):
         check_card(card)
-    pairs: list[tuple[str, Any, Any]] = [("scorer", first["scorer"]["sha256"], second["scorer"]["sha256"])]
+    both_search = first["method"]["uses_retriever"] and second["method"]["uses_retriever"]
+    pairs = list(_paired(shared_protocol(first, both_search), shared_protocol(second, both_search), ""))
     shared = [name for name in first["benchmarks"] if name in second["benchmarks"]]
     for name in shared:
         pairs += [
             (f"benchmarks.{name}.{part}", first["benchmarks"][name][part], second["benchmarks"][name][part])
             for part in ("questions", "sha256")
-        ]
-    both_search = first["method"]["uses_retriever"] and second["method"]["uses_retriever"]
-    pairs += [
-        (f"budget.{limit}", value, second["budget"].get(limit))
-        for limit, value in first["budget"].items()
-        if both_search or limit not in _SEARCH_LIMITS
-    ]
-    pairs += [(f"decoding.{part}", first["decoding"][part], second["decoding"][part]) for part in _COMPARED_DECODING]
-    if both_search:
-        pairs += [
-            pair for pair in _paired(first["retriever"], second["retriever"], "retriever") if _counts(pair[0], first)
         ]
     if first["method"]["name"] == second["method"]["name"]:
         pairs.append(("method.prompt_sha256", first["method"]["prompt_sha256"], second["method"]["prompt_sha256"]))
@@ -178,6 +176,25 @@ def read_card(directory: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not readable JSON ({error}); evaluate into a new directory") from error
     try:
         check_card(card)
+def shared_protocol(card: Mapping[str, Any], with_search: bool) -> dict[str, Any]:
+    """What runs must share to be compared, whatever their method and questions; JSON-able.
+
+    with_search: retriever and search limits too, which a method that never searches does not depend on.
+    """
+    retriever = card["retriever"] if with_search else {}
+    return {
+        "scorer": card["scorer"]["sha256"],
+        "budget": {name: value for name, value in card["budget"].items() if with_search or name not in _SEARCH_LIMITS},
+        "retriever": {name: value for name, value in retriever.items() if _counts(f"retriever.{name}", card)},
+        "decoding": {name: card["decoding"][name] for name in _COMPARED_DECODING},
+    }
+
+
+def scorer_row() -> dict[str, str]:
+    """What a card says of the scorer that is installed here."""
+    return {"name": SCORER, "sha256": scorer_sha256()}
+
+
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return card
@@ -194,12 +211,15 @@ def check_card(card: Mapping[str, Any]) -> None:
 
 
 def scorer_sha256() -> str:
-    """Hash of the code that normalises and compares answers; comments and docstrings do not count."""
-    tree = ast.parse(Path(answers.__file__).read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+    """Hash of the code that normalises and compares answers, letters too; comments and docstrings do not count."""
+    digest = hashlib.sha256()
+    for module in (answers, choices):
+        tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+        digest.update(ast.unparse(tree).encode() + b"\0")
+    return digest.hexdigest()
 
 
 def _paired(first: Any, second: Any, name: str) -> Iterator[tuple[str, Any, Any]]:

@@ -78,7 +78,7 @@ def compare_runs(
     names = _shared_sets(a, b, benchmarks)
     for name in names:
         _check_pairs(a, b, name)
-    obstacles = comparable(a.card, b.card)
+    obstacles = comparable(a.card, b.card, names)
     if obstacles and not mark:
         raise ValueError(
             f"{a.path} and {b.path} were made under different protocols: {'; '.join(obstacles)}. Evaluate one of them "

@@ -15,7 +15,7 @@ from typing import Any
 
 from rex_rag.evaluation.benchmarks import Benchmark
 from rex_rag.evaluation.bootstrap import RESAMPLES, Estimate
-from rex_rag.evaluation.card import read_card
+from rex_rag.evaluation.card import read_card, scorer_row, shared_protocol
 from rex_rag.evaluation.records import PREDICTIONS_FILE, RUN_FILE, Prediction, Question
 from rex_rag.evaluation.scores import BenchmarkScores, macro_scores, read_predictions, read_seconds, score_benchmark
 
@@ -28,8 +28,9 @@ class ReportError(ValueError):
 class FinishedRun:
     """One run.
 
-    benchmarks: set -> its row of the card (`Benchmark.as_row`), in the card's order. scores: of the sets that are
-    whole; a part of a set says little of the rest. missing: set -> questions without a prediction, of the other sets.
+    card: as it was written, but with the scorer that scored the predictions here. benchmarks: set -> its row of the
+    card (`Benchmark.as_row`), in the card's order. scores: of the sets that are whole; a part of a set says little of
+    the rest. missing: set -> questions without a prediction, of the other sets.
     """
 
     path: Path
@@ -49,14 +50,9 @@ class FinishedRun:
 
     @property
     def protocol(self) -> str:
-        """Twelve hexadecimal digits over everything but method, model, questions, seed and versions."""
-        shared = {
-            "scorer": self.card["scorer"]["sha256"],
-            "budget": self.card["budget"],
-            "retriever": self.card["retriever"],
-            "decoding": {name: value for name, value in self.card["decoding"].items() if name != "seed"},
-        }
-        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
+        """Twelve hexadecimal digits over what must agree for figures to be compared, but prompts and questions."""
+        shared = json.dumps(shared_protocol(self.card, self.card["method"]["uses_retriever"]), sort_keys=True)
+        return hashlib.sha256(shared.encode()).hexdigest()[:12]
 
     @property
     def missing_text(self) -> str:
@@ -101,7 +97,7 @@ def read_run(path: str | Path, *, resamples: int = RESAMPLES, seed: int = 0) -> 
     """
     path = Path(path)
     try:
-        card = read_card(path)
+        card = {**read_card(path), "scorer": scorer_row()}
     except ValueError as error:
         raise ReportError(str(error)) from error
     scores, missing = {}, {}

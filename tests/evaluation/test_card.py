@@ -10,6 +10,7 @@ import pytest
 
 from rex_rag import answers
 from rex_rag.evaluation import card as card_module
+from rex_rag.evaluation import choices
 from rex_rag.evaluation.benchmarks import Benchmark
 from rex_rag.evaluation.card import comparable, describe_retriever, differences, protocol_card, scorer_sha256
 from rex_rag.evaluation.methods import make_method
@@ -149,6 +150,15 @@ def test_the_scorers_hash_follows_its_code_and_not_its_comments(tmp_path: Path, 
     assert hash_of("# another remark\n" + source) == ours
     assert hash_of(source.replace('"""', '"""Also. ', 1)) == ours
     assert hash_of(source.replace("return ", "return not ", 1)) != ours
+
+
+def test_the_scorers_hash_covers_how_letters_are_read(tmp_path: Path, monkeypatch):
+    before = scorer_sha256()
+    source = Path(choices.__file__).read_text(encoding="utf-8")
+    path = tmp_path / "choices.py"
+    path.write_text(source.replace("return bare.upper()", "return None", 1), encoding="utf-8")
+    monkeypatch.setattr(card_module.choices, "__file__", str(path))
+    assert scorer_sha256() != before
 
 
 def test_a_corpus_in_process_is_known_by_its_contents(tmp_path: Path):

@@ -142,3 +142,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture):
     options = parser.parse_args([*words, "--output", str(tmp_path / "c.md")])
     options.run(options)
     assert (tmp_path / "c.md").read_text() == first  # the same seed, the same interval
+
+
+def test_only_the_sets_that_are_compared_must_agree(tmp_path: Path):
+    other = {"own": open_questions("own", 2, "Other question")}
+    a = read_run(write_run(tmp_path / "a", {"nq": A, "own": [1, 0]}))
+    b = read_run(write_run(tmp_path / "b", {"nq": B, "own": [1, 0]}, method="rag", benchmarks=other))
+    with pytest.raises(ValueError, match="own: the runs answered different questions"):
+        compare_runs(a, b)
+    assert compare_runs(a, b, benchmarks=["nq"]).obstacles == ()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rex_rag.evaluation.card import comparable, scorer_sha256
 from rex_rag.evaluation.finished import ReportError, read_run, run_directories
 from rex_rag.rollout import RolloutBudget
 from tests.evaluation.run_parts import open_questions, write_run
@@ -54,6 +55,32 @@ def test_the_protocol_is_named_by_what_rows_must_share(tmp_path: Path):
     other = read_run(write_run(tmp_path / "c", {"nq": [1]}, budget=RolloutBudget(top_k=5)))
     assert first.protocol == same.protocol != other.protocol
     assert len(first.protocol) == 12
+
+
+def test_the_protocol_does_not_change_with_what_does_not_count(tmp_path: Path):
+    """Where the corpus lies, and limits on searches for a method that makes none."""
+    first = read_run(write_run(tmp_path / "a", {"nq": [1]}))
+    moved = write_run(tmp_path / "b", {"nq": [1]})
+    card = json.loads((moved / "run.json").read_text())
+    card["retriever"]["description"] = "BM25 over copies/c.jsonl"
+    (moved / "run.json").write_text(json.dumps(card))
+    assert comparable(first.card, read_run(moved).card) == []
+    assert read_run(moved).protocol == first.protocol
+    direct, wider = (
+        read_run(write_run(tmp_path / str(top_k), {"nq": [1]}, method="direct", budget=RolloutBudget(top_k=top_k)))
+        for top_k in (3, 5)
+    )
+    assert comparable(direct.card, wider.card) == []
+    assert direct.protocol == wider.protocol
+
+
+def test_the_scorer_is_the_one_that_scored(tmp_path: Path):
+    """Scores are worked out anew by every report, whatever scored when the run was made."""
+    path = write_run(tmp_path / "a", {"nq": [1, 0]})
+    card = json.loads((path / "run.json").read_text())
+    card["scorer"]["sha256"] = "0" * 64
+    (path / "run.json").write_text(json.dumps(card))
+    assert read_run(path).card["scorer"]["sha256"] == scorer_sha256()
 
 
 def test_a_directory_of_runs_names_them_all(tmp_path: Path):
