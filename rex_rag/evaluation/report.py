@@ -1,7 +1,8 @@
 """One table over several runs, the paper's published rows beside them.
 
 Invariant: rows of one table were made under one protocol and from whole runs. What differs is refused, or, on request,
-stands in a footnote of every row and cell that it concerns; published rows always carry one.
+stands in a footnote of the row that differs; rows without one can be compared with each other, and the first is one of
+them. Published rows always carry a footnote.
 """
 
 from __future__ import annotations
@@ -146,16 +147,20 @@ def build_report(
     names = ordered(name for run in runs for name in run.benchmarks)
     notes = _Notes()
     rows = []
-    for position, run in enumerate(runs):
-        marks = [
-            notes.mark(f"not comparable with row{'s' * (len(places) > 1)} {', '.join(places)}: {found}")
-            for found, places in _against(run, [(str(row), other) for row, other in enumerate(runs[:position], 1)])
-        ]
+    unmarked: list[tuple[int, FinishedRun]] = []
+    for number, run in enumerate(runs, start=1):
+        # The first row sets the protocol; where it never searches, the first that does sets the rest of it.
+        obstacles = ((row, comparable(other.card, run.card)) for row, other in unmarked)
+        row, found = next(((row, found) for row, found in obstacles if found), (0, []))
+        marks = [notes.mark(f"not comparable with row {row}: {'; '.join(found)}")] if found else []
+        if not found:
+            unmarked.append((number, run))
         rows.append(_row(run, marks, names, extras, notes, resamples, seed))
     shown = _published_sizes(runs, names) if published is None else published
     rows += [_published(row, names, notes) for row in published_rows(shown)]
     columns = tuple(_column(name, runs) for name in names)
-    return Report(columns, tuple(extras), tuple(rows), notes.texts, tuple(_remarks(columns, runs, extras)))
+    remarks = _remarks(columns, runs, extras, [run for _, run in unmarked])
+    return Report(columns, tuple(extras), tuple(rows), notes.texts, tuple(remarks))
 
 
 def check_choices(extras: Sequence[str], published: Sequence[str] | None) -> None:
@@ -169,7 +174,7 @@ def check_choices(extras: Sequence[str], published: Sequence[str] | None) -> Non
 def _check_comparable(runs: Sequence[FinishedRun]) -> None:
     problems = [f"{run.path} is not whole: {run.missing_text}" for run in runs if run.missing]
     for position, run in enumerate(runs):
-        for found, others in _against(run, [(str(other.path), other) for other in runs[:position]]):
+        for found, others in _against(run, runs[:position]).items():
             problems.append(f"{run.path} is not comparable with {', '.join(others)}: {found}")
     if problems:
         listed = "\n  ".join(problems)
@@ -179,17 +184,17 @@ def _check_comparable(runs: Sequence[FinishedRun]) -> None:
         )
 
 
-def _against(run: FinishedRun, others: Sequence[tuple[str, FinishedRun]]) -> list[tuple[str, list[str]]]:
-    """What keeps a run from being compared with others, each obstacle with the names of those it concerns.
+def _against(run: FinishedRun, others: Sequence[FinishedRun]) -> dict[str, list[str]]:
+    """What keeps a run from being compared with others: obstacles -> paths of those they concern.
 
     Every pair counts: two searches with unlike retrievers may both be comparable with a method that never searches.
     """
     concerned: dict[str, list[str]] = {}
-    for name, other in others:
+    for other in others:
         found = comparable(other.card, run.card)
         if found:
-            concerned.setdefault("; ".join(found), []).append(name)
-    return list(concerned.items())
+            concerned.setdefault("; ".join(found), []).append(str(other.path))
+    return concerned
 
 
 class _Notes:
@@ -316,7 +321,9 @@ def _column(name: str, runs: Sequence[FinishedRun]) -> Column:
     )
 
 
-def _remarks(columns: Sequence[Column], runs: Sequence[FinishedRun], extras: Sequence[str]) -> list[str]:
+def _remarks(
+    columns: Sequence[Column], runs: Sequence[FinishedRun], extras: Sequence[str], unmarked: Sequence[FinishedRun]
+) -> list[str]:
     choice = [column.label for column in columns if column.kind == "multiple_choice"]
     accuracy = f" ({', '.join(choice)}: accuracy of the letter)" if choice else ""
     remarks = [
@@ -333,11 +340,12 @@ def _remarks(columns: Sequence[Column], runs: Sequence[FinishedRun], extras: Seq
         )
     if extras:
         remarks.append("; ".join(_EXPLAINED[name] for name in extras) + ".")
-    return [*remarks, *_protocol(runs[0])]
+    return [*remarks, _protocol(unmarked)]
 
 
-def _protocol(run: FinishedRun) -> list[str]:
-    """What a reader must know to set the first row, and so all without a footnote, beside figures from elsewhere."""
+def _protocol(runs: Sequence[FinishedRun]) -> str:
+    """What a reader must know to set the rows without a footnote beside figures from elsewhere."""
+    run = next((run for run in runs if run.card["retriever"] is not None), runs[0])
     card = run.card
     budget = card["budget"]
     facts = [f"scorer {card['scorer']['name']} {card['scorer']['sha256'][:12]}"]
@@ -348,4 +356,4 @@ def _protocol(run: FinishedRun) -> list[str]:
         )
     temperature = card["decoding"]["temperature"]
     facts.append("greedy" if temperature == 0 else f"temperature {temperature:g}")
-    return [f"Protocol of the first row ({run.protocol}): {'; '.join(facts)}."]
+    return f"Protocol ({run.protocol}): {'; '.join(facts)}."

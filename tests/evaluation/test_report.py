@@ -131,6 +131,33 @@ def test_rows_of_different_protocols_get_a_footnote_when_asked(unlike: list[Path
     assert "- (a) not comparable with row 1: budget.top_k: 3 against 5; retriever.fingerprint: a against b" in text
 
 
+def test_footnotes_compare_with_the_first_row(tmp_path: Path):
+    """The second row's difference is its own: a third row that is like the first has no mark."""
+    runs = [
+        write_run(tmp_path / "a", {"own": [1, 0]}),
+        write_run(tmp_path / "b", {"own": [1, 1]}, method="rag", budget=RolloutBudget(top_k=5)),
+        write_run(tmp_path / "c", {"own": [0, 0]}, method="ircot"),
+    ]
+    report = build_report(load_runs(runs), mark=True)
+    assert [row.marks for row in report.rows] == [(), ("a",), ()]
+    assert report.notes == {"a": "not comparable with row 1: budget.top_k: 3 against 5"}
+
+
+def test_rows_without_a_footnote_can_be_compared_with_each_other(tmp_path: Path):
+    """A first row that never searches is comparable with both searches below it, which are not with each other."""
+    runs = [
+        write_run(tmp_path / "a", {"own": [1, 0]}, method="direct"),
+        write_run(tmp_path / "b", {"own": [1, 1]}),
+        write_run(tmp_path / "c", {"own": [0, 0]}, method="rag", corpus="b"),
+        write_run(tmp_path / "d", {"own": [0, 0]}, method="ircot"),
+    ]
+    report = build_report(load_runs(runs), mark=True)
+    assert [row.marks for row in report.rows] == [(), (), ("a",), ()]
+    assert report.notes == {"a": "not comparable with row 2: retriever.fingerprint: a against b"}
+    [protocol] = [remark for remark in report.remarks if remark.startswith("Protocol")]
+    assert "BM25 over c.jsonl, top 3" in protocol
+
+
 def test_other_questions_of_the_same_set_are_another_protocol(tmp_path: Path):
     write_run(tmp_path / "a", {"own": [1, 0]})
     write_run(tmp_path / "b", {"own": [1, 0]}, benchmarks={"own": open_questions("own", 2, "Other question")})
