@@ -97,7 +97,7 @@ class EndpointClient:
         base = check_endpoint_url(options.url)
         self.url = str(base)
         self._root = str(base.copy_with(path=base.path.removesuffix("/v1") or "/")).rstrip("/")
-        self._key = os.environ.get(options.key_variable, "")
+        self._key = _key(options.key_variable)
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx.Timeout(options.timeout, connect=min(options.timeout, MAX_CONNECT_SECONDS)),
@@ -170,7 +170,8 @@ class EndpointClient:
                     if not isinstance(answer, dict):
                         raise ValueError(f"a JSON object is needed, found {type(answer).__name__}")
                     return read(answer)
-                cause = f"HTTP {response.status_code}: {shorten(response.text, 400)}"
+                # Without the key first: a part of it that is left by the cut would not be recognised.
+                cause = f"HTTP {response.status_code}: {shorten(self._without_key(response.text), 400)}"
                 if response.status_code < 500 and response.status_code not in _PASSING_STATUSES:
                     raise _Refused(self._without_key(f"{url} refuses the request, {cause}"))
                 after = response.headers.get("retry-after", "")
@@ -192,6 +193,21 @@ class EndpointClient:
     def _without_key(self, text: str) -> str:
         """Servers may quote what they were sent."""
         return text.replace(self._key, "***") if self._key else text
+
+
+def _key(variable: str) -> str:
+    """The key in an environment variable, without the white space that files leave around it; empty where unset.
+
+    Raises:
+        ValueError: for a key that no header can carry. HTTP libraries would quote it in their errors.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(
+            f"the key in the environment variable {variable} holds a control or non-ASCII character, which no HTTP "
+            "header can carry; set it again"
+        )
+    return key
 
 
 def _only_choice(answer: dict[str, Any]) -> dict[str, Any]:

@@ -321,6 +321,27 @@ def test_spent_attempts_name_address_count_and_cause_but_never_the_key(world, gr
         served.close()
 
 
+def test_white_space_around_a_key_is_not_part_of_it_and_an_unusable_key_is_not_shown(
+    world, greedy, prompts, monkeypatch
+):
+    monkeypatch.setenv("TEST_KEY", "sk-secret-123\r\n")
+    server = PlainServer(greedy, takes_ids=True, returns_ids=True)
+    with serving(server) as url:
+        served = open_endpoint(url, world, attempts=2, key_variable="TEST_KEY")
+        assert set(server.keys) == {"Bearer sk-secret-123"}
+        # Quoted where the message is cut to 400 characters, the key leaves no part of itself.
+        server.first = [(500, {}, "x" * 390 + "sk-secret-123")] * 2
+        with pytest.raises(EndpointError, match="last cause: HTTP 500") as raised:
+            served.generator(()).generate(prompts[:1], 6)
+        assert "sk-s" not in str(raised.value)
+        served.close()
+        for key in ("sk-secret\n-123", "sk-secret-é"):
+            monkeypatch.setenv("TEST_KEY", key)
+            with pytest.raises(ValueError, match="TEST_KEY holds a control or non-ASCII character") as raised:
+                open_endpoint(url, world, attempts=2, key_variable="TEST_KEY")
+            assert "secret" not in str(raised.value)
+
+
 def test_a_refused_request_is_not_repeated_and_ends_the_others(world, greedy, prompts):
     server = PlainServer(greedy, takes_ids=True, returns_ids=True)
     with serving(server) as url:
