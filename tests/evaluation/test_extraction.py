@@ -21,7 +21,15 @@ def test_tagged(text, answer):
 
 @pytest.mark.parametrize(
     ("text", "answer"),
-    [("\n\n oak \nelm", "oak"), ("well\n<answer>oak</answer>", "oak"), (" \n\t\n", None), ("", None)],
+    [
+        ("\n\n oak \nelm", "oak"),
+        ("well\n<answer>oak</answer>", "oak"),
+        (" \n\t\n", None),
+        ("", None),
+        ("<think>\nHm, elm?\n</think>\n\noak\n", "oak"),
+        ("Hm, elm?\n</think>\n\noak", "oak"),
+        ("<think>\nHm, elm? And", None),
+    ],
 )
 def test_bare(text, answer):
     assert bare_answer(text) == answer

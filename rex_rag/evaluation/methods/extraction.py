@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from rex_rag.protocol import ANSWER_TAGS
+from rex_rag.protocol import ANSWER_TAGS, THINK_TAGS
 
 # From the last opening tag before the closing one, as `rex_rag.protocol.parse_action` reads it.
 _TAGGED = re.compile(
@@ -25,10 +25,15 @@ def tagged_answer(text: str) -> str | None:
 
 
 def bare_answer(text: str) -> str | None:
-    """The first line that is not blank; where the model used answer tags, their content."""
+    """The first line that is not blank; where the model used answer tags, their content.
+
+    What a reasoning model thinks first is no answer: lines count from the end of its thoughts on.
+    """
     tagged = tagged_answer(text)
     if tagged is not None:
         return tagged
+    # A chat template may have opened the thoughts already; thoughts that are left open reach to the end.
+    text = text.rpartition(THINK_TAGS[1])[2].partition(THINK_TAGS[0])[0]
     return next((line.strip() for line in text.splitlines() if line.strip()), None)
 
 
