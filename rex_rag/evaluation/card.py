@@ -97,9 +97,6 @@ def describe_retriever(arguments: RetrieverArguments, description: str) -> dict[
         "nprobe": arguments.retriever_nprobe,
         "ef_search": arguments.retriever_ef_search,
         "rerank_model": arguments.rerank_model,
-    Args:
-        benchmarks: the sets that matter; default, all that both hold.
-
         "rerank_candidates": arguments.rerank_candidates if arguments.rerank_model else None,
         "engine": None if arguments.retriever_engine == "auto" else arguments.retriever_engine,
     }
@@ -108,14 +105,15 @@ def describe_retriever(arguments: RetrieverArguments, description: str) -> dict[
 
 def comparable(
     first: Mapping[str, Any], second: Mapping[str, Any], benchmarks: Sequence[str] | None = None
-    if benchmarks is not None:
-        shared = [name for name in shared if name in benchmarks]
 ) -> list[str]:
     """What keeps the figures of two runs from being compared, one line each; empty where nothing does.
 
     Must agree: the questions of the benchmarks that both hold, scorer, token limits, decoding (temperature, samples);
     retriever and search limits where both methods search; prompts where the method is the same. May differ: model,
     method, seed, chunk size, versions.
+
+    Args:
+        benchmarks: the sets that matter; default, all that both hold.
 
     Raises:
         ValueError: for a card of another format.
@@ -125,6 +123,8 @@ def comparable(
     both_search = first["method"]["uses_retriever"] and second["method"]["uses_retriever"]
     pairs = list(_paired(shared_protocol(first, both_search), shared_protocol(second, both_search), ""))
     shared = [name for name in first["benchmarks"] if name in second["benchmarks"]]
+    if benchmarks is not None:
+        shared = [name for name in shared if name in benchmarks]
     for name in shared:
         pairs += [
             (f"benchmarks.{name}.{part}", first["benchmarks"][name][part], second["benchmarks"][name][part])
@@ -176,6 +176,21 @@ def read_card(directory: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not readable JSON ({error}); evaluate into a new directory") from error
     try:
         check_card(card)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return card
+
+
+def check_card(card: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a card of another format."""
+    found = card.get("format") if isinstance(card, Mapping) else None
+    if found != FORMAT:
+        raise ValueError(
+            f"the protocol card has format {found!r}, this version reads {FORMAT}; use the version that wrote it, or "
+            "run the evaluation again"
+        )
+
+
 def shared_protocol(card: Mapping[str, Any], with_search: bool) -> dict[str, Any]:
     """What runs must share to be compared, whatever their method and questions; JSON-able.
 
@@ -193,21 +208,6 @@ def shared_protocol(card: Mapping[str, Any], with_search: bool) -> dict[str, Any
 def scorer_row() -> dict[str, str]:
     """What a card says of the scorer that is installed here."""
     return {"name": SCORER, "sha256": scorer_sha256()}
-
-
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return card
-
-
-def check_card(card: Mapping[str, Any]) -> None:
-    """Raise a ValueError for a card of another format."""
-    found = card.get("format") if isinstance(card, Mapping) else None
-    if found != FORMAT:
-        raise ValueError(
-            f"the protocol card has format {found!r}, this version reads {FORMAT}; use the version that wrote it, or "
-            "run the evaluation again"
-        )
 
 
 def scorer_sha256() -> str:
