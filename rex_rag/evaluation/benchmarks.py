@@ -114,6 +114,13 @@ class BenchmarkSource:
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise BenchmarkError(f"a benchmark has {name}={value!r}; it must be a non-blank string")
+        if self.name is not None and not isinstance(self.name, str):
+            raise BenchmarkError(f"{self.path}: name={self.name!r}; it must be a string, so put it in quotes")
+        if self.choices_column is not None and not isinstance(self.choices_column, str | list | dict):
+            raise BenchmarkError(
+                f"{self.path}: choices_column={self.choices_column!r}; it must be a column, a list of columns or a "
+                "mapping of letters to columns"
+            )
         if self.kind not in KINDS:
             raise BenchmarkError(f"{self.path}: kind={self.kind!r}; it must be one of {', '.join(KINDS)}")
         if (self.kind == MULTIPLE_CHOICE) != bool(self.choices_column):

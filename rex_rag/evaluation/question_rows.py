@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # Sets carry whole documents in their metadata; a prediction keeps what fits beside it.
 _METADATA_CHARACTERS = 200
+# How a list looks in a cell of CSV, and in columns that hold JSON.
+_WRITTEN_LIST = re.compile(r"\[\s*(['\"]).*['\"]\s*\]", re.DOTALL)
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 
 LocatedRow = tuple[str, Mapping[str, Any]]
@@ -36,6 +40,13 @@ class Columns:
     id: str = "id"
     choices: str | list[str] | dict[str, str] | None = None
     answers_are: str = "letter"
+
+    @property
+    def of_single_choices(self) -> list[str]:
+        """The columns that hold one choice each."""
+        if self.choices is None or isinstance(self.choices, str):
+            return []
+        return list(self.choices.values() if isinstance(self.choices, Mapping) else self.choices)
 
 
 def read_rows(
@@ -144,7 +155,10 @@ def questions_of(rows: Iterable[LocatedRow], columns: Columns, where: str) -> tu
         BenchmarkError: for no row, a row that cannot be used, an id that two rows share.
     """
     rows = list(rows)
-    _check_choice_columns([row for _, row in rows], columns.choices, where)
+    held = [row for _, row in rows]
+    # Without an `id` rows are numbered.
+    _check_columns(held, {columns.id} - {Columns.id}, "id_column", where)
+    _check_columns(held, columns.of_single_choices, "choices_column", where)
     questions: list[Question] = []
     places: dict[str, str] = {}
     blank_aliases = 0
@@ -165,18 +179,14 @@ def questions_of(rows: Iterable[LocatedRow], columns: Columns, where: str) -> tu
     return tuple(questions)
 
 
-def _check_choice_columns(
-    rows: list[Mapping[str, Any]], wanted: str | list[str] | dict[str, str] | None, where: str
-) -> None:
-    """One row may lack a choice's column, as JSON lines leave out what is null; all of them means a wrong name."""
-    if wanted is None or isinstance(wanted, str) or not rows:
-        return
+def _check_columns(rows: list[Mapping[str, Any]], names: Iterable[str], setting: str, where: str) -> None:
+    """One row may lack such a column, as JSON lines leave out what is null; all of them means a wrong name."""
     held = dict.fromkeys(name for row in rows for name in row)
-    absent = [name for name in (wanted.values() if isinstance(wanted, Mapping) else wanted) if name not in held]
-    if absent:
+    absent = [name for name in names if name not in held]
+    if rows and absent:
         raise BenchmarkError(
-            f"{where}: no row has the columns {', '.join(map(repr, absent))} that choices_column names; the columns "
-            f"are {', '.join(map(str, held))}. Set choices_column to the right ones"
+            f"{where}: no row has the columns {', '.join(map(repr, absent))} that {setting} names; the columns "
+            f"are {', '.join(map(str, held))}. Set {setting} to the right ones"
         )
 
 
@@ -186,6 +196,11 @@ def _question(row: Mapping[str, Any], columns: Columns, place: str, default_id: 
     if not isinstance(text, str) or not text.strip():
         raise BenchmarkError(f"{place}: the question is {shorten(text)}; a row needs a non-blank string: repair it")
     value = _column(row, columns.answers, "answers_column", place)
+    if columns.choices is None and isinstance(value, str) and _WRITTEN_LIST.fullmatch(value.strip()):
+        raise BenchmarkError(
+            f"{place}: the gold answer {shorten(value)} is a list written as text, which no answer would ever equal; "
+            "make it a list, in JSON lines or parquet (or, if answers do look like this, a list of this one)"
+        )
     choices = None if columns.choices is None else _choices(row, columns.choices, place)
     answers = [_answer(entry, place) for entry in (value if isinstance(value, list | tuple) else [value])]
     golden = [answer for answer in answers if answer]
@@ -198,6 +213,8 @@ def _question(row: Mapping[str, Any], columns: Columns, place: str, default_id: 
         identity = default_id
     elif isinstance(identity, bool) or not isinstance(identity, str | int) or not str(identity).strip():
         raise BenchmarkError(f"{place}: the id is {shorten(identity)}; it must be a string or an integer")
+    for written in (str(identity), text, *golden, *(choices or {}).values()):
+        _check_encodable(written, place)
     question = Question(
         id=str(identity),
         question=text.strip(),
@@ -218,11 +235,29 @@ def _column(row: Mapping[str, Any], name: str, setting: str, place: str) -> Any:
 
 
 def _answer(value: Any, place: str) -> str:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float)):
+    if value is None:
+        return ""
+    if not _is_text(value):
         raise BenchmarkError(
             f"{place}: the gold answer {shorten(value)} is a {type(value).__name__}; give strings or a list of strings"
         )
-    return "" if value is None else str(value).strip()
+    return str(value).strip()
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value may stand for a text: a string or a number, but no truth value and not NaN."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, str | int) and not isinstance(value, bool)
+
+
+def _check_encodable(text: str, place: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BenchmarkError(
+            f"{place}: {shorten(text)} holds half a surrogate pair, which no tokenizer can encode; repair the row"
+        ) from None
 
 
 def _choices(row: Mapping[str, Any], wanted: str | list[str] | dict[str, str], place: str) -> dict[str, str]:
@@ -235,18 +270,25 @@ def _choices(row: Mapping[str, Any], wanted: str | list[str] | dict[str, str], p
         held = [row.get(name) for name in wanted]
     if isinstance(held, Mapping) and held.keys() == {"label", "text"} and isinstance(held["text"], list | tuple):
         # As ARC, OpenBookQA and CommonsenseQA have it.
-        held = dict(zip(held["label"], held["text"], strict=True)) if len(held["label"]) == len(held["text"]) else None
-    if isinstance(held, list | tuple) and len(held) <= len(ascii_uppercase):
-        held = dict(zip(ascii_uppercase, held, strict=False))
-    if not isinstance(held, Mapping):
+        pairs = (
+            list(zip(held["label"], held["text"], strict=True)) if len(held["label"]) == len(held["text"]) else None
+        )
+    elif isinstance(held, Mapping):
+        pairs = list(held.items())
+    elif isinstance(held, list | tuple) and len(held) <= len(ascii_uppercase):
+        pairs = list(zip(ascii_uppercase, held, strict=False))
+    else:
+        pairs = None
+    if pairs is None:
         raise BenchmarkError(f"{place}: the choices are {shorten(held)}; give a list or a mapping of letters to texts")
-    choices = {str(letter).strip().upper(): text for letter, text in held.items() if text is not None}
+    pairs = [(str(label).strip().upper(), text) for label, text in pairs if text is not None]
+    choices = dict(pairs)
     wrong = [letter for letter in choices if len(letter) != 1 or letter not in ascii_uppercase]
-    blank = [letter for letter, text in choices.items() if isinstance(text, bool) or not str(text).strip()]
-    if wrong or blank or len(choices) < 2:
+    blank = [text for text in choices.values() if not _is_text(text) or not str(text).strip()]
+    if wrong or blank or len(choices) < max(2, len(pairs)):
         raise BenchmarkError(
             f"{place}: the choices are {shorten(held, 160)}; at least two are needed, each under a letter from A to Z "
-            "and with a text"
+            "of its own and with a text"
         )
     return {letter: str(text).strip() for letter, text in sorted(choices.items())}
 
@@ -278,4 +320,6 @@ def _metadata(value: Any) -> dict[str, Any]:
 
 
 def _is_short(value: Any) -> bool:
-    return isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= _METADATA_CHARACTERS)
+    if isinstance(value, float):  # JSON has no NaN
+        return math.isfinite(value)
+    return isinstance(value, bool | int) or (isinstance(value, str) and len(value) <= _METADATA_CHARACTERS)

@@ -145,6 +145,14 @@ def test_the_hash_is_of_the_canonical_questions_alone(tmp_path):
         ({"question": "Who?", "golden_answers": [True]}, r"line 2: the gold answer True is a bool"),
         ({"id": "x", "question": "Who?", "golden_answers": ["a"]}, r"line 2: the id 'x' already occurs at .*line 1"),
         ({"id": ["x"], "question": "Who?", "golden_answers": ["a"]}, r"line 2: the id is \['x'\]"),
+        ({"question": "Who?", "golden_answers": [float("nan")]}, r"line 2: the gold answer nan is a float"),
+        (
+            {"question": "Who?", "golden_answers": '["a", "b"]'},
+            r"line 2: the gold answer .* is a list written as text",
+        ),
+        ({"question": "Who?", "golden_answers": "['a']"}, r"line 2: the gold answer .* is a list written as text"),
+        ({"question": "Who \ud800?", "golden_answers": ["a"]}, r"line 2: 'Who \\ud800\?' holds half a surrogate pair"),
+        ({"question": "Who?", "golden_answers": ["\udfff"]}, r"line 2: .* holds half a surrogate pair"),
         (["Who?"], r"line 2: a JSON object is needed, found list"),
     ],
 )
@@ -152,6 +160,25 @@ def test_a_row_that_cannot_be_used_fails_the_load_and_is_named(tmp_path, row, me
     path = write(tmp_path / "bad.jsonl", [ROWS[0], row])
     with pytest.raises(BenchmarkError, match=rf"bad\.jsonl, {message}"):
         load_benchmark(path)
+
+
+def test_what_looks_like_a_list_may_be_an_answer_if_it_stands_in_a_list(tmp_path):
+    path = write(tmp_path / "code.jsonl", [{"question": "list('a')?", "golden_answers": ["['a']"]}])
+    assert load_benchmark(path).questions[0].golden_answers == ("['a']",)
+
+
+def test_a_column_of_ids_that_was_named_must_be_there(tmp_path):
+    path = write(tmp_path / "mine.jsonl", [ROWS[0] | {"key": "k"}, ROWS[1]])
+    source = {"path": str(path), "id_column": "key"}
+    assert [question.id for question in load_benchmark(source).questions] == ["k", "1"]
+    with pytest.raises(BenchmarkError, match=r"mine\.jsonl: no row has the columns 'kee' that id_column names"):
+        load_benchmark(source | {"id_column": "kee"})
+
+
+def test_metadata_is_what_json_can_hold(tmp_path):
+    metadata = {"score": float("nan"), "level": float("inf"), "hops": 2, "share": 0.5}
+    path = write(tmp_path / "mine.jsonl", [ROWS[0] | {"metadata": metadata}])
+    assert load_benchmark(path).questions[0].metadata == {"hops": 2, "share": 0.5}
 
 
 def test_a_set_of_another_size_than_its_name_claims_is_refused(tmp_path):
@@ -184,6 +211,11 @@ def test_a_set_of_another_size_than_its_name_claims_is_refused(tmp_path):
         ({"path": "a.jsonl", "choices_column": "options"}, r"do not go together"),
         ({"path": "a.jsonl", "size": 0}, r"size=0"),
         ({"path": "a.jsonl", "answers_are": "words"}, r"use letter, index or text"),
+        ({"path": "a.jsonl", "name": 2024}, r"name=2024; it must be a string"),
+        (
+            {"path": "a.jsonl", "kind": "multiple_choice", "choices_column": 5},
+            r"choices_column=5; it must be a column",
+        ),
         ({"path": "a.jsonl", "split": "test"}, r"a file has none of these"),
         ({"path": "someone/questions"}, r"a dataset of the Hub needs `split:`"),
         ({"path": "./nothing.txt"}, r"nothing\.txt: neither a \.jsonl"),
@@ -314,6 +346,10 @@ def test_the_descriptions_that_come_along_fit_the_sets_they_describe(tmp_path, n
         ({"a": "A", "options": ["x"]}, "letter", r"at least two are needed"),
         ({"a": "A", "options": ["x", " "]}, "letter", r"with a text"),
         ({"a": "A", "options": {"A": "x", "BB": "y"}}, "letter", r"under a letter from A to Z"),
+        ({"a": "A", "options": {"A": "x", "a": "y", "B": "z"}}, "letter", r"of its own"),
+        ({"a": "A", "options": {"label": ["A", "A", "B"], "text": ["x", "y", "z"]}}, "letter", r"of its own"),
+        ({"a": "A", "options": [{"label": "A", "text": "x"}, {"label": "B", "text": "y"}]}, "letter", r"with a text"),
+        ({"a": "A", "options": [float("nan"), 2]}, "letter", r"with a text"),
         ({"a": "A", "options": {"label": ["A", "B"], "text": ["x"]}}, "letter", r"give a list or a mapping"),
         ({"a": "A", "options": "x, y"}, "letter", r"give a list or a mapping"),
     ],
