@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 from rex_rag.answers import normalize_answer
 
-# What may stand around a letter: white space, brackets, quotes, Markdown's emphasis.
-_WRAPPING = " \t\r\n()[]{}\"'*_`"
+# What may stand around a letter: white space, brackets, quotes, Markdown's emphasis; Chinese sets have their own.
+_WRAPPING = " \t\r\n()[]{}\"'*_`\uff08\uff09\u3010\u3011\u201c\u201d"
+_ENDS = ".:,\uff0e\uff1a\uff0c\u3001\u3002"
 _LEAD_IN = re.compile(
     r"[*_`#\s]*(?:(?:so|thus|therefore|hence),?\s+)?(?:the\s+|my\s+)?(?:(?:best|correct|final|right|most likely)\s+)*"
     r"(?:answer|option|choice)(?:\s+(?:is|would\s+be))?\s*:?[*_`]*\s*(?:(?:option|choice)\s+)?",
@@ -16,9 +17,13 @@ _LEAD_IN = re.compile(
 )
 # Normalisation drops both, and would take 1.5 for 15 and -5 for 5.
 _POINT_OR_SIGN = re.compile(r"\.(?=\d)|(?<!\w)-(?=\d)")
-_LETTERED = re.compile(r"[(\[*_`\"']*([A-Za-z])[)\]*_`\"']*(?:\s*[.):\]]|\s+[-–—])[*_`]*\s*(.*)", re.DOTALL)
+_LETTERED = re.compile(
+    r"[(\[*_`\"'\uff08\u3010]*([A-Za-z])[)\]*_`\"']*"
+    r"(?:\s*[.):\]\uff0e\uff1a\u3001\uff09\u3011]|\s+[-–—])[*_`]*\s*(.*)",
+    re.DOTALL,
+)
 _SECOND_LETTER = re.compile(
-    r"\W*(?:(?:and|or)\b\W*)?([A-Za-z])\W*|(?:and|or)\b\W*([A-Za-z])\b.*", re.DOTALL | re.IGNORECASE
+    r"(?:\W*(?:(?:and|or)\b\W*)?([A-Za-z])\b)+\W*|(?:and|or)\b\W*([A-Za-z])\b.*", re.DOTALL | re.IGNORECASE
 )
 
 
@@ -42,7 +47,7 @@ def choice_letter(answer: str | None, choices: Mapping[str, str]) -> str | None:
     answer = answer.strip()
     lead_in = _LEAD_IN.match(answer)
     for candidate in (answer, answer[lead_in.end() :] if lead_in else ""):
-        bare = candidate.strip(_WRAPPING + ".:,").upper()
+        bare = candidate.strip(_WRAPPING + _ENDS).upper()
         if len(bare) == 1 and bare in choices:
             return bare
         meant = _texts_like(candidate, choices)
@@ -65,7 +70,7 @@ def _texts_like(text: str, choices: Mapping[str, str]) -> set[str]:
 
 
 def _literal(text: str) -> str:
-    return " ".join(text.strip(_WRAPPING).lower().split())
+    return " ".join(text.strip(_WRAPPING).rstrip(_WRAPPING + _ENDS).lower().split())
 
 
 def _normalized(text: str) -> str:

@@ -152,6 +152,7 @@ def test_retrieved_text_cannot_score():
         ("A, B", None),
         ("(A) and (B)", None),
         ("B) or C), I think", None),
+        ("(A) B, C", None),
         ("A patient with fever", None),
         ("I", None),
         ("D", None),  # no choice
@@ -203,6 +204,16 @@ DOSES = {"A": "15 mg", "B": "-5", "C": "5", "D": "1,000 mg", "E": "C++", "F": "C
 )
 def test_numbers_keep_their_points_and_signs(answer, letter):
     assert choice_letter(answer, DOSES) == letter
+
+
+@pytest.mark.parametrize(
+    "answer", ["B", "（B）", "B。", "B：阿司匹林", "B、阿司匹林", "（B）阿司匹林", "【B】", "阿司匹林", "阿司匹林。"]
+)
+def test_letters_among_chinese_punctuation(answer):
+    chinese = {"A": "华法林", "B": "阿司匹林", "C": "肝素"}
+    assert choice_letter(answer, chinese) == "B"
+    assert choice_letter("A：阿司匹林", chinese) is None
+    assert choice_letter("A、B、C", chinese) is None
 
 
 def test_a_text_that_is_an_article_is_a_text():
