@@ -264,10 +264,12 @@ class EndpointModel:
         """Continue every row; one request a row, so that each has its own seed and limit."""
         from rex_rag.generation import Generation
 
+        # A server that cuts a stop string off without a word must not be given one that nothing brings back.
+        sent = stop_strings if self._receives_ids else tuple(stop for stop in stop_strings if _opening(stop))
         bodies = []
         for row, prompt in enumerate(prompt_ids):
             room = max_new_tokens if self.max_length is None else self.max_length - len(prompt)
-            bodies.append(self._body(prompt, max(1, min(max_new_tokens, room)), stop_strings, row))
+            bodies.append(self._body(prompt, max(1, min(max_new_tokens, room)), sent, row))
         choices = self.client.complete_all(bodies)
         return [Generation(self._ids(choice, stop_strings)) for choice in choices]
 
@@ -346,6 +348,8 @@ class EndpointModel:
         text = choice["text"]
         if choice.get("finish_reason") == "stop":
             text += missing_stop(text, stop_strings, choice.get("stop_reason", choice.get("matched_stop")))
+        ends = [text.index(stop) + len(stop) for stop in stop_strings if stop in text]
+        text = text[: min(ends, default=len(text))]
         ids = self._encode(text)
         return ids or [self.tokenizer.eos_token_id or 0]
 
@@ -356,13 +360,22 @@ class EndpointModel:
 def missing_stop(text: str, stop_strings: Sequence[str], reason: object = None) -> str:
     """The stop string that a server cut off a stopped text, empty where it cut none.
 
-    reason: what the server says ended the text, if it does. Otherwise a closing tag among the stop strings whose
-    opening tag stands last in the text is taken to have been there: without it the text would have gone on.
+    reason: what the server says ended the text, if it does; a number is a token, no stop string. Otherwise a closing
+    mark among the stop strings whose opening mark stands last in the text is taken to have been there: without it the
+    text would have gone on.
     """
-    if any(text.endswith(stop) for stop in stop_strings):
+    if isinstance(reason, int) or any(text.endswith(stop) for stop in stop_strings):
         return ""
     if reason in stop_strings:
         return str(reason)
-    opened = {stop: text.rfind(stop.replace("</", "<", 1)) for stop in stop_strings if stop.startswith("</")}
+    opened = {stop: text.rfind(opening) for stop in stop_strings if (opening := _opening(stop))}
     open_now = {stop: at for stop, at in opened.items() if at >= 0 and text.find(stop, at) < 0}
     return max(open_now, key=open_now.__getitem__) if open_now else ""
+
+
+def _opening(stop: str) -> str | None:
+    """The mark that a closing one closes, `<search>` for `</search>`, `<|begin_x|>` for `<|end_x|>`; else `None`."""
+    for closing, opening in (("</", "<"), ("<|end_", "<|begin_")):
+        if stop.startswith(closing):
+            return opening + stop.removeprefix(closing)
+    return None

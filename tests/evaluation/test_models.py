@@ -9,10 +9,12 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from parts import PASSAGES
 from transformers import GenerationConfig
 
 from rex_rag.evaluation import endpoint as endpoint_module
 from rex_rag.evaluation.endpoint import EndpointError, EndpointOptions, check_endpoint_url, missing_stop
+from rex_rag.evaluation.methods import Toolbox, make_method
 from rex_rag.evaluation.models import (
     ModelError,
     ModelOptions,
@@ -22,7 +24,10 @@ from rex_rag.evaluation.models import (
     open_model,
     tokenizer_sha256,
 )
+from rex_rag.evaluation.records import Question
 from rex_rag.protocol import STOP_STRINGS
+from rex_rag.retrieval.bm25.retriever import BM25Retriever
+from rex_rag.rollout import RolloutBudget
 from tests.evaluation.tiny_run import make_tiny_world
 
 
@@ -416,8 +421,41 @@ def test_addresses_that_are_none_are_refused_without_showing_a_password(url):
         ("<answer> d</answer>", None, ""),
         ("no action at all", None, ""),
         ("a stray closing tag was cut here", None, ""),
+        ("<search> b", 7, ""),  # the end token ended it
     ],
 )
 def test_the_stop_string_that_a_server_cut_off_comes_back(text: str, reason: str | None, expected: str):
     assert missing_stop(text, STOP_STRINGS, reason) == expected
     assert missing_stop("a sentence", ["\n"], None) == ""
+
+
+def test_methods_whose_turns_end_at_other_strings_work_where_the_server_cuts_these_off(world, greedy):
+    """A server as OpenAI describes it: text alone, without the stop string that ended it."""
+
+    def completion(text: str) -> tuple[int, dict[str, str], str]:
+        for stop in server.bodies[-1].get("stop", ()):
+            text = text.split(stop)[0]
+        choice = {"text": text, "finish_reason": "stop"}
+        return 200, {}, json.dumps({"choices": [choice], "usage": {"prompt_tokens": 1}})
+
+    turns = {
+        "search_o1": [
+            "I ask. <|begin_search_query|> owl <|end_search_query|> and then",
+            "**Final Information** in the oak",
+            "\\boxed{oak}",
+        ],
+        "ircot": ["By George W. Hill. It", "Hill. It is old. So", "It is old. So", "So the answer is: oak. I think"],
+    }
+    asked = {"search_o1": ["owl"], "ircot": ["where is the owl", "By George W. Hill.", "It is old."]}
+    budget = RolloutBudget(max_turns=3, max_turn_tokens=200, max_sequence_length=20_000, top_k=1)
+    server = PlainServer(greedy, takes_ids=False)
+    with serving(server) as url:
+        served = open_endpoint(url, world)
+        for name, said in turns.items():
+            played = iter(said)
+            server.answer = lambda body, played=played: completion(next(played))
+            toolbox = Toolbox(served.tokenizer, served.generator, BM25Retriever(PASSAGES), budget)
+            [trajectory] = make_method(name).run([Question("0", "where is the owl", ("oak",))], toolbox)
+            assert [call.query for call in trajectory.searches] == asked[name]
+            assert trajectory.answer == "oak"
+        served.close()
