@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +148,11 @@ class EndpointClient:
 
         with ThreadPoolExecutor(max_workers=self.options.concurrency) as threads:
             asked = [threads.submit(ask, body) for body in bodies]
+            try:
+                wait(asked)
+            except BaseException:  # Ctrl-C: only what is under way is waited for
+                failed.set()
+                raise
         errors = [future.exception() for future in asked if future.exception() is not None]
         if errors:
             raise next((error for error in errors if str(error) != "another request failed"), errors[0])

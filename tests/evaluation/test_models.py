@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -356,6 +357,23 @@ def test_a_refused_request_is_not_repeated_and_ends_the_others(world, greedy, pr
         with pytest.raises(EndpointError, match=r"refuses the request, HTTP 400.*prompt too long"):
             served.generator(()).generate(prompts * 5, 6)
         assert len(server.bodies) == 1
+        served.close()
+
+
+def test_an_interrupt_ends_what_has_not_been_asked_yet(world, greedy, prompts):
+    server = PlainServer(greedy, takes_ids=True, returns_ids=True)
+    with serving(server) as url:
+        served = open_endpoint(url, world, concurrency=2)
+        server.bodies.clear()
+        server.first = [(200, {}, '{"choices": [{"text": "a", "token_ids": [5]}]}')] * 100
+        interrupt = threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            served.generator(()).generate(prompts * 50, 6)
+        interrupt.join()
+        asked = len(server.bodies)
+        time.sleep(0.3)
+        assert 2 <= len(server.bodies) == asked < 100
         served.close()
 
 
