@@ -32,8 +32,9 @@ _PASSING_STATUSES = (408, 425, 429)
 # An address on this machine is never behind the proxy that the environment may name.
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 # vLLM's own parameters. A served model's repetition penalty or top-k (generation_config.json) would otherwise apply.
+# No limit on k is -1: vLLM takes it beside 0, SGLang refuses 0 as soon as a temperature is set.
 _EXTENSIONS = {
-    "top_k": 0,
+    "top_k": -1,
     "repetition_penalty": 1.0,
     "return_token_ids": True,
     "include_stop_str_in_output": True,

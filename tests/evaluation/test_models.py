@@ -274,7 +274,7 @@ def test_an_endpoint_is_asked_for_plain_decoding_and_gets_a_seed_of_its_own_for_
             assert seeds == {length: derived_seed(seed, "nq", 3, 1, row) for length, row in rows.items()}
             for body in server.bodies:
                 # A served model's own generation_config.json must not decide.
-                assert (body["top_p"], body["top_k"], body["repetition_penalty"]) == (1.0, 0, 1.0)
+                assert (body["top_p"], body["top_k"], body["repetition_penalty"]) == (1.0, -1, 1.0)
                 assert body["temperature"] == 0.7 and "stop" not in body
             served.close()
 
