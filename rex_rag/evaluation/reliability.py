@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_K = 2  # candidates taken as evidence; the LogTokU authors' choice in their evaluation
+_PARTIAL = "\ufffd"  # what a decoder makes of bytes that are no whole character
+_SPREAD = (2, 3, 4)  # tokens that can hold a character: UTF-8 has four bytes at most
 CHUNK_TOKENS = 128  # positions of one forward pass; its logits are what takes memory
 
 
@@ -119,8 +121,20 @@ def score_trajectory(
         token_reliability(alpha).tolist(),
         strict=True,
     )
-    tokens = [(token, segment.kind) for segment in trajectory.segments for token in segment.ids]
+    kinds = [segment.kind for segment in trajectory.segments for _ in segment.ids]
     return [
-        TokenReliability(tokenizer.decode([token]), kind, *values)
-        for (token, kind), values in zip(tokens, figures, strict=True)
+        TokenReliability(text, kind, *values)
+        for text, kind, values in zip(token_texts(tokenizer, trajectory.completion_ids), kinds, figures, strict=True)
     ]
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text of each token; a character spread over several is the text of the last, the others get U+FFFD."""
+    texts = []
+    for place, token in enumerate(ids, start=1):
+        text = tokenizer.decode([token])
+        if _PARTIAL in text:
+            joined = (tokenizer.decode(ids[max(place - count, 0) : place]) for count in _SPREAD)
+            text = next((whole for whole in joined if _PARTIAL not in whole), text)
+        texts.append(text)
+    return texts

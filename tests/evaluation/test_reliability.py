@@ -15,6 +15,7 @@ from rex_rag.evaluation.reliability import (
     evidence,
     score_trajectory,
     token_reliability,
+    token_texts,
 )
 from rex_rag.types import Segment, SegmentKind, Trajectory
 
@@ -115,6 +116,19 @@ def test_a_text_without_beginning_or_end(model):
     with pytest.raises(ValueError, match="the prompt has no tokens"):
         completion_evidence(model, [], [5])
     assert completion_evidence(model, [5, 6], []).shape == (0, 2)
+
+
+def test_a_character_spread_over_tokens_is_the_text_of_the_last(bpe_tokenizer):
+    part = "\ufffd"
+    for text, expected in (
+        ("aé日b", ["a", part, "é", part, part, "日", "b"]),
+        ("👍", [part, part, part, "👍"]),
+        ("", []),
+    ):
+        assert token_texts(bpe_tokenizer, bpe_tokenizer(text)["input_ids"]) == expected
+    [first, middle, last] = bpe_tokenizer("日")["input_ids"]
+    # Bytes that are no character remain none, and do not take the next one along.
+    assert token_texts(bpe_tokenizer, [last, first, middle, *bpe_tokenizer("é")["input_ids"]]) == [part] * 4 + ["é"]
 
 
 def test_every_token_of_a_trajectory_is_scored_under_its_kind(model, word_tokenizer):
