@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import textwrap
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
@@ -180,7 +179,7 @@ def draw_reliability(pictures: Sequence[Mapping[str, Any]], path: str | os.PathL
     picture_format(path)
     pictures = with_shared_scale(pictures)
     columns = [_lines(picture["tokens"]) for picture in pictures]
-    heading = textwrap.wrap(without_controls(title), _COLUMN * len(pictures)) or [""]
+    heading = _wrapped(without_controls(title), _COLUMN * len(pictures))
     head, foot, margin, gap = 0.28 * len(heading) + 0.75, 0.75, 0.2, 0.3
     width = _COLUMN * _CHARACTER
     body = max(len(lines) for lines in columns) * _LINE
@@ -201,7 +200,7 @@ def draw_reliability(pictures: Sequence[Mapping[str, Any]], path: str | os.PathL
         axes = figure.add_axes((left / total_width, foot / total_height, width / total_width, body / total_height))
         axes.set(xlim=(0, _COLUMN), ylim=(body / _LINE, 0))
         axes.axis("off")
-        name = textwrap.shorten(without_controls(picture["model"]), _COLUMN, placeholder="…")
+        name = _fitting(without_controls(picture["model"]), _COLUMN)
         for text, above, weight in ((name, 0.46, "bold"), (summary(picture), 0.22, "normal")):
             figure.text(
                 left / total_width,
@@ -243,6 +242,19 @@ def _lines(tokens: Sequence[Mapping[str, Any]]) -> list[list[tuple[float, dict[s
 def _columns_of(text: str) -> int:
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
     return max(len(text) + wide - sum(unicodedata.combining(character) > 0 for character in text), 1)
+
+
+def _wrapped(text: str, columns: int) -> list[str]:
+    """A text in lines of at most so many columns; a wide character, as of Chinese, takes two."""
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and _columns_of(f"{lines[-1]} {word}") > columns:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+        while _columns_of(lines[-1]) > columns:
+            fits = next(size for size in range(columns, 0, -1) if _columns_of(lines[-1][:size]) <= columns)
+            lines[-1:] = [lines[-1][:fits], lines[-1][fits:]]
+    return lines
 
 
 def _fitting(text: str, columns: int) -> str:

@@ -149,6 +149,24 @@ def test_long_wide_and_strange_tokens_are_drawn_within_bounds(tmp_path):
     assert "\u202e" not in text and ">·evil</text>" in text
 
 
+def test_a_question_in_wide_characters_and_a_long_name_stay_on_the_picture(tmp_path):
+    question = "日本の首都はどこですか" * 20  # 220 characters, each as wide as two
+    picture = reliability_record("m" * 100, [token("a", 0.1, 0.1)], 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the font at hand may lack the characters
+        text = draw_reliability([picture], tmp_path / "a.svg", question).read_text()
+    lines = re.findall(r">([日本の首都はどこですか]+)</text>", text)
+    assert "".join(lines) == question
+    assert {len(line) for line in lines[:-1]} == {36}
+    assert f">{'m' * 71}…</text>" in text
+    words = draw_reliability([picture], tmp_path / "b.svg", "Where is it? " * 12).read_text()
+    assert re.findall(r">((?:Where|is|it\?| )+)</text>", words) == [
+        "Where is it? Where is it? Where is it? Where is it? Where is it? Where",
+        "is it? Where is it? Where is it? Where is it? Where is it? Where is it?",
+        "Where is it?",
+    ]
+
+
 def test_nothing_to_draw_and_other_formats_are_refused(picture, tmp_path):
     with pytest.raises(ValueError, match="nothing to draw"):
         draw_reliability([], tmp_path / "a.png", "t")
