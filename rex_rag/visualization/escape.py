@@ -5,9 +5,13 @@ from __future__ import annotations
 import html
 import re
 
-# Embeddings, overrides and isolates turn the reading order around; the rest are control characters without a glyph.
-# Marks that right-to-left scripts use in running text (U+200E, U+200F, U+061C) stay as they are.
-_INVISIBLE = re.compile("[\u202a-\u202e\u2066-\u2069\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+# Embeddings, overrides and isolates turn the reading order around; control characters and characters without width or
+# glyph let unlike texts look alike: an answer with one in it is wrong, whatever it looks like. Marks that scripts use
+# in running text (U+200C to U+200F, U+061C) stay as they are.
+_INVISIBLE = re.compile(
+    "[\u202a-\u202e\u2066-\u2069\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff"
+    "\u00ad\u200b\u2028\u2029\u2060-\u2065\ufeff\U000e0000-\U000e007f]"
+)
 
 
 def escape(text: object) -> str:

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from rex_rag.answers import exact_match
 from rex_rag.types import Segment, SegmentKind, Trajectory
 from rex_rag.visualization.page import families, trajectory_page, write_trajectory_page
 from rex_rag.visualization.records import trajectory_record
@@ -160,6 +161,21 @@ def test_control_characters_are_spelled_out_so_that_none_reorders_or_hides_text(
         assert f'<span class="control">{shown}</span>' in text
     assert not set(text) & set("\u202e\u202c\u2067\u2069\x00\x1b")
     assert "\u200fשלום" in text  # a mark that right-to-left text needs
+
+
+def test_what_has_no_width_is_spelled_out_since_it_makes_an_answer_wrong(records):
+    assert not exact_match("Ma\u200bn", ["Man"])
+    records[0]["answer"] = "Ma\u200bn \u00ad\ufeff\u2028 \U000e0041"
+    text = trajectory_page(records, "t")
+    for shown in ("U+200B", "U+00AD", "U+FEFF", "U+2028", "U+E0041"):
+        assert f'<span class="control">{shown}</span>' in text
+    records[0]["answer"] = "👩\u200d🔬 می\u200cخواهم"  # joiners that scripts need
+    assert records[0]["answer"] in trajectory_page(records, "t")
+
+
+def test_colours_that_are_figures_are_printed(records):
+    printed = trajectory_page(records, "t").split("@media print", 1)[1].split("</style>", 1)[0]
+    assert re.search(r"\.token, \.swatch \{ print-color-adjust: exact; \}", printed)
 
 
 def test_half_a_character_is_shown_and_does_not_keep_the_page_from_being_written(records, tmp_path):
