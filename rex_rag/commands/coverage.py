@@ -54,6 +54,10 @@ class CoverageArguments:
 
         self.benchmarks = benchmark_specs(self.benchmarks)
         self.passages = [self.passages] if isinstance(self.passages, str) else self.passages
+        self.top_k = [self.top_k] if isinstance(self.top_k, int) else self.top_k
+        # Not found out after hours over a large corpus.
+        if self.json is not None and not Path(self.json).absolute().parent.is_dir():
+            raise ValueError(f"json={self.json!r}: there is no such folder (working directory: {Path.cwd()}); make it")
         if not self.benchmarks:
             raise ValueError("no benchmark was given; name one, for example --benchmarks bamboogle=FILE.jsonl")
 

@@ -6,8 +6,8 @@ corpora of different coverage do not compare training.
 
 An answer stands in a passage if its words do, in order and side by side, in the title or in the text, both normalised
 as answers are scored (`rex_rag.answers`): the same rule as sub-match. That it stands there does not mean that the
-passage supports it: the figures are upper bounds. Where every gold answer is yes or no they say nothing, so they are
-given without such questions too.
+passage supports it, so the figures are upper bounds, but for other spellings of an answer ("Raimi's" holds no "Raimi").
+Where every gold answer is yes or no they say nothing, so they are given without such questions too.
 """
 
 from __future__ import annotations

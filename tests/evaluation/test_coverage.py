@@ -209,9 +209,22 @@ def test_the_command_takes_a_recipe_with_a_described_set(corpus, tmp_path, capsy
     assert "| mine | all | 1 | 100.0 (100.0–100.0) |" in capsys.readouterr().out
 
 
+def test_a_recipe_may_name_one_rank(corpus, tmp_path, capsys):
+    (tmp_path / "mine.jsonl").write_text(json.dumps(QUESTIONS[0]))
+    recipe = tmp_path / "recipe.yaml"
+    section = {"benchmarks": str(tmp_path / "mine.jsonl"), "corpus": [str(corpus)], "top_k": 2}
+    recipe.write_text(json.dumps({"coverage": section}))
+    coverage(["--config", str(recipe)])
+    assert "| in corpus | in top 2 |" in capsys.readouterr().out
+
+
 def test_the_command_refuses_what_it_cannot_do(corpus, tmp_path):
     with pytest.raises(ValueError, match="no benchmark was given"):
         coverage(["--corpus", str(corpus)])
+    with pytest.raises(ValueError, match=r"nowhere/out\.json'?: there is no such folder"):
+        coverage(
+            ["--benchmarks", "x.jsonl", "--corpus", str(corpus), "--json", str(tmp_path / "nowhere" / "out.json")]
+        )
     (tmp_path / "mine.jsonl").write_text(json.dumps(QUESTIONS[0]))
     away = ["--benchmarks", str(tmp_path / "mine.jsonl"), "--retriever", "http://127.0.0.1:9"]
     with pytest.raises(ValueError, match="there is nothing to look through"):
