@@ -6,7 +6,7 @@ corpora of different coverage do not compare training.
 
 An answer stands in a passage if its words do, in order and side by side, in the title or in the text, both normalised
 as answers are scored (`rex_rag.answers`): the same rule as sub-match. That it stands there does not mean that the
-passage supports it, so the figures are upper bounds, but for other spellings of an answer ("Raimi's" holds no "Raimi").
+passage supports it, so the figures are upper bounds, but for other spellings of answers ("Raimi's" holds no "Raimi").
 Where every gold answer is yes or no they say nothing, so they are given without such questions too.
 """
 
