@@ -92,10 +92,7 @@ class RetrieverArguments:
     @property
     def kind(self) -> str:
         """`bm25`, `remote`, `online` or `index`."""
-        first = self.retriever[0]
-        if first in (BM25, *ONLINE):
-            return BM25 if first == BM25 else "online"
-        return "remote" if first.startswith(("http://", "https://")) else "index"
+        return _kind(self.retriever[0])
 
     @property
     def name(self) -> str:
@@ -111,7 +108,7 @@ class RetrieverArguments:
         if not self.retriever:
             yield f"retriever is empty; use {BM25!r}, an index directory or a URL such as http://127.0.0.1:8000"
             return
-        if len(self.retriever) > 1 and any(RetrieverArguments._kind_of(name) != "remote" for name in self.retriever):
+        if len(self.retriever) > 1 and any(_kind(name) != "remote" for name in self.retriever):
             yield f"retriever={self.retriever} names several that are not all URLs; only servers can share the work"
             return
         if self.kind == "index" and "/" not in self.retriever[0] and not Path(self.retriever[0]).is_dir():
@@ -141,10 +138,6 @@ class RetrieverArguments:
                 "search_cache_mode to replay, which asks nobody"
             )
 
-    @staticmethod
-    def _kind_of(name: str) -> str:
-        return "remote" if name.startswith(("http://", "https://")) else "other"
-
     def _value_problems(self) -> Iterator[str]:
         if not isinstance(self.retriever_timeout, float) or not 0 < self.retriever_timeout < float("inf"):
             yield f"retriever_timeout={self.retriever_timeout!r}; it must be a finite number above 0"
@@ -159,6 +152,14 @@ class RetrieverArguments:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 yield f"{name}={value!r}; it must be an integer of at least 1"
+
+
+def _kind(name: str) -> str:
+    if name == BM25:
+        return BM25
+    if name in ONLINE:
+        return "online"
+    return "remote" if name.startswith(("http://", "https://")) else "index"
 
 
 def load_retriever(arguments: RetrieverArguments) -> Retriever:
