@@ -12,6 +12,13 @@ BM25 = "bm25"
 ONLINE = ("google", "serpapi")
 CACHE_MODES = ("record", "replay", "off")
 ENGINES = ("auto", "faiss", "faiss-gpu", "torch")
+# What only the search of an index directory reads, with the value that asks for nothing.
+_INDEX_ONLY = {
+    "retriever_engine": "auto",
+    "retriever_encoder": None,
+    "retriever_nprobe": None,
+    "retriever_ef_search": None,
+}
 
 
 @dataclass
@@ -136,6 +143,27 @@ class RetrieverArguments:
             yield (
                 f"retriever={self.retriever[0]!r} costs money; set max_paid_searches to what may be spent, or "
                 "search_cache_mode to replay, which asks nobody"
+            )
+        yield from self._misplaced()
+
+    def _misplaced(self) -> Iterator[str]:
+        """Settings that this kind of retriever does not read: taking them and doing nothing would mislead."""
+        if self.kind == "index":
+            return
+        unread = {name: "leave it out" for name, unset in _INDEX_ONLY.items() if getattr(self, name) != unset}
+        if "retriever_engine" in unread:  # a command line cannot leave out what a recipe names
+            unread["retriever_engine"] += " or at auto"
+        if self.retriever_devices and self.rerank_model is None:
+            unread["retriever_devices"] = "leave it out, or set rerank_model, which would run there"
+        reasons = {
+            BM25: "searches in memory on the CPU",
+            "remote": "is searched by its server, which has settings of its own",
+            "online": "is an online engine",
+        }
+        for name, way_out in unread.items():
+            yield (
+                f"{name}={getattr(self, name)!r} is for an index directory, but retriever={' '.join(self.retriever)} "
+                f"{reasons[self.kind]}; {way_out}"
             )
 
     def _value_problems(self) -> Iterator[str]:

@@ -55,11 +55,29 @@ def test_a_missing_corpus_is_named(tmp_path):
         ({"corpus": ["a"], "retriever_timeout": 0}, "retriever_timeout=0.0"),
         ({"corpus": ["a"], "retriever_timeout": float("nan")}, "retriever_timeout=nan"),
         ({"corpus": ["a"], "retriever_max_attempts": 0}, "retriever_max_attempts=0"),
+        (
+            {"retriever": "http://x", "retriever_nprobe": 8},
+            "retriever_nprobe=8 is for an index directory, but retriever=http://x is searched by its .*; leave it out",
+        ),
+        ({"corpus": ["a"], "retriever_engine": "torch"}, "retriever_engine='torch' is for .* or at auto"),
+        ({"corpus": ["a"], "retriever_ef_search": 9}, "retriever_ef_search=9 is for .* searches in memory"),
+        ({"retriever": ["http://x", "http://y"], "retriever_encoder": "e"}, "retriever=http://x http://y is searched"),
+        (
+            {"retriever": "google", "search_cache": "c", "max_paid_searches": 1, "retriever_engine": "faiss"},
+            "retriever=google is an online engine; leave it out or at auto",
+        ),
+        ({"retriever": "http://x", "retriever_devices": ["cuda:0"]}, "leave it out, or set rerank_model"),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         RetrieverArguments(**values)
+
+
+def test_what_an_index_or_a_reranker_reads_is_taken(tmp_path):
+    assert RetrieverArguments(retriever=str(tmp_path), retriever_nprobe=8, retriever_engine="torch").kind == "index"
+    assert RetrieverArguments(retriever="http://x", retriever_devices="cuda:0", rerank_model="m").kind == "remote"
+    assert RetrieverArguments(retriever="http://x", retriever_engine="auto", retriever_devices=[]).kind == "remote"
 
 
 def test_recipe_and_command_line(tmp_path):
