@@ -36,9 +36,12 @@ def written_whole(path: Path, alone: bool = True) -> Iterator[IO[bytes]]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what killed writers of `written_whole` left anywhere under a folder that nobody writes to now."""
+    """Remove what killed writers of `written_whole` left anywhere under a folder that nobody writes to now.
+
+    A process that outlived a killed one for a moment may remove its own at the same time.
+    """
     for path in folder.rglob(".*.part"):
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any, alone: bool = True) -> None:

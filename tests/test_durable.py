@@ -2,11 +2,12 @@
 
 import resource
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from rex_rag.durable import written_whole
+from rex_rag.durable import remove_partial, written_whole
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -49,3 +50,21 @@ def test_a_disk_without_room_is_an_error_that_names_the_file(tmp_path: Path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert raised.value.filename == str(tmp_path / "file")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
+
+
+def test_what_killed_writers_left_is_removed_even_where_it_goes_away_by_itself(tmp_path: Path):
+    """Two who clean up at once: each lists files that the other removes before it comes to them."""
+    (tmp_path / "deep").mkdir()
+    for number in range(1_000):
+        (tmp_path / f".{number}.part").write_bytes(b"half")
+    (tmp_path / "deep" / ".file.part").write_bytes(b"half")
+    (tmp_path / "whole.part").write_bytes(b"a name of its own")
+    start = threading.Barrier(2)
+
+    def clean_up(_: int) -> None:
+        start.wait(10)
+        remove_partial(tmp_path)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(clean_up, range(2)))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "whole.part"]

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.bars import progress_bar
-from rex_rag.durable import sync_folder, write_json, written_whole
+from rex_rag.durable import remove_partial, sync_folder, write_json, written_whole
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.estimate import estimate_bm25
 from rex_rag.retrieval.bm25.postings import TERM_MAXIMA_FILE, TERM_OFFSETS_FILE, TERMS_FILE
@@ -139,8 +139,7 @@ def _prepare_work(work: Path, plan: dict[str, Any]) -> None:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         write_json(state, plan)
-    for leftover in work.glob(".*.part"):
-        leftover.unlink(missing_ok=True)
+    remove_partial(work)
 
 
 def _merge_terms(shards: list[Shard], directory: Path, work: Path) -> list[int]:

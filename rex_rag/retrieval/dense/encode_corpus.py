@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag.bars import progress_bar
-from rex_rag.durable import write_json, written_whole
+from rex_rag.durable import remove_partial, write_json, written_whole
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.dense.encoder import CHUNK_ROWS, Encoder
 from rex_rag.retrieval.passages import PassageSource
@@ -130,8 +130,8 @@ def encode_corpus(
                 bar.update(len(texts))
             else:
                 _write_shard(path, encoder.encode_passages(texts, bar.update), dtype)
-    leftovers = {*directory.glob("*.npy"), *directory.glob(".*.part")}
-    for leftover in leftovers - {directory / name for name in names}:
+    remove_partial(directory)
+    for leftover in {*directory.glob("*.npy")} - {directory / name for name in names}:
         leftover.unlink()
     rows = {"rows": len(passages), "dimension": encoder.dimension, "dtype": dtype, "shards": names}
     write_json(directory / LIST_FILE, rows)
