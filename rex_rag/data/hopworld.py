@@ -16,12 +16,12 @@ import json
 import os
 import random
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from rex_rag.durable import written_whole
 from rex_rag.types import Passage
 
 MAX_HOPS = 3
@@ -336,13 +336,5 @@ def _draw_questions(
 
 
 def _write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        # mkstemp makes files private; a data set is for everyone whom the directory admits.
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
+    with written_whole(path, alone=False) as file:
+        file.writelines((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows)

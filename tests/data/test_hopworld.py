@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 
 import pytest
@@ -155,6 +156,15 @@ def test_a_world_can_be_written_over_an_older_one(tmp_path):
     write_hopworld(build_hopworld(HopWorldConfig(seed=2, **SMALL)), tmp_path / "fresh")
     for name in ("corpus.jsonl", "train.jsonl", "test.jsonl"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+
+
+def test_files_are_for_whom_the_umask_admits(tmp_path):
+    before = os.umask(0o007)
+    try:
+        write_hopworld(build_hopworld(HopWorldConfig(seed=1, **SMALL)), tmp_path)
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {"0o660"}
 
 
 def test_more_questions_than_the_world_holds_are_refused():
