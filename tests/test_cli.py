@@ -105,12 +105,16 @@ def test_search_for_nothing_is_refused(corpus: Path, capsys: pytest.CaptureFixtu
     assert "the query is empty" in failure(capsys, "search", "--corpus", str(corpus), "  ")
 
 
-def test_search_of_a_server_that_is_away_is_one_line(capsys: pytest.CaptureFixture):
+@pytest.mark.parametrize("arguments", [["search", "anything"], ["bench-retrieval", "--queries", "1"]])
+def test_a_server_that_is_away_is_one_line_without_options_that_the_command_does_not_have(
+    arguments: list[str], capsys: pytest.CaptureFixture
+):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        message = failure(capsys, "search", "--url", url, "anything")
-    assert url in message
+        message = failure(capsys, *arguments, "--url", url)
+    assert f"{url}/retrieve failed after 1 attempt: connection failed" in message
+    assert message.endswith(". Is the server running and reachable from here?\n")
     assert message.count("\n") == 1
 
 

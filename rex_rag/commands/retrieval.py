@@ -123,13 +123,14 @@ def _search(options: argparse.Namespace) -> None:
     if not options.query.strip():
         raise ValueError("the query is empty; give the words to search for")
     if options.url:
+        from rex_rag.retrieval.remote.client import RemoteRetriever
+
         # Someone is waiting: a server that is away is reported at the first attempt.
-        arguments = RetrieverArguments(retriever=[options.url], retriever_max_attempts=1)
+        retriever = RemoteRetriever(options.url, max_attempts=1, limit_names=None)
     elif options.index:
-        arguments = RetrieverArguments(retriever=[options.index])
+        retriever = load_retriever(RetrieverArguments(retriever=[options.index]))
     else:
-        arguments = RetrieverArguments(corpus=options.corpus)
-    retriever = load_retriever(arguments)
+        retriever = load_retriever(RetrieverArguments(corpus=options.corpus))
     [ranking] = checked_search(retriever, [options.query], options.top_k)
     print(retriever.description)
     for rank, passage in enumerate(ranking, start=1):

@@ -218,6 +218,7 @@ def _load_engine(arguments: RetrieverArguments) -> Retriever:
             arguments.retriever,
             timeout=arguments.retriever_timeout,
             max_attempts=arguments.retriever_max_attempts,
+            limit_names=("retriever_timeout", "retriever_max_attempts"),
         )
     if arguments.kind == "online":
         from rex_rag.retrieval.online.retriever import OnlineRetriever

@@ -1,5 +1,6 @@
 """Retriever arguments as recipes and command lines give them, and the retriever they lead to."""
 
+import socket
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ from trl import GRPOConfig, ModelConfig, TrlParser
 
 from rex_rag.data.corpus import CorpusError, write_corpus
 from rex_rag.data.qa import QuestionArguments
+from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
 from rex_rag.retrieval.remote.client import RemoteRetriever
@@ -35,6 +37,16 @@ def test_url_gives_a_client_with_the_limits():
     assert isinstance(retriever, RemoteRetriever)
     assert retriever.description == "retrieval server at http://127.0.0.1:8000/retrieve"
     assert (retriever._timeout, retriever._max_attempts) == (3.0, 2)
+
+
+def test_a_server_that_is_away_names_the_settings_as_recipes_do():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        retriever = load_retriever(RetrieverArguments(retriever=url, retriever_max_attempts=1))
+        with pytest.raises(RetrievalError, match=r"raise retriever_timeout \(60 s\) or retriever_max_attempts \(1\)$"):
+            retriever.check()
+    retriever.close()
 
 
 def test_a_missing_corpus_is_named(tmp_path):

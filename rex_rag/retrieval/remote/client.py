@@ -91,6 +91,7 @@ class RemoteRetriever:
             and shortened by a random part of up to a half, so that many workers do not return at the same moment.
             A round begins earlier when a server is seen to be back, and later when all ask for it (`Retry-After`).
         max_queries_per_request: bigger batches are split, >= 1; the parts are asked for at the same time.
+        limit_names: what whoever reads an error calls `timeout` and `max_attempts`; None if they cannot set them.
 
     Raises:
         RetrievalError: for an argument that makes no sense.
@@ -103,6 +104,7 @@ class RemoteRetriever:
         max_attempts: int = DEFAULT_MAX_ATTEMPTS,
         backoff: float = DEFAULT_BACKOFF_SECONDS,
         max_queries_per_request: int = MAX_QUERIES_PER_REQUEST,
+        limit_names: tuple[str, str] | None = ("timeout", "max_attempts"),
     ) -> None:
         if not (timeout > 0 and math.isfinite(timeout)):
             raise RetrievalError(f"timeout={timeout} seconds; an attempt needs a finite time above 0")
@@ -122,6 +124,7 @@ class RemoteRetriever:
         self._max_attempts = max_attempts
         self._backoff = backoff
         self._max_queries_per_request = max_queries_per_request
+        self._limit_names = limit_names
         # Own generator: waiting must not advance the seeded global one that a run draws from.
         self._jitter = random.Random()
         self._turns = 0
@@ -409,10 +412,10 @@ class RemoteRetriever:
         message = f"search at {said[0]}" if len(said) == 1 else f"search at all {len(said)} servers: {'; '.join(said)}"
         if any(isinstance(tally.last, PassingTrouble) for tally in tallies.values()):
             subject = "Is the server" if len(said) == 1 else "Are the servers"
-            message += (
-                f". {subject} running and reachable from here? Otherwise raise the timeout ({self._timeout:g} s) or "
-                f"max_attempts ({self._max_attempts})"
-            )
+            message += f". {subject} running and reachable from here?"
+            if self._limit_names is not None:
+                timeout, attempts = self._limit_names
+                message += f" Otherwise raise {timeout} ({self._timeout:g} s) or {attempts} ({self._max_attempts})"
         return RetrievalError(message)
 
 

@@ -161,7 +161,7 @@ def run_bench(options: BenchOptions, queries: Sequence[str] | None = None) -> Be
     processes = options.processes or max(1, min(options.concurrency // 64, (os.cpu_count() or 1) // 2))
     warm_requests = min(2 * options.concurrency, max(1, WARM_UP_QUERIES // options.batch_size))
     warm_count = warm_requests * options.batch_size
-    remote = RemoteRetriever(options.url, timeout=options.timeout, max_attempts=1)
+    remote = RemoteRetriever(options.url, timeout=options.timeout, max_attempts=1, limit_names=None)
     try:
         if queries is None:
             queries = invent_queries(remote.search, options.queries + warm_count, options.seed)
