@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.dense.encoder import CHUNK_ROWS, Encoder, EncoderSpec, check_encoder, spec_from_dict
@@ -195,6 +196,29 @@ def test_weights_cut_short_and_devices_that_are_not_there_are_named(tmp_path, wo
     for device in ("gpu", "cuda:99"):
         with pytest.raises(RetrievalError, match=rf"cannot be loaded on {device}: \w+: .*check the device"):
             Encoder(EncoderSpec(str(words)), [device])
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_one_error(words, monkeypatch):
+    """A real encoder whose forward pass asks for more than there is, as CUDA does above four texts."""
+    encoder = Encoder(EncoderSpec(str(words)), ["cpu"], batch_size=8)
+    forward = encoder._model.forward
+
+    def narrow(features, **options):
+        if len(features.get("offsets", features["input_ids"])) > 4:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB\nSee docs"
+            )
+        return forward(features, **options)
+
+    monkeypatch.setattr(encoder._model, "forward", narrow)
+    assert encoder.encode_passages(["oslo"] * 4).shape == (4, 8)
+    for encode in (encoder.encode_passages, encoder.encode_queries, encoder.measure_rate):
+        with pytest.raises(
+            RetrievalError,
+            match=r"^batch_size=8 texts .* of cpu .*\(CUDA out of memory\. Tried .* 79\.10 GiB\); lower batch_size",
+        ):
+            encode(["oslo"] * 5)
+    assert encoder.encode_queries(["oslo"] * 4).shape == (4, 8)
 
 
 def test_a_worker_that_dies_is_an_error_and_ctrl_c_ends_workers_without_a_word(words):

@@ -133,7 +133,11 @@ class Encoder:
         return sum(weight.numel() * weight.element_size() for weight in self._model.parameters())
 
     def encode_queries(self, texts: Sequence[str]) -> np.ndarray:
-        """Return (n, dimension) float32 for n queries without prefix."""
+        """Return (n, dimension) float32 for n queries without prefix.
+
+        Raises:
+            RetrievalError: for vectors that are not finite, and when a batch does not fit into the device's memory.
+        """
         return self._encode(list(texts), self.spec.query_prefix)
 
     def encode_passages(self, texts: Sequence[str], advance: Callable[[int], Any] = lambda count: None) -> np.ndarray:
@@ -142,7 +146,8 @@ class Encoder:
         `advance` is called with the number of texts done since its last call.
 
         Raises:
-            RetrievalError: for vectors that are not finite, and when a worker process dies.
+            RetrievalError: for vectors that are not finite, a batch that does not fit into the device's memory, and
+                when a worker process dies.
         """
         import numpy as np
 
@@ -195,16 +200,26 @@ class Encoder:
 
         if not texts:
             return np.empty((0, self.dimension), dtype=np.float32)
-        with self._lock:
-            # An explicit prompt, even an empty one, replaces whatever the checkpoint would prepend.
-            vectors = self._model.encode(
-                texts,
-                prompt=prefix,
-                batch_size=self.batch_size,
-                normalize_embeddings=self.spec.normalize,
-                show_progress_bar=False,
-                convert_to_tensor=True,
-            )
+        import torch
+
+        try:
+            with self._lock:
+                # An explicit prompt, even an empty one, replaces whatever the checkpoint would prepend.
+                vectors = self._model.encode(
+                    texts,
+                    prompt=prefix,
+                    batch_size=self.batch_size,
+                    normalize_embeddings=self.spec.normalize,
+                    show_progress_bar=False,
+                    convert_to_tensor=True,
+                )
+        except torch.OutOfMemoryError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RetrievalError(
+                f"batch_size={self.batch_size} texts at once do not fit into the memory of {self.devices[0]} beside "
+                f"what is there ({reason}); lower batch_size, which is the texts a forward pass, or max_tokens, or "
+                "free the device"
+            ) from error
         vectors = vectors.float().cpu().numpy()
         if not np.isfinite(vectors).all():
             row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
