@@ -99,6 +99,15 @@ def test_serving_a_directory_that_is_no_index_ends_with_one_line(tmp_path: Path)
     assert "Traceback" not in done.stderr
 
 
+def test_verify_takes_a_directory_and_nothing_else(index: Path, capsys: pytest.CaptureFixture):
+    for words in (["--verify", str(index)], [f"--verify={index}"]):
+        assert main(["index", *words]) == 0
+        assert f"{index}: 40 passages, all " in capsys.readouterr().out
+    for words in (["--verify"], ["--verify", str(index), "--force"], ["--force", "--verify", str(index)]):
+        assert main(["index", *words]) == 2
+        assert "--verify takes one index directory and nothing else" in capsys.readouterr().err
+
+
 def test_short_forms_are_spelled_out():
     spelled = _index_as_retriever(["--index", "d", "--gpus", "0", "1", "--port", "8", "--index=e", "--gpus=2"])
     assert spelled == [
@@ -108,7 +117,10 @@ def test_short_forms_are_spelled_out():
 
 
 def test_help_of_index_and_serve_names_every_setting_and_imports_no_torch():
-    for command, setting in (("index", "--passage-prefix"), ("serve", "--rerank-model")):
+    for command, settings in (
+        ("index", ("--passage-prefix", "--verify DIR", "--dry-run")),
+        ("serve", ("--rerank-model", "--index DIR", "--gpus N [N ...]")),
+    ):
         code = (
             "import sys\n"
             "from rex_rag.cli import main\n"
@@ -118,7 +130,9 @@ def test_help_of_index_and_serve_names_every_setting_and_imports_no_torch():
             "    print('torch' in sys.modules)\n"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-        assert setting in done.stdout
+        listed = "\n".join(line for line in done.stdout.partition("\noptions:\n")[2].splitlines() if line[:3] == "  -")
+        for setting in settings:
+            assert setting in listed
         assert done.stdout.rstrip().endswith("False")
 
 

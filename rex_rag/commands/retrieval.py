@@ -27,12 +27,16 @@ def index(words: Sequence[str]) -> None:
     def switches(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--dry-run", action="store_true", help="say what the build would take, and stop")
         parser.add_argument("--force", action="store_true", help="build even if the machine seems too small")
+        # For the help alone: it is taken from the words before they come here.
+        parser.add_argument("--verify", metavar="DIR", help="build nothing; hash every file of the index DIR")
 
-    if words and words[0] == "--verify":
-        if len(words) != 2:
+    if any(word.partition("=")[0] == "--verify" for word in words):
+        name, _, directory = words[0].partition("=")
+        rest = [*filter(None, [directory]), *words[1:]]
+        if name != "--verify" or len(rest) != 1:
             raise ValueError("--verify takes one index directory and nothing else")
-        manifest = verify(words[1])
-        print(f"{words[1]}: {manifest.passages:,} passages, all {len(manifest.files)} files as built")
+        manifest = verify(rest[0])
+        print(f"{rest[0]}: {manifest.passages:,} passages, all {len(manifest.files)} files as built")
         return
     description = (
         "Build an index of a corpus: `--kind bm25`, or `--kind dense` with an encoder. The estimate of time, memory "
@@ -72,9 +76,14 @@ def serve(words: Sequence[str]) -> None:
 
 
 def _add_serve_switches(parser: argparse.ArgumentParser) -> None:
+    # For the help alone: `_index_as_retriever` spells them out before the words come here.
+    parser.add_argument("--index", metavar="DIR", help="short for --retriever DIR")
+    parser.add_argument(
+        "--gpus", metavar="N", nargs="+", help="where to encode and search: 0 1 is short for --retriever_devices "
+        "cuda:0 cuda:1"
+    )
     parser.epilog = (
-        "--index DIR is --retriever DIR; --gpus 0 1 is --retriever_devices cuda:0 cuda:1. Any retriever can be "
-        "served: --corpus FILE holds BM25 in memory, --retriever google asks a search engine."
+        "Any retriever can be served: --corpus FILE holds BM25 in memory, --retriever google asks a search engine."
     )
 
 
