@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from rex_rag import __version__
 from rex_rag.commands import coverage, evaluate, pictures, report, retrieval
 from rex_rag.commands.sections import describe_unknown
-from rex_rag.commands.terminal import positive
+from rex_rag.commands.terminal import one_line, positive
 
 if TYPE_CHECKING:
     from rex_rag.config import REXRAGConfig
@@ -59,9 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if not _is_expected(error):
+        message = one_line(error)
+        if message is None:
             raise
-        print(f"rex-rag {options.command}: {_message(error)}", file=sys.stderr)
+        print(f"rex-rag {options.command}: {message}", file=sys.stderr)
         return EXPECTED_ERROR
     return 0
 
@@ -248,22 +249,6 @@ def _wrapped(name: str, value: str, width: int) -> str:
     import textwrap
 
     return textwrap.fill(value, max(width, 40), initial_indent=f"  {name:<14}", subsequent_indent=" " * 16)
-
-
-def _is_expected(error: Exception) -> bool:
-    """Whether the user can mend it. Anything else is a bug, and keeps its traceback."""
-    import yaml
-
-    from rex_rag.retrieval.base import RetrievalError
-    from rex_rag.retrieval.index.estimate import NotEnoughRoom
-
-    return isinstance(error, ValueError | OSError | RetrievalError | NotEnoughRoom | yaml.YAMLError)
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
 
 
 if __name__ == "__main__":

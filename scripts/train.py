@@ -4,30 +4,55 @@ accelerate launch --config_file recipes/accelerate_configs/NAME.yaml \\
     scripts/train.py --config recipes/MODEL/METHOD.yaml [--key value ...]
 
 Every key of the recipe can be overridden on the command line; an unknown key is refused. Questions, retriever and
-configuration are checked before the model is loaded.
+configuration are checked before the model is loaded; what a user can mend is said without a traceback,
+with exit code 2.
 """
 
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from rex_rag.commands.terminal import one_line
 from rex_rag.config import REXRAGConfig
 from rex_rag.data.qa import QuestionArguments, load_questions
 from rex_rag.progress import ProgressLine
+from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
 from rex_rag.trainer import REXRAGTrainer
 
 
-def main() -> None:
+def main() -> int:
+    """Train; returns the exit code: 0, or 2 for errors a user can mend."""
+    try:
+        trainer, checkpoint = prepare()
+    except Exception as error:
+        return _refuse(error, one_line(error))
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except RetrievalError as error:  # any other error in the middle of training is worth its traceback
+        return _refuse(error, str(error))
+    trainer.save_model(trainer.args.output_dir)
+    trainer.save_state()
+    trainer.create_model_card()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    return 0
+
+
+def prepare() -> tuple[REXRAGTrainer, str | None]:
+    """The trainer that recipe and command line ask for, and the checkpoint to go on from."""
     recipe = sys.argv[sys.argv.index("--config") + 1] if "--config" in sys.argv[:-1] else None
     parser = TrlParser((QuestionArguments, RetrieverArguments, REXRAGConfig, ModelConfig))
     questions, retrieval, config, model = parser.parse_args_and_config()
     if model.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set; name a Hub model or a folder in the recipe")
+    checkpoint = find_checkpoint(config)
 
     with config.main_process_first(desc="questions and corpus"):
         train_dataset = load_questions(questions)
@@ -59,14 +84,35 @@ def main() -> None:
     )
     for noisy in (ProgressCallback, PrinterCallback):  # they print every metric at every step
         trainer.remove_callback(noisy)
-    checkpoint = config.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
-    trainer.save_model(config.output_dir)
-    trainer.save_state()
-    trainer.create_model_card()
-    if config.push_to_hub:
-        trainer.push_to_hub()
+    return trainer, checkpoint
+
+
+def find_checkpoint(config: REXRAGConfig) -> str | None:
+    """The folder that `resume_from_checkpoint` names; `true` means the last one in the output directory."""
+    asked = config.resume_from_checkpoint
+    if asked is None or str(asked).lower() == "false":
+        return None
+    if str(asked).lower() != "true":
+        if not Path(asked).is_dir():
+            raise ValueError(
+                f"resume_from_checkpoint={asked} is no directory here ({Path.cwd()}); name a checkpoint-N"
+            )
+        return str(asked)
+    output = Path(config.output_dir)
+    last = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if last is None:
+        raise ValueError(
+            f"resume_from_checkpoint is true, but {output} holds no checkpoint; leave it out to begin anew"
+        )
+    return last
+
+
+def _refuse(error: Exception, message: str | None) -> int:
+    if message is None:
+        raise error
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What commands share at the terminal: numbers read from it, and text of others written to it."""
+"""What commands share at the terminal: numbers read from it, errors and text of others written to it."""
 
 from __future__ import annotations
 
@@ -16,3 +16,17 @@ def positive(text: str) -> int:
 def printable(text: str) -> str:
     """Passages and models are untrusted: without this they could send control sequences to the terminal."""
     return "".join(character if character.isprintable() else " " for character in text)
+
+
+def one_line(error: Exception) -> str | None:
+    """What to say of an error that the user can mend; None for anything else, a bug, which keeps its traceback."""
+    import yaml
+
+    from rex_rag.retrieval.base import RetrievalError
+    from rex_rag.retrieval.index.estimate import NotEnoughRoom
+
+    if not isinstance(error, ValueError | OSError | RetrievalError | NotEnoughRoom | yaml.YAMLError):
+        return None
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
