@@ -313,16 +313,22 @@ class EndpointModel:
         return {}, False, False
 
     def _check_tokenizer(self) -> None:
-        if not self._receives_ids:
+        """Have the server encode a text; where it does not return ids, their number has to do."""
+        if not self._sends_ids:
             return
         body = {"model": self.client.options.model, "max_tokens": 1, **self._extensions, "prompt": _TRIAL_TEXT}
-        theirs = self.client.complete(body).get("prompt_token_ids")
+        answer = self.client.complete(body)
         ours = self._encode(_TRIAL_TEXT)
-        if theirs is not None and theirs != ours:
+        theirs, count = answer.get("prompt_token_ids"), answer["prompt_tokens"]
+        if theirs is not None:
+            is_same, said = theirs == ours, f"{len(theirs)} ({theirs[:5]}…)"
+        else:  # a server may put a token of its own before text
+            is_same, said = count in (None, len(ours), len(ours) + 1), count
+        if not is_same:
             raise ValueError(
                 f"the tokenizer {self.tokenizer.name_or_path!r} encodes a text into {len(ours)} tokens "
-                f"({ours[:5]}…), the server's into {len(theirs)} ({theirs[:5]}…); set `tokenizer` to that of the "
-                f"served model {self.client.options.model!r}"
+                f"({ours[:5]}…), the server's into {said}; set `tokenizer` to that of the served model "
+                f"{self.client.options.model!r}"
             )
 
     def _body(self, prompt: Sequence[int], limit: int, stop_strings: tuple[str, ...], row: int) -> dict[str, Any]:
