@@ -21,6 +21,7 @@ from rex_rag.commands.terminal import one_line, positive
 
 if TYPE_CHECKING:
     from rex_rag.config import REXRAGConfig
+    from rex_rag.retrieval.load import RetrieverArguments
 
 EXPECTED_ERROR = 2
 # These take whole dataclasses of options, or a recipe's part; their parsers are made when they run.
@@ -153,6 +154,7 @@ def _prompts(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     if not options.recipe.is_file():
         raise FileNotFoundError(f"there is no recipe at {options.recipe}; see recipes/ for those that exist")
+    _refuse_other_recipes(options.recipe)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
     from trl import ModelConfig, TrlParser
@@ -179,7 +181,7 @@ def _check(options: argparse.Namespace) -> None:
     lines = {
         "model": model.model_name_or_path or "MISSING: set model_name_or_path",
         "questions": "; ".join(sources) or "MISSING: set datasets",
-        "retriever": f"{retriever.name}, top {config.retrieval_top_k}",
+        **_retriever_lines(retriever, config.retrieval_top_k),
         **_method_lines(config),
         **_batch_lines(config, options.processes),
     }
@@ -187,6 +189,40 @@ def _check(options: argparse.Namespace) -> None:
     print(f"{options.recipe} is valid")
     for name, value in lines.items():
         print(_wrapped(name, value, width))
+
+
+def _refuse_other_recipes(recipe: Path) -> None:
+    """Raise `ValueError` for a recipe of another command, naming that command."""
+    import yaml
+
+    with recipe.open(encoding="utf-8") as file:  # a file, so that an error in it names it
+        content = yaml.safe_load(file)
+    parts = [name for name in _FORWARDED if isinstance(content, dict) and isinstance(content.get(name), dict)]
+    if parts:
+        commands = " and ".join(f"`rex-rag {name} --config {recipe}`" for name in parts)
+        dry_run = "; `--dry-run` behind the first says what it would take" if parts[0] == "index" else ""
+        raise ValueError(
+            f"{recipe} is no training recipe: it has the part{'s' * (len(parts) > 1)} "
+            f"{' and '.join(f'`{name}:`' for name in parts)}, for {commands}{dry_run}"
+        )
+
+
+def _retriever_lines(retriever: RetrieverArguments, top_k: int) -> dict[str, str]:
+    from rex_rag.retrieval.base import RetrievalError
+    from rex_rag.retrieval.index.manifest import Manifest
+
+    said = f"{retriever.name}, top {top_k}"
+    if retriever.kind == "index":
+        try:
+            Manifest.read(retriever.retriever[0])
+        except RetrievalError as error:
+            said += f": NO INDEX: {error}"
+    if retriever.rerank_model is None:
+        return {"retriever": said}
+    return {
+        "retriever": said,
+        "re-ranking": f"the first {retriever.rerank_candidates} passages by {retriever.rerank_model}",
+    }
 
 
 def _method_lines(config: REXRAGConfig) -> dict[str, str]:

@@ -218,6 +218,53 @@ def test_check_names_what_is_wrong(
     assert named in message
 
 
+def test_check_warns_of_a_retriever_without_an_index_and_shows_the_reranker(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    recipe = tmp_path / "recipe.yaml"
+
+    def said(retriever: str, more: str = "") -> str:
+        recipe.write_text(f"retriever: {retriever}\noutput_dir: out\nbf16: false\n{more}", encoding="utf-8")
+        assert main(["check", str(recipe)]) == 0
+        return capsys.readouterr().out
+
+    absent = said("indexes/mine", "rerank_model: BAAI/bge-reranker-base\nrerank_candidates: 20\n")
+    assert "indexes/mine, top 3: NO INDEX: indexes/mine: no such directory; build one with `rex-rag index`" in absent
+    assert "re-ranking    the first 20 passages by BAAI/bge-reranker-base\n" in absent
+    (tmp_path / "empty").mkdir()
+    assert "./empty, top 3: NO INDEX: empty: it has no manifest.json, so it is not a finished index" in said("./empty")
+    assert main(["index", "--corpus", str(corpus), "--output", "index", "--workers", "1"]) == 0
+    capsys.readouterr()
+    whole = said("./index")
+    assert "  retriever     ./index, top 3\n" in whole
+    assert "NO INDEX" not in whole and "re-ranking" not in whole
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (
+            "recipes/retrieval/wiki18_e5.yaml",
+            "has the parts `index:` and `serve:`, for `rex-rag index --config recipes/retrieval/wiki18_e5.yaml` and "
+            "`rex-rag serve --config recipes/retrieval/wiki18_e5.yaml`; `--dry-run` behind the first says",
+        ),
+        (
+            "recipes/evaluation/quickstart.yaml",
+            "has the part `evaluate:`, for `rex-rag evaluate --config recipes/evaluation/quickstart.yaml`\n",
+        ),
+    ],
+)
+def test_check_of_another_commands_recipe_names_that_command(
+    recipe: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.chdir(ROOT)
+    said = failure(capsys, "check", recipe)
+    assert said.startswith(f"rex-rag check: {recipe} is no training recipe: it ")
+    assert message in said
+
+
 def test_check_of_a_missing_recipe(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert "there is no recipe at" in failure(capsys, "check", str(tmp_path / "none.yaml"))
 
