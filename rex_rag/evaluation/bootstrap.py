@@ -58,12 +58,15 @@ def bootstrap(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) 
 def macro_mean(sets: Sequence[np.ndarray], *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
     """The mean of the sets' means, each set counting the same; questions are resampled within each set.
 
+    Equal sets give equal intervals, in whatever order they are named.
+
     Raises:
         ValueError: for no set, an empty one or values that are not finite.
     """
     if not len(sets):
         raise ValueError("there is no set to take the mean over; score at least one benchmark")
-    means = [bootstrap_means(values, resamples, seed + position) for position, values in enumerate(sets)]
+    tables = sorted(map(_checked, sets), key=lambda values: (len(values), np.sort(values).tobytes()))
+    means = [bootstrap_means(values, resamples, seed + position) for position, values in enumerate(tables)]
     return _estimate(math.fsum(map(_mean, sets)) / len(sets), np.mean(means, axis=0))
 
 

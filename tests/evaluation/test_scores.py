@@ -96,6 +96,11 @@ def test_the_macro_mean_counts_sets_and_not_questions():
         macro_mean([])
 
 
+def test_the_macro_mean_does_not_hang_on_the_order_of_sets():
+    first, second, third = np.array([0.0, 1.0] * 50), np.array([0.0, 0.0, 1.0] * 30), np.array([0.0, 0.4, 1.0] * 30)
+    assert macro_mean([first, second, third]) == macro_mean([third[::-1], first, second])
+
+
 # Questions
 
 
