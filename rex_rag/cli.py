@@ -18,6 +18,7 @@ from rex_rag import __version__
 from rex_rag.commands import coverage, evaluate, pictures, report, retrieval
 from rex_rag.commands.sections import describe_unknown
 from rex_rag.commands.terminal import one_line, positive
+from rex_rag.data.jsonl import counted
 
 if TYPE_CHECKING:
     from rex_rag.config import REXRAGConfig
@@ -139,8 +140,8 @@ def _hopworld(options: argparse.Namespace) -> None:
     world = build_hopworld(HopWorldConfig(**given))
     directory = write_hopworld(world, options.output)
     print(
-        f"{directory}: world {world.config.seed} with {len(world.passages)} passages, {len(world.train)} train and "
-        f"{len(world.test)} test questions"
+        f"{directory}: world {world.config.seed} with {counted(len(world.passages), 'passage')}, "
+        f"{len(world.train):,} train and {counted(len(world.test), 'test question')}"
     )
 
 
@@ -221,19 +222,19 @@ def _retriever_lines(retriever: RetrieverArguments, top_k: int) -> dict[str, str
         return {"retriever": said}
     return {
         "retriever": said,
-        "re-ranking": f"the first {retriever.rerank_candidates} passages by {retriever.rerank_model}",
+        "re-ranking": f"the first {counted(retriever.rerank_candidates, 'passage')} by {retriever.rerank_model}",
     }
 
 
 def _method_lines(config: REXRAGConfig) -> dict[str, str]:
     budget = (
-        f"at most {config.max_turns} searches; tokens: prompt {config.max_prompt_length}, turn "
+        f"at most {counted(config.max_turns, 'search', 'searches')}; tokens: prompt {config.max_prompt_length}, turn "
         f"{config.max_turn_tokens}, observation {config.max_observation_tokens}, {config.max_sequence_length} in all"
     )
     if not config.num_probe_slots:
         return {
             "rollout": budget,
-            "group": f"{config.num_originals} originals a question",
+            "group": f"{counted(config.num_originals, 'original')} a question",
             "probes": "off: Search-R1's GRPO",
         }
     if config.probe_filter == "none":
@@ -245,9 +246,10 @@ def _method_lines(config: REXRAGConfig) -> dict[str, str]:
         kept += f" ({config.keep_ratio_schedule})"
     return {
         "rollout": budget,
-        "group": f"{config.num_originals} originals + {config.num_probe_slots} probe slots a question",
+        "group": f"{counted(config.num_originals, 'original')} + "
+        f"{counted(config.num_probe_slots, 'probe slot')} a question",
         "probes": f"of failed originals with probability {config.probe_probability:g}, {kept}; pool of "
-        f"{len(config.exploration_pool())} prompts",
+        f"{counted(len(config.exploration_pool()), 'prompt')}",
         "correction": f"{_CORRECTIONS[config.correction]}; {config.probe_density} prompt density",
     }
 
@@ -259,24 +261,26 @@ def _batch_lines(config: REXRAGConfig, processes: int) -> dict[str, str]:
     updates = config.steps_per_generation * config.num_iterations / config.gradient_accumulation_steps
     dropping = " (fewer once empty probe slots are dropped)" if config.num_probe_slots else ""
     lines = {
-        "generation": f"{questions} questions x {config.num_generations} rows = {rows} rows over {processes} "
-        f"process{'es' if processes > 1 else ''}",
-        "optimisation": f"{updates:g} update{'s' if updates != 1 else ''} a generation, "
-        f"{questions * config.num_iterations / updates:g} questions each, in micro-batches of "
-        f"{config.per_device_train_batch_size} rows{dropping}",
+        "generation": f"{counted(questions, 'question')} x {counted(config.num_generations, 'row')} = "
+        f"{counted(rows, 'row')} over {counted(processes, 'process', 'processes')}",
+        "optimisation": f"{counted(updates, 'update')} a generation, "
+        f"{counted(questions * config.num_iterations / updates, 'question')} each, in micro-batches of "
+        f"{counted(config.per_device_train_batch_size, 'row')}{dropping}",
     }
     if config.num_probe_slots and config.probe_filter != "none":
         from rex_rag.policy_correction import keep_count
 
         originals = questions * config.num_originals
         kept = keep_count(config.keep_ratio, originals)
-        lines["filter"] = f"at most {kept} probes kept of {originals} originals a generation" + (
+        lines["filter"] = f"at most {counted(kept, 'probe')} kept of {counted(originals, 'original')} a generation" + (
             "" if kept else ": NONE, enlarge the generation batch"
         )
     if config.max_steps > 0:
-        lines["training"] = f"{config.max_steps} updates = {config.max_steps / updates:g} generations"
+        lines["training"] = (
+            f"{counted(config.max_steps, 'update')} = {counted(config.max_steps / updates, 'generation')}"
+        )
     else:
-        lines["training"] = f"{config.num_train_epochs:g} epochs"
+        lines["training"] = counted(config.num_train_epochs, "epoch")
     lines["training"] += f", learning rate {config.learning_rate:g}, KL {config.beta:g}, output {config.output_dir}"
     return lines
 

@@ -164,10 +164,10 @@ def test_check_works_the_batch_out(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "RUC-NLPIR/FlashRAG_datasets nq train; RUC-NLPIR/FlashRAG_datasets hotpotqa train" in text
     assert "5 originals + 5 probe slots a question" in text
     assert "paper, equation 7" in text
-    assert "512 questions x 10 rows = 5120 rows over 8 processes" in text
+    assert "512 questions x 10 rows = 5,120 rows over 8 processes" in text
     assert "2 updates a generation, 256 questions each" in text
-    assert "at most 307 probes kept of 2560 originals a generation" in text  # floor(0.12 x 2560 = 307.2)
-    assert "2010 updates = 1005 generations" in text
+    assert "at most 307 probes kept of 2,560 originals a generation" in text  # floor(0.12 x 2560 = 307.2)
+    assert "2,010 updates = 1,005 generations" in text
 
 
 def test_check_says_that_probes_are_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
@@ -188,7 +188,9 @@ def test_check_says_when_a_batch_is_too_small_to_keep_a_probe(
     recipe.write_text("retriever: http://127.0.0.1:8000\noutput_dir: out\nbf16: false\n", encoding="utf-8")
     assert main(["check", str(recipe)]) == 0
     # One question of five originals: floor(0.12 x 5) = 0.
-    assert "at most 0 probes kept of 5 originals a generation: NONE" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "at most 0 probes kept of 5 originals a generation: NONE" in text
+    assert "1 question x 10 rows = 10 rows over 1 process\n" in text
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ class CoverageArguments:
 
 def coverage(words: Sequence[str]) -> None:
     """Print a table of coverage."""
+    from rex_rag.data.jsonl import counted
     from rex_rag.durable import write_json
     from rex_rag.evaluation.benchmarks import load_benchmark, subset
     from rex_rag.evaluation.coverage import coverage_table, measure_coverage, open_corpus
@@ -85,7 +86,7 @@ def coverage(words: Sequence[str]) -> None:
     passages, total = open_corpus(sources) if sources else (None, None)
     measured = measure_coverage(benchmarks, passages, retriever, arguments.top_k, total=total)
     if sources:
-        print(f"{measured[0].passages:,} passages: {', '.join(sources)}")
+        print(f"{counted(measured[0].passages, 'passage')}: {', '.join(sources)}")
     if retriever is not None:
         print(f"searched: {retriever.description}")
     print(coverage_table(measured))

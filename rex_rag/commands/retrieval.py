@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from rex_rag.commands.sections import parse_section
 from rex_rag.commands.terminal import positive, printable
+from rex_rag.data.jsonl import counted
 
 if TYPE_CHECKING:
     from rex_rag.types import Passage
@@ -36,7 +37,9 @@ def index(words: Sequence[str]) -> None:
         if name != "--verify" or len(rest) != 1:
             raise ValueError("--verify takes one index directory and nothing else")
         manifest = verify(rest[0])
-        print(f"{rest[0]}: {manifest.passages:,} passages, all {len(manifest.files)} files as built")
+        print(
+            f"{rest[0]}: {counted(manifest.passages, 'passage')}, all {counted(len(manifest.files), 'file')} as built"
+        )
         return
     description = (
         "Build an index of a corpus: `--kind bm25`, or `--kind dense` with an encoder. The estimate of time, memory "
@@ -79,8 +82,10 @@ def _add_serve_switches(parser: argparse.ArgumentParser) -> None:
     # For the help alone: `_index_as_retriever` spells them out before the words come here.
     parser.add_argument("--index", metavar="DIR", help="short for --retriever DIR")
     parser.add_argument(
-        "--gpus", metavar="N", nargs="+", help="where to encode and search: 0 1 is short for --retriever_devices "
-        "cuda:0 cuda:1"
+        "--gpus",
+        metavar="N",
+        nargs="+",
+        help="where to encode and search: 0 1 is short for --retriever_devices cuda:0 cuda:1",
     )
     parser.epilog = (
         "Any retriever can be served: --corpus FILE holds BM25 in memory, --retriever google asks a search engine."

@@ -64,6 +64,12 @@ def _parse_line(line: bytes, where: str, error_type: type[ValueError], first: bo
     return row
 
 
+def counted(number: float, noun: str, plural: str | None = None) -> str:
+    """A number with its noun as a message has them: `1 passage`, `2,000 passages`, `1 query`."""
+    figure = f"{number:,}" if isinstance(number, int) else f"{number:,g}"
+    return f"{figure} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def shorten(value: object, limit: int = 80) -> str:
     """A value as it may appear in an error message: its repr, cut to `limit` characters."""
     text = repr(value)

@@ -203,7 +203,7 @@ def test_an_engine_that_returns_too_few_rankings_swaps_nothing():
         results = await asyncio.gather(*(batcher.submit([str(n)], 3, True) for n in range(3)), return_exceptions=True)
         for result in results:
             assert isinstance(result, QueryFailed)
-            assert "returned scores of shape (0, 3) and rows of shape (0, 3) for 1 queries" in str(result)
+            assert "returned scores of shape (0, 3) and rows of shape (0, 3) for 1 query" in str(result)
         await batcher.close()
 
     run(test)

@@ -56,7 +56,7 @@ def test_figures_agree_with_what_was_sent_and_with_the_server(slow):
 def test_the_table_and_the_json_hold_the_same_figures(slow):
     result = run_bench(BenchOptions(slow.url, concurrency=2, queries=10), QUERIES)
     table = result.table()
-    assert f"{slow.url}: 10 requests of 1 queries (top 3), 2 at once" in table
+    assert f"{slow.url}: 10 requests of 1 query (top 3), 2 at once" in table
     assert re.search(rf"^request +{result.latency.p50:.2f} +{result.latency.p95:.2f} ", table, re.MULTILINE)
     assert "load generator: 1 process, " in table
     data = json.loads(json.dumps(result.as_dict()))
@@ -141,7 +141,7 @@ def test_errors_are_counted_by_cause():
 @pytest.mark.parametrize(
     ("answer", "cause"),
     [
-        (b'{"result": [[{}]]}', "1 results for 2 queries"),
+        (b'{"result": [[{}]]}', "1 result for 2 queries"),
         (b'{"result": [[{}], []]}', "an empty ranking"),
         (b'{"results": []}', "no Search-R1 answer"),
         (b'{"result": 2}', "no Search-R1 answer"),

@@ -68,6 +68,16 @@ def test_a_bm25_directory_answers_as_the_retriever_in_memory_does(corpus: Path, 
     assert found == BM25Retriever.from_corpus(corpus).search(queries, 3)
 
 
+def test_one_passage_is_no_passages(tmp_path: Path, capsys: pytest.CaptureFixture):
+    write_corpus([Passage("1", "Oslo", "A harbour.")], tmp_path / "corpus.jsonl")
+    said = "\n".join(build(tmp_path / "corpus.jsonl", tmp_path / "index"))
+    assert main(["index", "--verify", str(tmp_path / "index")]) == 0
+    said += capsys.readouterr().out + open_index(tmp_path / "index").description
+    said += BM25Retriever.from_corpus(tmp_path / "corpus.jsonl").description
+    assert said.count("1 passage") == 5 and "memory for 1 process;" in said
+    assert "1 passages" not in said and "1 processes" not in said
+
+
 def test_the_same_command_again_does_nothing_and_another_overwrites_nothing(corpus: Path, tmp_path: Path):
     output = tmp_path / "index"
     build(corpus, output)

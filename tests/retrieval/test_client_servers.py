@@ -288,7 +288,7 @@ def test_check_fails_where_none_answers_and_names_them_all(server, remote):
     message = str(error.value)
     assert f"{gone}/retrieve failed after 2 attempts" in message
     assert f"{server.url}/status-500-99/retrieve failed after 2 attempts: HTTP 500" in message
-    assert f"{server.url}/miscount/retrieve failed after 1 attempt: 0 results for 1 queries" in message
+    assert f"{server.url}/miscount/retrieve failed after 1 attempt: 0 results for 1 query" in message
 
 
 def test_check_waits_for_servers_that_are_still_loading(server, remote):

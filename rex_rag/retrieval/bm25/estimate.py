@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rex_rag.data.jsonl import counted
 from rex_rag.retrieval.bm25.postings import ROWS_PER_RANGE
 from rex_rag.retrieval.bm25.shards import BLOCK_POSTINGS, SHARD_PASSAGES, SHARDS_AHEAD, Shard, write_shard
 from rex_rag.retrieval.bm25.text import BM25Options, TermSplitter
@@ -83,8 +84,8 @@ def estimate_bm25(
         notes=(
             f"BM25: {tokens:.0f} terms a passage, {postings:.0f} of them different, in a sample of {len(sample):,}; "
             f"{terms:,.0f} terms in all if the vocabulary grows by the power {exponent:.2f} of the corpus",
-            f"BM25: memory for {working} processes; the index is read through the system's file cache: searching is "
-            "fast while free memory holds it",
+            f"BM25: memory for {counted(working, 'process', 'processes')}; the index is read through the system's "
+            "file cache: searching is fast while free memory holds it",
         ),
     )
 

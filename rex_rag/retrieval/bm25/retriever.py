@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag.data.corpus import read_corpus
+from rex_rag.data.jsonl import counted
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.postings import TERM_MAXIMA_FILE, MappedVocabulary, Postings, PostingsSearcher
 from rex_rag.retrieval.bm25.text import (
@@ -77,7 +78,7 @@ class BM25Retriever(IndexedRetriever):
         options = BM25Options(k1, b, stemmer, stopwords)
         splitter = TermSplitter(options)
         index = _index_in_memory(passages, options, splitter)
-        description = description or f"BM25 (k1={k1}, b={b}) over {len(passages):,} passages"
+        description = description or f"BM25 (k1={k1}, b={b}) over {counted(len(passages), 'passage')}"
         self._set_up(PassageList(passages), description, splitter, index.vocab_dict, Postings.of(index.scores))
         logger.info("indexed %s", description)
 
@@ -91,7 +92,7 @@ class BM25Retriever(IndexedRetriever):
         files = [paths] if isinstance(paths, str | Path) else list(paths)
         passages = read_corpus(files)
         names = ", ".join(f"{Path(path).resolve().parent.name}/{Path(path).name}" for path in files)
-        options.setdefault("description", f"BM25 over {len(passages):,} passages of {names}")
+        options.setdefault("description", f"BM25 over {counted(len(passages), 'passage')} of {names}")
         return cls(passages, **options)
 
     @classmethod
@@ -106,14 +107,14 @@ class BM25Retriever(IndexedRetriever):
         settings = read_settings(directory)
         if settings["passages"] != len(passages):
             raise RetrievalError(
-                f"{directory} indexes {settings['passages']:,} passages, but {len(passages):,} were given; "
+                f"{directory} indexes {counted(settings['passages'], 'passage')}, but {len(passages):,} were given; "
                 "the two do not belong together: build the index again"
             )
         options = BM25Options(settings["k1"], settings["b"], settings["stemmer"], settings["stopwords"])
         retriever = cls.__new__(cls)
         retriever._set_up(
             passages,
-            description or f"BM25 (k1={options.k1}, b={options.b}) over {len(passages):,} passages",
+            description or f"BM25 (k1={options.k1}, b={options.b}) over {counted(len(passages), 'passage')}",
             TermSplitter(options),
             MappedVocabulary(directory),
             _map_postings(directory, settings),

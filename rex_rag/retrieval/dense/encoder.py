@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.data.corpus import join_contents
+from rex_rag.data.jsonl import counted
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.dense.checkpoints import Checkpoint, find_checkpoint
 from rex_rag.types import Passage
@@ -263,7 +264,7 @@ def check_encoder(encoder: Encoder, passages: Sequence[Passage], stored_vectors:
     stored = np.asarray(stored_vectors, dtype=np.float32)
     if stored.shape != (len(passages), encoder.dimension):
         raise RetrievalError(
-            f"the index stores vectors of shape {stored.shape} for {len(passages)} passages, the encoder "
+            f"the index stores vectors of shape {stored.shape} for {counted(len(passages), 'passage')}, the encoder "
             f"{encoder.spec.name} makes {encoder.dimension} dimensions: they do not belong together"
         )
     fresh = encoder.encode_passages([encoder.spec.passage_text(passage) for passage in passages])

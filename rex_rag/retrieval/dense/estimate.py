@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 
+from rex_rag.data.jsonl import counted
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.dense.encode_corpus import DEFAULT_SHARD_ROWS
 from rex_rag.retrieval.dense.encode_corpus import DTYPES as DTYPE_BYTES
@@ -75,7 +76,7 @@ def estimate_index(total: int, dimension: int, options: FaissOptions) -> Estimat
         threads = options.build_threads or 1
         seconds += _graph_seconds(total, dimension, options) / min(threads, os.cpu_count() or 1)
         notes = (
-            f"the graph is built by {threads} thread{'s' * (threads > 1)}"
+            f"the graph is built by {counted(threads, 'thread')}"
             + (", so that it can be built again byte for byte" if threads == 1 else ", and no two builds are equal"),
         )
     # Every search reads all of a flat index, and jumps about in the others: none of them serves well from a disk.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag.bars import progress_bar
+from rex_rag.data.jsonl import counted
 from rex_rag.durable import written_whole
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.dense.encode_corpus import VectorShards
@@ -148,7 +149,7 @@ class FaissIndex:
             codes = map_flat(path)
             self._index = _on_gpus(codes, list(gpus))
             self._size, self._dimension = codes.shape
-            where = f" on {len(gpus)} GPUs"
+            where = f" on {counted(len(gpus), 'GPU')}"
         else:
             self._index = _read(Path(path))
             self._size, self._dimension = self._index.ntotal, self._index.d
@@ -160,7 +161,7 @@ class FaissIndex:
             lists = self._index.nlist
             probes = _probes(options.nprobe, lists)
             self._parameters = faiss.SearchParametersIVF(nprobe=probes)
-            settings = f" ({probes} of {lists} lists, {options.storage})"
+            settings = f" ({probes} of {counted(lists, 'list')}, {options.storage})"
         elif options.kind == "hnsw":
             settings = f" (M={options.m}, efSearch={options.ef_search}, {options.storage})"
         self._max_top_k = MAX_GPU_TOP_K if gpus is not None else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rex_rag.data.jsonl import counted
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.dense.encoder import Encoder
 from rex_rag.retrieval.dense.vector_index import VectorIndex
@@ -29,7 +30,7 @@ class DenseRetriever(IndexedRetriever):
     ) -> None:
         if len(index) != len(passages):
             raise RetrievalError(
-                f"the index holds {len(index):,} vectors for {len(passages):,} passages: the two were not built "
+                f"the index holds {counted(len(index), 'vector')} for {counted(len(passages), 'passage')}: the two were not built "
                 "together; build the index again"
             )
         if index.dimension != encoder.dimension:
@@ -38,7 +39,7 @@ class DenseRetriever(IndexedRetriever):
                 f"{encoder.dimension}; load the encoder that built the index"
             )
         name = encoder.spec.name.rstrip("/").rsplit("/", 1)[-1]
-        super().__init__(passages, description or f"{name}, {index.description} over {len(passages):,} passages")
+        super().__init__(passages, description or f"{name}, {index.description} over {counted(len(passages), 'passage')}")
         self.encoder = encoder
         self.index = index
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rex_rag.data.corpus import CorpusError, corpus_files
-from rex_rag.data.jsonl import shorten
+from rex_rag.data.jsonl import counted, shorten
 from rex_rag.durable import locked, remove_partial, sync_folder, write_json
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.index.arguments import IndexArguments
@@ -98,14 +98,14 @@ def build_index(
         shutil.rmtree(building, ignore_errors=True)
     manifest = Manifest.read(output)
     size = sum(entry["bytes"] for entry in manifest.files.values())
-    say(f"{output}: {manifest.passages:,} passages, {human_bytes(size)}, fingerprint {manifest.fingerprint}")
+    say(f"{output}: {counted(manifest.passages, 'passage')}, {human_bytes(size)}, fingerprint {manifest.fingerprint}")
     return output
 
 
 def describe_estimate(estimate: Estimate, room: Room, total: int) -> str:
     """The estimate for people, beside what the machine has."""
     lines = [
-        f"about {total:,} passages; this build will take",
+        f"about {counted(total, 'passage')}; this build will take",
         f"  time    {human_seconds(estimate.seconds)}",
         f"  memory  {human_bytes(estimate.peak_ram)} ({human_bytes(room.ram)} free), "
         f"{human_bytes(estimate.serving_ram)} to search afterwards",

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rex_rag.data.jsonl import counted
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.index.arguments import IndexArguments
 from rex_rag.retrieval.index.estimate import Estimate
@@ -210,10 +211,10 @@ def open_index(
     passages = PassageStore(directory)
     if len(passages) != manifest.passages:
         raise RetrievalError(
-            f"{directory} holds {len(passages):,} passages, its manifest says {manifest.passages:,}; build it again"
+            f"{directory} holds {counted(len(passages), 'passage')}, its manifest says {manifest.passages:,}; build it again"
         )
     _check_options(manifest, options, directory)
-    name = f"over {len(passages):,} passages (index {directory.resolve().name}, {manifest.fingerprint})"
+    name = f"over {counted(len(passages), 'passage')} (index {directory.resolve().name}, {manifest.fingerprint})"
     if manifest.kind == "bm25":
         from rex_rag.retrieval.bm25.retriever import BM25Retriever
 

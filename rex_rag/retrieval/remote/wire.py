@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from rex_rag.data.corpus import CorpusError, passage_from_row
-from rex_rag.data.jsonl import shorten
+from rex_rag.data.jsonl import counted, shorten
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.types import Passage
 
@@ -75,7 +75,7 @@ def decode_rankings(body: bytes, queries: Sequence[str], top_k: int) -> list[lis
     if not isinstance(result, list):
         raise WireError(f'no list under "result" in {shorten(answer)}')
     if len(result) != len(queries):
-        raise WireError(f"{len(result)} results for {len(queries)} queries")
+        raise WireError(f"{counted(len(result), 'result')} for {counted(len(queries), 'query', 'queries')}")
     return [_read_ranking(entry, query, top_k) for entry, query in zip(result, queries, strict=True)]
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from time import perf_counter, thread_time
 
 from rex_rag.bars import progress_bar
-from rex_rag.data.jsonl import iter_json_objects
+from rex_rag.data.jsonl import counted, iter_json_objects
 from rex_rag.retrieval.base import Retriever
 from rex_rag.retrieval.indexed import IndexedRetriever
 from rex_rag.retrieval.remote.endpoint import without_password
@@ -125,9 +125,10 @@ class BenchResult:
         """The figures for people to read."""
         failed = sum(self.errors.values())
         lines = [
-            f"{self.target}: {self.requests:,} requests of {self.batch_size} queries (top {self.top_k}), "
+            f"{self.target}: {counted(self.requests, 'request')} of "
+            f"{counted(self.batch_size, 'query', 'queries')} (top {self.top_k}), "
             f"{self.concurrency} at once, {self.seconds:.1f} s",
-            f"{self.queries_per_second:,.0f} queries/s answered, {failed:,} requests failed",
+            f"{self.queries_per_second:,.0f} queries/s answered, {counted(failed, 'request')} failed",
             f"{'milliseconds':<14}{'p50':>9}{'p95':>9}{'p99':>9}{'max':>9}{'mean':>9}",
         ]
         rows = {"request": self.latency} if self.latency else {}
@@ -136,10 +137,10 @@ class BenchResult:
                 f"{value:>9.2f}" for value in (spread.p50, spread.p95, spread.p99, spread.max, spread.mean)
             )
             lines.append(f"{name:<14}{figures}")
-        lines += [f"failed {count:,} times: {cause}" for cause, count in self.errors.items()]
+        lines += [f"failed {counted(count, 'time')}: {cause}" for cause, count in self.errors.items()]
         if self.generator_processes:
             lines.append(
-                f"load generator: {self.generator_processes} process{'es' * (self.generator_processes > 1)}, "
+                f"load generator: {counted(self.generator_processes, 'process', 'processes')}, "
                 f"{self.generator_cpu_share:.0%} of a core busy"
             )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from time import perf_counter, thread_time
 from urllib.parse import unquote_to_bytes, urlsplit
 
-from rex_rag.data.jsonl import shorten
+from rex_rag.data.jsonl import counted, shorten
 from rex_rag.retrieval.remote.wire import SEARCH_PATH
 
 STAGES = ("queue", "encode", "search", "fetch")
@@ -122,7 +122,7 @@ def _check(body: bytes, count: int) -> None:
     if not isinstance(result, list):
         raise RequestFailed(f"no Search-R1 answer: {shorten(body[:60])}")
     if len(result) != count:
-        raise RequestFailed(f"{len(result)} results for {count} queries")
+        raise RequestFailed(f"{counted(len(result), 'result')} for {counted(count, 'query', 'queries')}")
     if not all(result):
         raise RequestFailed("an empty ranking")
 

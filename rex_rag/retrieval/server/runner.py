@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 from typing import Protocol
 
+from rex_rag.data.jsonl import counted
 from rex_rag.retrieval.base import RetrievalError, Retriever
 from rex_rag.retrieval.indexed import IndexedRetriever
 from rex_rag.retrieval.server.stages import Served, Timings, search_indexed, search_plain
@@ -29,8 +30,8 @@ class Overloaded(RetrievalError):
 def overloaded(waiting: int, more: int, limit: int, seconds: float) -> Overloaded:
     """The error of a server in which `waiting` queries will take about `seconds`."""
     return Overloaded(
-        f"{waiting} queries wait and {more} more would exceed the limit of {limit}; try again later, send less at a "
-        "time, or start another server",
+        f"{counted(waiting, 'query waits', 'queries wait')} and {more:,} more would exceed the limit of {limit:,}; "
+        "try again later, send less at a time, or start another server",
         min(max(1, math.ceil(seconds)), MAX_RETRY_AFTER_SECONDS),
     )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-from rex_rag.data.jsonl import shorten
+from rex_rag.data.jsonl import counted, shorten
 from rex_rag.retrieval.base import EngineAway, RetrievalError, Retriever, checked_search
 from rex_rag.retrieval.indexed import NO_ROW, IndexedRetriever
 from rex_rag.retrieval.passages import passage_json
@@ -139,7 +139,7 @@ def _rank_once(retriever: IndexedRetriever, queries: list[str], encoded: Any, to
     if scores.shape != rows.shape or len(rows) != len(queries):
         raise RetrievalError(
             f"{retriever.description} returned scores of shape {scores.shape} and rows of shape {rows.shape} for "
-            f"{len(queries)} queries"
+            f"{counted(len(queries), 'query', 'queries')}"
         )
     if np.isfinite(scores).all() and rows.size and (rows != NO_ROW).all():
         return list(zip(scores.tolist(), rows.tolist(), strict=True))
