@@ -374,6 +374,28 @@ def test_a_cluster_that_is_away_is_named():
             QdrantIndex.connect(url, NAME, 1, 1, {}, max_attempts=2, backoff=0.001)
 
 
+def test_a_cluster_that_is_away_or_refuses_the_key_stops_a_build_before_it_encodes(
+    cluster, tmp_path, monkeypatch, capsys
+):
+    write_corpus(word_passages(20), tmp_path / "corpus.jsonl")
+    build = ["index", "--corpus", str(tmp_path / "corpus.jsonl"), "--output", str(tmp_path / "index")]
+    build += ["--kind", "dense", "--index", "qdrant", "--qdrant-collection", NAME]
+    # An encoder that is not there: it is not even loaded.
+    build += ["--model", str(tmp_path / "absent"), "--query-prefix", "", "--passage-prefix", ""]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, not listening
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        assert main([*build, "--qdrant-url", url]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"nothing was built, since the vectors could not go to {url}: Qdrant collection 'passages'" in said
+    assert "after 3 attempts (ConnectError" in said
+    cluster.fail["exists"] = (9, 403)
+    assert main([*build, "--qdrant-url", cluster.url]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "after 1 attempt " in said and f"set the environment variable {API_KEY_VARIABLE}" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [

@@ -113,6 +113,21 @@ class QdrantCalls:
         raise AssertionError("unreachable")
 
 
+def check_reachable(url: str, collection: str, max_attempts: int = 3, backoff: float = 0.5) -> None:
+    """Ask the cluster at `url` one question, before hours go into vectors for it.
+
+    Raises:
+        RetrievalError: for a cluster that is away or refuses the key, naming address and last cause.
+    """
+    client = connect_qdrant(url, timeout=10.0)
+    try:
+        QdrantCalls(client, collection, max_attempts, backoff)(client.collection_exists, collection)
+    except RetrievalError as error:
+        raise type(error)(f"nothing was built, since the vectors could not go to {url}: {error}") from error
+    finally:
+        client.close()
+
+
 def is_embedded(client: QdrantClient) -> bool:
     """Whether the client holds its collections in this process."""
     from qdrant_client.local.qdrant_local import QdrantLocal

@@ -128,9 +128,9 @@ class DenseKind:
 
         # What would stop the build once all is encoded, hours later, stops it here.
         if self._arguments.qdrant_url:
-            from rex_rag.retrieval.dense.qdrant_calls import connect_qdrant
+            from rex_rag.retrieval.dense.qdrant_calls import check_reachable
 
-            connect_qdrant(self._arguments.qdrant_url).close()
+            check_reachable(self._arguments.qdrant_url, self._arguments.qdrant_collection)
         else:
             import_faiss()
         check_lists(self._options(), total)
