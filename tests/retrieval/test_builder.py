@@ -342,6 +342,8 @@ def test_options_that_an_index_does_not_take_are_refused(corpus: Path, tmp_path:
         ({"nlist": 4}, "nlist=4 is for index='ivf', but kind is 'bm25'"),
         ({"kind": "dense", "model": "m", "nprobe": 4}, "nprobe=4 is for index='ivf', but index is 'flat'"),
         ({"kind": "dense", "model": "m", "index": "ivf", "hnsw_m": 4}, "is for index='hnsw' or 'qdrant', but index"),
+        ({"kind": "dense", "model": "m", "index": "ivf", "build_threads": 4}, "is for index='hnsw', but index is 'ivf'"),
+        ({"kind": "dense", "model": "m", "index": "hnsw", "build_threads": 0}, "build_threads=0; it must be an integer"),
         ({"kind": "dense", "model": "m", "workers": 2, "devices": ["cpu"]}, "both say how many processes encode"),
         ({"qdrant_url": "http://q"}, "are for index='qdrant'"),
         ({"kind": "dense", "model": "m", "index": "qdrant", "qdrant_url": "http://q"}, "needs qdrant_collection"),
@@ -405,6 +407,22 @@ def test_a_dense_directory_answers_and_goes_on_where_it_was_killed(
     [ranking] = index.search([index.passages[17].text], 3)
     assert ranking[0].score == pytest.approx(1, abs=1e-3)
     assert ranking[0].text.split().count("oslo") == index.passages[17].text.split().count("oslo")
+
+
+def test_the_threads_that_build_a_graph_are_chosen_and_said(tmp_path: Path, words: str):
+    write_corpus(word_passages(200), tmp_path / "c.jsonl")
+    dense = {"kind": "dense", "model": words, "query_prefix": "", "passage_prefix": "", "index": "hnsw"}
+    for threads, said in ((None, "built by 1 thread, so that it"), (2, "built by 2 threads, and no two builds are")):
+        lines: list[str] = []
+        output = tmp_path / f"index-{threads}"
+        build_index(
+            IndexArguments([str(tmp_path / "c.jsonl")], str(output), build_threads=threads, **dense), lines.append
+        )
+        assert said in lines[0]
+        index = open_index(output)
+        manifest = json.loads((output / "manifest.json").read_text())
+        assert manifest["index"]["faiss"]["build_threads"] == threads
+        assert index.search([index.passages[7].text], 1)[0][0].score == pytest.approx(1, abs=1e-3)
 
 
 def test_workers_on_a_machine_with_gpus_do_not_quietly_mean_its_cpu(words: str, monkeypatch: pytest.MonkeyPatch):

@@ -10,7 +10,10 @@ INDEX_TYPES = ("flat", "flat-fp16", "ivf", "hnsw", "qdrant")
 DTYPES = ("float32", "bfloat16", "float16")
 # Arguments that say where and how fast to work, and so leave the index what it is.
 _NOT_IDENTITY = ("corpus", "output", "workers", "devices", "qdrant_url")
-_COUNTS = ("workers", "max_tokens", "batch_size", "nlist", "nprobe", "hnsw_m", "ef_construction", "ef_search")
+_COUNTS = (
+    *("workers", "max_tokens", "batch_size", "nlist", "nprobe", "hnsw_m", "ef_construction", "ef_search"),
+    "build_threads",
+)
 _LISTS = ("corpus", "devices")
 _BM25_ONLY = ("k1", "b", "stemmer", "stopwords")
 # What only a dense index has, unset by default; and of that, what only some types of it have.
@@ -24,6 +27,7 @@ _TYPES_OF = {
     "hnsw_m": ("hnsw", "qdrant"),
     "ef_construction": ("hnsw", "qdrant"),
     "ef_search": ("hnsw",),
+    "build_threads": ("hnsw",),
 }
 _TEXTS = (
     *("stemmer", "stopwords", "model", "revision", "encoder_family", "query_prefix", "passage_prefix"),
@@ -104,6 +108,10 @@ class IndexArguments:
         default=None, metadata={"help": "hnsw, qdrant: candidates while building. Default: 200, qdrant 100."}
     )
     ef_search: int | None = field(default=None, metadata={"help": "hnsw: candidates while searching. Default: 128."})
+    build_threads: int | None = field(
+        default=None,
+        metadata={"help": "hnsw: threads that build the graph. Default: 1; with more no two builds are equal."},
+    )
     qdrant_url: str | None = field(
         default=None, metadata={"help": "qdrant: address of a cluster. Default: embedded, in the searching process."}
     )

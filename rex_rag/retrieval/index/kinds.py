@@ -116,6 +116,7 @@ class DenseKind:
             "m": wanted.hnsw_m,
             "ef_construction": wanted.ef_construction,
             "ef_search": wanted.ef_search,
+            "build_threads": wanted.build_threads,
         }
         # Qdrant's embedded mode is filled from an exact index in half precision.
         kind = "flat-fp16" if wanted.index == "qdrant" else wanted.index
