@@ -4,67 +4,24 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
-from parts import PASSAGES, make_tiny_model, make_word_tokenizer
-from transformers import Qwen2ForCausalLM
+from parts import PASSAGES
+from tiny_training import save_tiny_policy, timeless, tiny_trainer
 
-from rex_rag.config import REXRAGConfig
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
-from rex_rag.trainer import REXRAGTrainer
-
-
-def brevity(completions, **_):
-    return [-0.01 * len(completion[0]["content"]) for completion in completions]
 
 
 def make_trainer(folder, output, settings):
-    return REXRAGTrainer(
-        model=Qwen2ForCausalLM.from_pretrained(folder),
-        args=REXRAGConfig(
-            output_dir=str(output),
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-            max_steps=6,
-            learning_rate=2e-3,
-            num_generations=6,
-            num_probe_slots=3,
-            probe_probability=0.7,
-            keep_ratio=0.4,
-            keep_ratio_schedule="accuracy_ema",
-            max_prompt_length=32,
-            max_turn_tokens=30,
-            max_observation_tokens=40,
-            max_sequence_length=200,
-            max_turns=2,
-            retrieval_top_k=1,
-            exploration_prompts=str(folder / "pool.txt"),
-            prompt_template=str(folder / "prompt.txt"),
-            **settings,
-        ),
-        train_dataset=Dataset.from_list(
-            [
-                {"question": f"where is the {word}", "golden_answers": ["oak"]}
-                for word in ["owl", "fox", "hill", "tree"]
-            ]
-            * 4
-        ),
-        retriever=BM25Retriever(PASSAGES),
-        processing_class=make_word_tokenizer(),
-        reward_funcs=brevity,
+    return tiny_trainer(
+        folder,
+        output,
+        BM25Retriever(PASSAGES),
         recipe="recipes/example.yaml",
+        max_steps=6,
+        keep_ratio_schedule="accuracy_ema",
+        max_turns=2,
+        retrieval_top_k=1,
+        **settings,
     )
-
-
-def timeless(history):
-    return [
-        {key: value for key, value in row.items() if "seconds" not in key and key not in ("step_time",)}
-        for row in history
-        if "loss" in row
-    ]
 
 
 @pytest.mark.parametrize(
@@ -78,10 +35,7 @@ def timeless(history):
 )
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, at, settings):
     settings = {**settings, "save_steps": at}
-    folder = tmp_path / "tiny"
-    make_tiny_model(make_word_tokenizer()).save_pretrained(folder)
-    (folder / "pool.txt").write_text("<think> Wait I may be wrong .\n<think> Maybe not so .\n<think> Hold on .\n")
-    (folder / "prompt.txt").write_text("Question: {question}")
+    folder = save_tiny_policy(tmp_path / "tiny")
 
     whole = make_trainer(folder, tmp_path / "whole", settings)
     whole.train()

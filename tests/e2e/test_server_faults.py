@@ -13,15 +13,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from datasets import Dataset
-from parts import make_tiny_model, make_word_tokenizer
-from transformers import Qwen2ForCausalLM, TrainerCallback
+from tiny_training import save_tiny_policy, timeless, tiny_trainer
+from transformers import TrainerCallback
 
-from rex_rag.config import REXRAGConfig
 from rex_rag.data.corpus import write_corpus
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.remote.client import RemoteRetriever
-from rex_rag.trainer import REXRAGTrainer
 from rex_rag.types import Passage
 from rex_rag.visualization.records import read_completion_tables
 from tests.retrieval.servers import free_port
@@ -94,12 +91,7 @@ class Accident(TrainerCallback):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny model that writes tags at random, and an index of passages in its words."""
-    path = tmp_path_factory.mktemp("faults")
-    tokenizer = make_word_tokenizer()
-    make_tiny_model(tokenizer).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    (path / "prompt.txt").write_text("Question: {question}")
-    (path / "pool.txt").write_text("<think> Wait I may be wrong .\n<think> Maybe not so .\n<think> Hold on .\n")
+    path = save_tiny_policy(tmp_path_factory.mktemp("faults"))
     words = ["red", "blue", "green", "gold", "oak", "elm", "fox", "owl", "river", "hill", "tree"]
     pairs = itertools.permutations(words, 2)
     passages = [Passage(str(row), one, f"the {one} is in the {two}") for row, (one, two) in enumerate(pairs)]
@@ -118,61 +110,27 @@ def servers(folder):
         server.kill()
 
 
-def brevity(completions, **_):
-    return [-0.01 * len(completion[0]["content"]) for completion in completions]
-
-
 def train(folder, output, retriever, *callbacks):
     """Train for a few steps; returns everything that time has no part in, and the seconds that searches took."""
-    trainer = REXRAGTrainer(
-        model=Qwen2ForCausalLM.from_pretrained(folder),
-        args=REXRAGConfig(
-            output_dir=str(output),
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-            save_strategy="no",
-            max_steps=STEPS,
-            learning_rate=2e-3,
-            num_generations=6,
-            num_probe_slots=3,
-            per_device_train_batch_size=24,
-            probe_probability=0.7,
-            keep_ratio=0.4,
-            max_prompt_length=32,
-            max_turn_tokens=30,
-            max_observation_tokens=40,
-            max_sequence_length=200,
-            max_turns=3,
-            retrieval_top_k=2,
-            exploration_prompts=str(folder / "pool.txt"),
-            prompt_template=str(folder / "prompt.txt"),
-            log_completions=True,
-            num_completions_to_print=0,
-        ),
-        train_dataset=Dataset.from_list(
-            [
-                {"question": f"where is the {word}", "golden_answers": ["oak"]}
-                for word in ("owl", "fox", "hill", "tree")
-            ]
-            * STEPS
-        ),
-        retriever=retriever,
-        processing_class=make_word_tokenizer(),
-        reward_funcs=brevity,
-        callbacks=list(callbacks),
+    trainer = tiny_trainer(
+        folder,
+        output,
+        retriever,
+        rounds=STEPS,
+        save_strategy="no",
+        max_steps=STEPS,
+        per_device_train_batch_size=24,
+        max_turns=3,
+        retrieval_top_k=2,
+        log_completions=True,
+        num_completions_to_print=0,
     )
+    for callback in callbacks:
+        trainer.add_callback(callback)
     trainer.train()
-    log = [row for row in trainer.state.log_history if "loss" in row]
-    history = [
-        {key: value for key, value in row.items() if "seconds" not in key and key != "step_time"} for row in log
-    ]
-    seconds = sum(row["seconds/retrieval"] for row in log)
+    seconds = sum(row["seconds/retrieval"] for row in trainer.state.log_history if "loss" in row)
     weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    return (history, read_completion_tables(output), weights), seconds
+    return (timeless(trainer.state.log_history), read_completion_tables(output), weights), seconds
 
 
 def assert_same_run(one, other):
