@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rex_rag.retrieval.base import RetrievalError, Retriever, check_request, checked_search
-from rex_rag.retrieval.dense.checkpoints import find_checkpoint
+from rex_rag.retrieval.dense.checkpoints import LOCAL, find_checkpoint, public_name
 from rex_rag.retrieval.indexed import NO_ROW, IndexedRetriever
 from rex_rag.types import Passage
 
@@ -92,8 +92,8 @@ class CrossEncoderScorer:
                 f"the cross-encoder {model!r} has {self._model.num_labels} outputs, and nothing says which one is "
                 "relevance; use a model with one"
             )
-        name = model.rstrip("/").rsplit("/", 1)[-1]
-        self._description = f"cross-encoder {name} ({checkpoint.revision.removeprefix('sha256:')[:12]})"
+        name = public_name(model, checkpoint.revision).rsplit("/", 1)[-1]
+        self._description = f"cross-encoder {name} ({checkpoint.revision.removeprefix(LOCAL)[:12]})"
         self._batch_size = batch_size
         # The tokenizer keeps truncation settings that two threads must not change under each other.
         self._lock = threading.Lock()

@@ -29,6 +29,7 @@ from rex_rag.retrieval.index.arguments import IndexArguments
 from rex_rag.retrieval.index.builder import build_index
 from rex_rag.retrieval.index.estimate import NotEnoughRoom, Room
 from rex_rag.retrieval.index.kinds import SearchOptions, _encoding_devices, open_index
+from rex_rag.retrieval.index.manifest import verify
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
 from rex_rag.types import Passage
 from tests.retrieval.dense_parts import save_word_encoder, word_passages
@@ -342,8 +343,14 @@ def test_options_that_an_index_does_not_take_are_refused(corpus: Path, tmp_path:
         ({"nlist": 4}, "nlist=4 is for index='ivf', but kind is 'bm25'"),
         ({"kind": "dense", "model": "m", "nprobe": 4}, "nprobe=4 is for index='ivf', but index is 'flat'"),
         ({"kind": "dense", "model": "m", "index": "ivf", "hnsw_m": 4}, "is for index='hnsw' or 'qdrant', but index"),
-        ({"kind": "dense", "model": "m", "index": "ivf", "build_threads": 4}, "is for index='hnsw', but index is 'ivf'"),
-        ({"kind": "dense", "model": "m", "index": "hnsw", "build_threads": 0}, "build_threads=0; it must be an integer"),
+        (
+            {"kind": "dense", "model": "m", "index": "ivf", "build_threads": 4},
+            "is for index='hnsw', but index is 'ivf'",
+        ),
+        (
+            {"kind": "dense", "model": "m", "index": "hnsw", "build_threads": 0},
+            "build_threads=0; it must be an integer",
+        ),
         ({"kind": "dense", "model": "m", "workers": 2, "devices": ["cpu"]}, "both say how many processes encode"),
         ({"qdrant_url": "http://q"}, "are for index='qdrant'"),
         ({"kind": "dense", "model": "m", "index": "qdrant", "qdrant_url": "http://q"}, "needs qdrant_collection"),
@@ -407,6 +414,48 @@ def test_a_dense_directory_answers_and_goes_on_where_it_was_killed(
     [ranking] = index.search([index.passages[17].text], 3)
     assert ranking[0].score == pytest.approx(1, abs=1e-3)
     assert ranking[0].text.split().count("oslo") == index.passages[17].text.split().count("oslo")
+
+
+def test_an_index_is_the_same_wherever_its_encoder_lies_and_says_nothing_of_the_place(
+    tmp_path: Path, words: str, monkeypatch: pytest.MonkeyPatch
+):
+    write_corpus(word_passages(60), tmp_path / "c.jsonl")
+    shutil.copytree(words, tmp_path / "secret" / "model")
+    shutil.copytree(words, tmp_path / "elsewhere" / "model-2")
+    monkeypatch.chdir(tmp_path)
+
+    def dense(output: str, model: str | Path) -> list[str]:
+        said: list[str] = []
+        arguments = IndexArguments(["c.jsonl"], output, "dense", model=str(model), query_prefix="", passage_prefix="")
+        build_index(arguments, said.append)
+        return said
+
+    places = {"a": tmp_path / "secret" / "model", "b": "secret/model", "c": "./elsewhere/model-2"}
+    for output, model in places.items():
+        dense(output, model)
+        folder = contents(tmp_path / output).get("encoder_folder.txt")
+        assert folder.decode() == f"{(tmp_path / model).resolve()}\n"
+    built = [
+        {name: data for name, data in contents(tmp_path / output).items() if name[-4:] != ".txt"} for output in places
+    ]
+    assert built[0] == built[1] == built[2]
+    assert not any(b"secret" in data or str(tmp_path).encode() in data for data in built[0].values())
+    assert dense("a", "secret/../secret/model") == ["a is already built: nothing to do"]
+    verify(tmp_path / "a")
+
+    manifest = json.loads(built[0]["manifest.json"])
+    digest = manifest["encoder"]["revision"].removeprefix("sha256:")
+    opened = open_index(tmp_path / "b")
+    assert opened.description.startswith(f"local encoder ({digest[:12]}), FAISS flat over 60 passages (index b, ")
+
+    save_word_encoder(tmp_path / "secret" / "model", seed=1)
+    with pytest.raises(RetrievalError, match=rf"an index of its own \(revision 'sha256:{digest}', now 'sha256:"):
+        dense("a", "secret/model")
+    shutil.rmtree(tmp_path / "secret")
+    with pytest.raises(RetrievalError, match=r"a local encoder, local encoder \(sha256:\w+\), .*where it lies: retr"):
+        open_index(tmp_path / "a")
+    moved = open_index(tmp_path / "a", SearchOptions(encoder="elsewhere/model-2"))
+    assert moved.search(["oslo rome"], 3) == opened.search(["oslo rome"], 3)
 
 
 def test_the_threads_that_build_a_graph_are_chosen_and_said(tmp_path: Path, words: str):

@@ -55,7 +55,8 @@ def test_passages_come_back_with_cosines_best_first(encoder):
     retriever.check()
     assert retriever.search([], 3) == []
     assert len(retriever.search(["oslo"], 99)[0]) == len(retriever) == 4
-    assert retriever.description == "words, torch flat (float32 on cpu) over 4 passages"
+    digest = encoder.spec.revision.removeprefix("sha256:")[:12]
+    assert retriever.description == f"words ({digest}), torch flat (float32 on cpu) over 4 passages"
     assert retriever_over(encoder, texts("oslo"), description="mine").description == "mine"
 
 

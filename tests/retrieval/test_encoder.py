@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from rex_rag.retrieval.base import RetrievalError
+from rex_rag.retrieval.dense.checkpoints import public_name, short_name
 from rex_rag.retrieval.dense.encoder import CHUNK_ROWS, Encoder, EncoderSpec, check_encoder, spec_from_dict
 from rex_rag.retrieval.dense.families import resolve_encoder
 from rex_rag.types import Passage
@@ -161,6 +162,27 @@ def test_the_revision_of_a_folder_follows_its_content_not_its_place(tmp_path, wo
     other = save_word_encoder(tmp_path / "other", seed=1)
     with pytest.raises(RetrievalError, match="give the original checkpoint"):
         Encoder(before, ["cpu"], location=other)
+
+
+@pytest.mark.parametrize(
+    ("folder", "config", "expected"),
+    [
+        ("MiniLM-fine", {"model_type": "bert"}, "MiniLM-fine"),
+        ("model", {"model_type": "bert"}, "bert encoder"),
+        ("checkpoint-500", {"model_type": "bert"}, "bert encoder"),
+        (COMMIT, {"model_type": "../x y"}, "local encoder"),
+        ("models", {}, "local encoder"),
+    ],
+)
+def test_a_local_checkpoint_is_named_without_its_path(tmp_path, monkeypatch, folder, config, expected):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path / folder)
+    for name in (str(tmp_path / folder), f"../{folder}/", "."):
+        assert public_name(name, "sha256:0123456789abcdef") == expected
+        assert short_name(name, "sha256:0123456789abcdef") == f"{expected} (0123456789ab)"
+    assert public_name("intfloat/e5-base-v2", COMMIT) == "intfloat/e5-base-v2"
+    assert short_name("intfloat/e5-base-v2", COMMIT) == "e5-base-v2"
 
 
 def test_unsafe_and_absent_checkpoints_are_refused(tmp_path, words):

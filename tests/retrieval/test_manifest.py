@@ -55,11 +55,19 @@ def test_the_fingerprint_follows_corpus_encoder_and_parameters_but_no_version(di
     for change in (
         {"corpus_sha256": "b" * 64},
         {"index": {"k1": 1.2}},
-        {"encoder": {"name": "e"}},
+        {"encoder": {"revision": "sha256:1"}},
         {"passages": 4},
         {"kind": "dense"},
     ):
         assert replace(manifest, **change).fingerprint != manifest.fingerprint
+
+
+def test_the_fingerprint_does_not_depend_on_what_an_encoder_is_called(directory: Path):
+    one, other, third = (
+        replace(Manifest.read(directory), encoder={"name": name, "revision": revision}).fingerprint
+        for name, revision in (("e", "sha256:1"), ("some/where/e", "sha256:1"), ("e", "sha256:2"))
+    )
+    assert one == other != third
 
 
 def test_no_directory_no_manifest_and_an_unfinished_build(tmp_path: Path):

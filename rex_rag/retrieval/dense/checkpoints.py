@@ -16,6 +16,12 @@ _OTHER_RUNTIMES = ("onnx", "openvino")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _OWN_MODULES = "sentence_transformers."
+# What a revision begins with that is a hash over a local folder.
+LOCAL = "sha256:"
+# Folders that many checkpoints lie in, and so name none; and the Hub cache's, which are named by commits.
+_SAYS_NOTHING = re.compile(
+    r"((model|encoder|checkpoint|final|best|last|output|weights|snapshot)s?)?[-_.]?\d*|[0-9a-f]{40}"
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     folder = Path(name).expanduser()
     if folder.is_dir():
         _check_safe(folder)
-        pinned = f"sha256:{_folder_hash(folder)}"
+        pinned = f"{LOCAL}{_folder_hash(folder)}"
     else:
         if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             raise RetrievalError(
@@ -51,6 +57,29 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     prompts = _read_json(folder / "config_sentence_transformers.json").get("prompts") or {}
     filled = {key: value for key, value in prompts.items() if value}
     return Checkpoint(folder, pinned, (folder / "modules.json").is_file(), filled)
+
+
+def public_name(name: str, revision: str) -> str:
+    """What may be published of where a checkpoint comes from: a Hub repository as it is, a folder without its path.
+
+    A folder whose own name says nothing is named by its model type, `bert encoder`.
+    """
+    if not revision.startswith(LOCAL):
+        return name
+    folder = Path(name).expanduser()
+    own = folder.resolve().name if folder.is_dir() else folder.name
+    if not _SAYS_NOTHING.fullmatch(own):
+        return own
+    kind = _read_json(folder / "config.json").get("model_type")
+    return f"{kind} encoder" if isinstance(kind, str) and re.fullmatch(r"[\w.-]+", kind) else "local encoder"
+
+
+def short_name(name: str, revision: str) -> str:
+    """A checkpoint in the words of a description: a repository without its owner, a folder with its hash."""
+    shown = public_name(name, revision)
+    if revision.startswith(LOCAL):
+        return f"{shown} ({revision.removeprefix(LOCAL)[:12]})"
+    return shown.rsplit("/", 1)[-1]
 
 
 def _fetch(name: str, revision: str | None) -> Path:

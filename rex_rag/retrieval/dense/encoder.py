@@ -55,7 +55,7 @@ class EncoderSpec:
         RetrievalError: for an unknown passage format, and for numbers below 1.
     """
 
-    name: str  # Hub repository, or local folder
+    name: str  # Hub repository, or local folder; in a manifest the folder's name without its path
     revision: str | None = None  # Hub commit, or "sha256:..." over a local folder's weights and configuration
     query_prefix: str = ""
     passage_prefix: str = ""
@@ -117,7 +117,7 @@ class Encoder:
         self.devices = [str(device) for device in devices] if devices else _all_devices()
         self.batch_size = batch_size
         self.dtype = dtype or ("float16" if self.devices[0].startswith("cuda") else "float32")
-        self._folder = checkpoint.folder
+        self.folder = checkpoint.folder
         self._model = _load_model(checkpoint, spec, self.devices[0], self.dtype)
         self.spec = _completed(spec, checkpoint, self._model)
         # Fast tokenizers keep padding and truncation as state and refuse to be borrowed twice.
@@ -246,7 +246,7 @@ class Encoder:
                 len(self.devices),
                 mp_context=context,
                 initializer=_start_worker,
-                initargs=(waiting, settings | {"location": self._folder}, len(self.devices)),
+                initargs=(waiting, settings | {"location": self.folder}, len(self.devices)),
             )
         return self._pool
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rex_rag.data.jsonl import counted
 from rex_rag.retrieval.base import RetrievalError
+from rex_rag.retrieval.dense.checkpoints import short_name
 from rex_rag.retrieval.dense.encoder import Encoder
 from rex_rag.retrieval.dense.vector_index import VectorIndex
 from rex_rag.retrieval.indexed import IndexedRetriever
@@ -30,16 +31,18 @@ class DenseRetriever(IndexedRetriever):
     ) -> None:
         if len(index) != len(passages):
             raise RetrievalError(
-                f"the index holds {counted(len(index), 'vector')} for {counted(len(passages), 'passage')}: the two were not built "
-                "together; build the index again"
+                f"the index holds {counted(len(index), 'vector')} for {counted(len(passages), 'passage')}: the two "
+                "were not built together; build the index again"
             )
         if index.dimension != encoder.dimension:
             raise RetrievalError(
                 f"the index holds vectors of {index.dimension} dimensions, the encoder {encoder.spec.name} makes "
                 f"{encoder.dimension}; load the encoder that built the index"
             )
-        name = encoder.spec.name.rstrip("/").rsplit("/", 1)[-1]
-        super().__init__(passages, description or f"{name}, {index.description} over {counted(len(passages), 'passage')}")
+        name = short_name(encoder.spec.name, encoder.spec.revision)
+        super().__init__(
+            passages, description or f"{name}, {index.description} over {counted(len(passages), 'passage')}"
+        )
         self.encoder = encoder
         self.index = index
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 KINDS = ("bm25", "dense")
@@ -183,8 +184,17 @@ class IndexArguments:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The arguments that make the index what it is."""
+        """The arguments that make the index what it is; of a local encoder its content, wherever it lies.
+
+        Raises:
+            RetrievalError: for a local folder that holds no encoder.
+        """
         values = {name: value for name, value in asdict(self).items() if name not in _NOT_IDENTITY}
         if self.kind == "bm25":
             return {"kind": self.kind, **{name: values[name] for name in _BM25_ONLY}}
+        if Path(self.model).expanduser().is_dir():
+            from rex_rag.retrieval.dense.checkpoints import find_checkpoint, public_name
+
+            revision = find_checkpoint(self.model).revision
+            values |= {"model": public_name(self.model, revision), "revision": revision}
         return {name: value for name, value in values.items() if name not in _BM25_ONLY}

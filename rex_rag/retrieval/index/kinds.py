@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rex_rag.data.jsonl import counted
+from rex_rag.durable import written_whole
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.index.arguments import IndexArguments
 from rex_rag.retrieval.index.estimate import Estimate
-from rex_rag.retrieval.index.manifest import Manifest
+from rex_rag.retrieval.index.manifest import ENCODER_FOLDER_FILE, Manifest
 from rex_rag.retrieval.indexed import IndexedRetriever
 from rex_rag.retrieval.passages import PassageStore
 from rex_rag.types import Passage
@@ -19,7 +20,7 @@ from rex_rag.types import Passage
 if TYPE_CHECKING:
     import numpy as np
 
-    from rex_rag.retrieval.dense.encoder import Encoder
+    from rex_rag.retrieval.dense.encoder import Encoder, EncoderSpec
     from rex_rag.retrieval.dense.vector_index import VectorIndex
 
 BM25_FOLDER = "bm25"
@@ -140,14 +141,19 @@ class DenseKind:
     def build(
         self, passages: PassageStore, corpus_sha256: str, directory: Path, work: Path
     ) -> tuple[dict[str, Any], dict[str, Any]]:
+        from rex_rag.retrieval.dense.checkpoints import LOCAL, public_name
         from rex_rag.retrieval.dense.encode_corpus import encode_corpus, write_check_vectors
         from rex_rag.retrieval.dense.faiss_index import build_faiss_index
 
         options = self._options()
         with self._encoder as encoder:
             vectors = encode_corpus(passages, encoder, work / "vectors", dtype=options.dtype)
-        described = asdict(encoder.spec)
+        spec = encoder.spec
+        described = asdict(spec) | {"name": public_name(spec.name, spec.revision)}
         write_check_vectors(vectors, directory)
+        if spec.revision.startswith(LOCAL):
+            with written_whole(directory / ENCODER_FOLDER_FILE) as file:
+                file.write(f"{encoder.folder.resolve()}\n".encode())
         if self._arguments.qdrant_url:
             from rex_rag.retrieval.dense.qdrant_calls import connect_qdrant
             from rex_rag.retrieval.dense.qdrant_load import QdrantOptions, load_qdrant
@@ -212,7 +218,8 @@ def open_index(
     passages = PassageStore(directory)
     if len(passages) != manifest.passages:
         raise RetrievalError(
-            f"{directory} holds {counted(len(passages), 'passage')}, its manifest says {manifest.passages:,}; build it again"
+            f"{directory} holds {counted(len(passages), 'passage')}, its manifest says {manifest.passages:,}; "
+            "build it again"
         )
     _check_options(manifest, options, directory)
     name = f"over {counted(len(passages), 'passage')} (index {directory.resolve().name}, {manifest.fingerprint})"
@@ -226,17 +233,37 @@ def open_index(
 def _open_dense(
     directory: Path, manifest: Manifest, passages: PassageStore, options: SearchOptions, name: str
 ) -> IndexedRetriever:
+    from rex_rag.retrieval.dense.checkpoints import short_name
     from rex_rag.retrieval.dense.encode_corpus import read_check_vectors
     from rex_rag.retrieval.dense.encoder import Encoder, check_encoder, spec_from_dict
     from rex_rag.retrieval.dense.retriever import DenseRetriever
 
     spec = spec_from_dict(manifest.encoder)
     # Queries take one device; the CPU unless told otherwise, since the GPUs of this machine may be training.
-    encoder = Encoder(spec, list(options.devices[:1]) or ["cpu"], location=options.encoder)
+    encoder = Encoder(
+        spec, list(options.devices[:1]) or ["cpu"], location=options.encoder or _encoder_folder(directory, spec)
+    )
     check_encoder(encoder, *read_check_vectors(directory, passages))
     index = _open_vectors(directory, manifest, len(passages), encoder.dimension, options)
-    short = spec.name.rstrip("/").rsplit("/", 1)[-1]
+    short = short_name(spec.name, spec.revision)
     return DenseRetriever(encoder, index, passages, description=f"{short}, {index.description} {name}")
+
+
+def _encoder_folder(directory: Path, spec: EncoderSpec) -> str | None:
+    """Where a local encoder lies on this machine; None for one from the Hub."""
+    from rex_rag.retrieval.dense.checkpoints import LOCAL
+
+    if not spec.revision.startswith(LOCAL):
+        return None
+    note = directory / ENCODER_FOLDER_FILE
+    # Without the note: an index of an earlier version, whose manifest holds the path, or one that was published.
+    folder = note.read_text(encoding="utf-8").strip() if note.is_file() else spec.name
+    if not Path(folder).expanduser().is_dir():
+        raise RetrievalError(
+            f"{directory} was built with a local encoder, {spec.name} ({spec.revision}), and there is no folder "
+            f"{folder!r} here; say where it lies: retriever_encoder"
+        )
+    return folder
 
 
 def _open_vectors(

@@ -19,6 +19,9 @@ from rex_rag.durable import write_json
 from rex_rag.retrieval.base import RetrievalError
 
 MANIFEST_FILE = "manifest.json"
+# Beside the manifest, where the index was built with a local encoder: the folder in which it lies on this machine. No
+# part of the index: not hashed, not needed where `retriever_encoder` is given, to be left out of what is published.
+ENCODER_FOLDER_FILE = "encoder_folder.txt"
 FORMAT = 1
 _LIBRARIES = (
     "numpy",
@@ -56,8 +59,12 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies corpus, encoder and index parameters, in 16 hexadecimal digits; versions do not count."""
-        identity = (self.kind, self.passages, self.corpus_sha256, self.encoder, self.index)
+        """Identifies corpus, encoder and index parameters, in 16 hexadecimal digits; versions do not count.
+
+        The encoder counts by its revision, prefixes and so on, not by its name: a folder may have any.
+        """
+        encoder = self.encoder and {name: value for name, value in self.encoder.items() if name != "name"}
+        identity = (self.kind, self.passages, self.corpus_sha256, encoder, self.index)
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
     def write(self, directory: Path) -> None:
@@ -127,8 +134,9 @@ def _absent(directory: Path, reason: str) -> str:
 
 
 def hash_files(directory: Path, known: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
-    """Relative path -> size and SHA-256 of every file under `directory` but the manifest; `known` spares hashing."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
+    """Relative path -> size and SHA-256 of every file of the index but the manifest; `known` spares hashing."""
+    apart = (MANIFEST_FILE, ENCODER_FOLDER_FILE)
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in apart)
     known = known or {}
     described = {}
     with progress_bar(sum(path.stat().st_size for path in paths), "hashing", "B") as bar:
