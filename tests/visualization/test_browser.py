@@ -136,3 +136,21 @@ def test_passages_are_folded_until_a_search_finds_something_in_them(tmp_path: Pa
     page = write(tmp_path, text)
     assert browse(page).count('<details class="segment information" open') == 0
     assert browse(page, "#find=needle").count('<details class="segment information" open') == 1
+
+
+def test_what_a_search_unfolded_is_folded_by_the_next(tmp_path: Path):
+    records = [record("x", 0.0, text="a fox"), record("y", 0.0, text="an elm")]
+    for number, text in enumerate(("a net", "a needle")):
+        records[number]["segments"][1]["text"] = text
+    typing = """<script type="module">
+      const find = document.getElementById("find");
+      const type = (text) => { find.value = text; find.dispatchEvent(new Event("input")); };
+      setTimeout(() => type("ne"), 0);
+      setTimeout(() => { document.title = document.querySelectorAll("details[open]").length; type("need"); }, 500);
+    </script></body>"""
+    text = trajectory_page(records, TITLE).replace("</body>", typing)
+    # Without the policy, which would not let the test's own script run.
+    document = browse(write(tmp_path, re.sub(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", "", text)))
+    assert title_of(document) == "2"
+    assert shown(document) == [1]
+    assert document.count('<details class="segment information" open') == 1
