@@ -163,7 +163,7 @@ def load_benchmark(
       that tells more (`qa`, `test`, `dev`, `train` say nothing);
     - a .yaml file, or a mapping of the same keys: a user's own set, see `BenchmarkSource`.
 
-    A set under one of the seven names must have that set's size, wherever it comes from.
+    A set under one of the seven names, in upper or lower case, must have that set's size, wherever it comes from.
 
     Args:
         files: name -> local file, instead of the Hub.
@@ -274,7 +274,8 @@ def _load_source(source: BenchmarkSource) -> Benchmark:
         raise BenchmarkError(f"{source.path}: the name {name!r} cannot name a folder; use letters, digits, . _ and -")
     where, rows = read_rows(source.path, source.config, source.split, source.revision)
     questions = questions_of(rows, source.columns, where)
-    claimed = FLASHRAG_SETS[name][1] if name in FLASHRAG_SETS else source.size
+    # Tables label `hotpotqa` as HotpotQA, so that a part under that name would look like the set.
+    _, claimed = FLASHRAG_SETS.get(name.lower(), ("", source.size))
     if claimed is not None and len(questions) != claimed:
         raise BenchmarkError(
             f"{where} holds {len(questions):,} questions, but {name} has {claimed:,}: another split, a part or a "

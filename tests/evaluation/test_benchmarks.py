@@ -189,6 +189,8 @@ def test_a_set_of_another_size_than_its_name_claims_is_refused(tmp_path):
     for spec, files in ((f"bamboogle={part}", None), ("bamboogle", {"bamboogle": part})):
         with pytest.raises(BenchmarkError, match=r"holds 124 questions, but bamboogle has 125"):
             load_benchmark(spec, files=files)
+    with pytest.raises(BenchmarkError, match=r"holds 124 questions, but Bamboogle has 125"):
+        load_benchmark(f"Bamboogle={part}")
     folder = write(tmp_path / "hotpotqa" / "dev.jsonl", rows)
     with pytest.raises(BenchmarkError, match=r"holds 125 questions, but hotpotqa has 7,405"):
         load_benchmark(folder)
