@@ -22,10 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What the model wrote for one row. `logprobs` is `None` where the backend reports none."""
+    """What the model wrote for one row. `logprobs` is `None` where the backend reports none.
+
+    is_cut: whether the token limit ended the row; `None` where the number of ids says so.
+    """
 
     ids: list[int]
     logprobs: list[float | None] | None = None
+    is_cut: bool | None = None
 
 
 class Generator(Protocol):

@@ -268,8 +268,6 @@ class EndpointModel:
         self, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int, stop_strings: tuple[str, ...]
     ) -> list[Generation]:
         """Continue every row; one request a row, so that each has its own seed and limit."""
-        from rex_rag.generation import Generation
-
         # A server that cuts a stop string off without a word must not be given one that nothing brings back.
         sent = stop_strings if self._receives_ids else tuple(stop for stop in stop_strings if _opening(stop))
         bodies = []
@@ -277,7 +275,7 @@ class EndpointModel:
             room = max_new_tokens if self.max_length is None else self.max_length - len(prompt)
             bodies.append(self._body(prompt, max(1, min(max_new_tokens, room)), sent, row))
         choices = self.client.complete_all(bodies)
-        return [Generation(self._ids(choice, stop_strings)) for choice in choices]
+        return [self._generation(choice, stop_strings) for choice in choices]
 
     def close(self) -> None:
         self.client.close()
@@ -354,16 +352,19 @@ class EndpointModel:
             return text[len(bos) :]
         return text
 
-    def _ids(self, choice: dict[str, Any], stop_strings: tuple[str, ...]) -> list[int]:
+    def _generation(self, choice: dict[str, Any], stop_strings: tuple[str, ...]) -> Generation:
+        from rex_rag.generation import Generation
+
         if self._receives_ids and choice.get("token_ids"):
-            return list(choice["token_ids"])
+            return Generation(list(choice["token_ids"]))
         text = choice["text"]
         if choice.get("finish_reason") == "stop":
             text += missing_stop(text, stop_strings, choice.get("stop_reason", choice.get("matched_stop")))
         ends = [text.index(stop) + len(stop) for stop in stop_strings if stop in text]
         text = text[: min(ends, default=len(text))]
-        ids = self._encode(text)
-        return ids or [self.tokenizer.eos_token_id or 0]
+        ids = self._encode(text) or [self.tokenizer.eos_token_id or 0]
+        # Encoded again, a text need not have as many tokens as the server counted.
+        return Generation(ids, is_cut=choice.get("finish_reason") == "length" and not ends)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

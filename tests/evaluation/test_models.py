@@ -453,14 +453,17 @@ def test_methods_whose_turns_end_at_other_strings_work_where_the_server_cuts_the
     """A server as OpenAI describes it: text alone, without the stop string that ended it."""
 
     def completion(text: str) -> tuple[int, dict[str, str], str]:
+        reason = "length" if text.endswith("…") else "stop"  # of fewer tokens than were asked for, as it may look here
+        text = text.removesuffix("…")
         for stop in server.bodies[-1].get("stop", ()):
             text = text.split(stop)[0]
-        choice = {"text": text, "finish_reason": "stop"}
+        choice = {"text": text, "finish_reason": reason}
         return 200, {}, json.dumps({"choices": [choice], "usage": {"prompt_tokens": 1}})
 
     turns = {
         "search_o1": [
-            "I ask. <|begin_search_query|> owl <|end_search_query|> and then",
+            "I ask myself …",
+            "where. <|begin_search_query|> owl <|end_search_query|> and then",
             "**Final Information** in the oak",
             "\\boxed{oak}",
         ],
@@ -478,4 +481,5 @@ def test_methods_whose_turns_end_at_other_strings_work_where_the_server_cuts_the
             [trajectory] = make_method(name).run([Question("0", "where is the owl", ("oak",))], toolbox)
             assert [call.query for call in trajectory.searches] == asked[name]
             assert trajectory.answer == "oak"
+            assert dict(trajectory.truncations) == ({"turn": 1} if name == "search_o1" else {})
         served.close()

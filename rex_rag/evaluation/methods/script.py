@@ -177,9 +177,10 @@ class _Driver:
             segment = Segment(SegmentKind.POLICY, ids, self._tools.decode(ids), logprobs)
             seat.trajectory.segments.append(segment)
             seat.trajectory.turns += 1
-            seat.resume(self._written(seat, segment, limit, stop))
+            is_cut = bool(generation.is_cut) or len(ids) >= limit
+            seat.resume(self._written(seat, segment, limit, is_cut, stop))
 
-    def _written(self, seat: _Seat, segment: Segment, limit: int, stop: tuple[str, ...]) -> Written:
+    def _written(self, seat: _Seat, segment: Segment, limit: int, is_cut: bool, stop: tuple[str, ...]) -> Written:
         kept = next((place for place, token in enumerate(segment.ids) if token in self._end_ids), len(segment.ids))
         while kept and segment.ids[kept - 1] in self._control_ids:
             kept -= 1
@@ -187,7 +188,7 @@ class _Driver:
         text = self._tools.decode(segment.ids[:kept]) if has_end_token else segment.text
         # A backend may leave the end token out; a row that stopped early for no other reason ended.
         stopped = any(string in text for string in stop)
-        ended = has_end_token or (len(segment.ids) < limit and not stopped)
+        ended = has_end_token or not (is_cut or stopped)
         truncation = None
         if not ended and not stopped:
             cut_by_turn = limit in (seat.wants.limit, self._budget.max_turn_tokens)
