@@ -57,6 +57,7 @@ def index(words: Sequence[str]) -> None:
 
 def serve(words: Sequence[str]) -> None:
     """Answer searches over HTTP until told to stop."""
+    from rex_rag.retrieval.identity import retriever_identity
     from rex_rag.retrieval.load import RetrieverArguments, load_retriever
     from rex_rag.retrieval.server.options import ServerOptions
 
@@ -75,7 +76,7 @@ def serve(words: Sequence[str]) -> None:
     from rex_rag.retrieval.server.app import serve as run
 
     logging.getLogger("rex_rag").setLevel(logging.INFO)
-    run(lambda: load_retriever(retrieval), options)
+    run(lambda: load_retriever(retrieval), options, lambda: retriever_identity(retrieval))
 
 
 def _add_serve_switches(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rex_rag import __version__, answers
 from rex_rag.evaluation import choices
 from rex_rag.evaluation.records import RUN_FILE
+from rex_rag.retrieval.identity import retriever_identity
 
 if TYPE_CHECKING:
     from rex_rag.evaluation.benchmarks import Benchmark
@@ -31,8 +32,6 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "bm25s", "faiss-cp
 # Limits that mean nothing to a method that never searches.
 _SEARCH_LIMITS = ("max_turns", "max_observation_tokens", "top_k")
 _COMPARED_DECODING = ("temperature", "top_p", "samples")
-_BLOCK_BYTES = 1 << 24
-_HEALTH_SECONDS = 10.0
 
 
 def protocol_card(
@@ -79,28 +78,14 @@ def protocol_card(
 def describe_retriever(arguments: RetrieverArguments, description: str) -> dict[str, Any]:
     """What the card says of a retriever: its kind, what it searches, and the settings that change what it finds.
 
-    fingerprint: hash of the corpus files (bm25 in this process), the fingerprint of the index's manifest, or `None`
-    where a server or an online engine does not let one look. Servers are told apart by what they say they search.
+    fingerprint: see `retriever_identity`; `None` where a server or an online engine tells none. With it, a retriever
+    is the same wherever it runs; without, servers are told apart by what they say they search.
     """
-    said: dict[str, Any] = {"kind": arguments.kind, "description": description, "fingerprint": None}
-    if arguments.kind == "bm25":
-        said["fingerprint"] = _files_hash(arguments.corpus)
-    elif arguments.kind == "index":
-        from rex_rag.retrieval.index.manifest import Manifest
-
-        manifest = Manifest.read(arguments.retriever[0])
-        said["fingerprint"] = manifest.fingerprint
-        said["corpus_sha256"] = manifest.corpus_sha256
-    elif arguments.kind == "remote":
-        said["description"] = _ask_server(arguments.retriever[0]) or "a server that does not say what it searches"
-    settings = {
-        "nprobe": arguments.retriever_nprobe,
-        "ef_search": arguments.retriever_ef_search,
-        "rerank_model": arguments.rerank_model,
-        "rerank_candidates": arguments.rerank_candidates if arguments.rerank_model else None,
-        "engine": None if arguments.retriever_engine == "auto" else arguments.retriever_engine,
-    }
-    return {**said, **{name: value for name, value in settings.items() if value is not None}}
+    identity = retriever_identity(arguments)
+    served = identity.pop("served", None)
+    if arguments.kind == "remote":
+        description = served or "a server that does not say what it searches"
+    return {"kind": arguments.kind, "description": description, "fingerprint": None, **identity}
 
 
 def comparable(
@@ -155,8 +140,8 @@ def _benchmark_row(benchmark: Benchmark) -> dict[str, Any]:
 
 
 def _counts(name: str, card: Mapping[str, Any]) -> bool:
-    """Whether a field identifies anything; names of files do not where a hash says what is in them."""
-    if name == "retriever.description":
+    """Whether a field identifies anything: file names, and who searches, do not where a hash says what is there."""
+    if name in ("retriever.kind", "retriever.description"):
         return (card["retriever"] or {}).get("fingerprint") is None
     return name != "benchmark_order" and not (name.startswith("benchmarks.") and name.endswith(".source"))
 
@@ -238,27 +223,6 @@ def _difference(name: str, first: Any, second: Any) -> str:
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= 80 else text[:80] + "…"
-
-
-def _files_hash(paths: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with Path(path).open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _ask_server(url: str) -> str | None:
-    """What a retrieval server says it searches; only ours has such an answer."""
-    import httpx
-
-    try:
-        answer = httpx.get(httpx.URL(url.rstrip("/").removesuffix("/retrieve") + "/health"), timeout=_HEALTH_SECONDS)
-        said = answer.json()
-        return f"{said['retriever']}, {said['passages']} passages"
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):
-        return None
 
 
 def _versions(with_vllm: bool) -> dict[str, str]:

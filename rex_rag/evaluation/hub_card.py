@@ -73,6 +73,7 @@ def _results(run: FinishedRun) -> Iterator[CardResult]:
                     WEIGHTS: card["model"].get("weights_sha256"),
                     "questions_sha256": row["sha256"],
                     "retriever": (card["retriever"] or {}).get("description"),
+                    "corpus_sha256": (card["retriever"] or {}).get("corpus_sha256"),
                     "top_k": card["budget"]["top_k"] if card["retriever"] else None,
                     "temperature": card["decoding"]["temperature"],
                 },

@@ -7,12 +7,14 @@ attempt may be spared, and `Refusal`, which the same request would meet again at
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 import httpx
 
@@ -153,6 +155,17 @@ class Endpoint:
         if status >= 500 or status in _PASSING_STATUSES:
             said = f"not ready: HTTP {status} {response.reason_phrase} from {HEALTH_PATH}"
             raise PassingTrouble(said, away=True, retry_after=_retry_after(response))
+
+    def health(self) -> dict[str, Any]:
+        """What the server says of itself; empty for one that is away or says nothing that can be read."""
+        timeout = min(MAX_CONNECT_SECONDS, self._timeout)
+        deadline = time.monotonic() + timeout
+        try:
+            with self._client() as client, client.stream("GET", self._health_url, timeout=timeout) as response:
+                said = json.loads(self._read(response, deadline))
+        except (httpx.HTTPError, Trouble, ValueError, RecursionError):
+            return {}
+        return said if isinstance(said, dict) else {}
 
     def _post(self, content: bytes) -> tuple[httpx.Response, bytes]:
         deadline = time.monotonic() + self._timeout

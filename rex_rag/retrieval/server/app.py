@@ -14,8 +14,9 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from time import perf_counter
+from typing import Any
 
 from rex_rag.data.jsonl import shorten
 from rex_rag.retrieval.base import RetrievalError, Retriever
@@ -86,6 +87,9 @@ class Health(BaseModel):
     status: str = Field(description="`ready` or `loading`.")
     retriever: str | None = Field(None, description="What is searched.")
     passages: int | None = Field(None, description="Passages in the index, where the engine knows.")
+    identity: dict[str, str | int | float] | None = Field(
+        None, description="Fingerprint of the index, hash of the corpus, and the settings that change what is found."
+    )
 
 
 class Problem(BaseModel):
@@ -105,6 +109,7 @@ def create_app(
     load: Callable[[], Retriever],
     options: ServerOptions | None = None,
     on_load_failure: Callable[[BaseException], None] | None = None,
+    identify: Callable[[], Mapping[str, Any]] | None = None,
 ) -> FastAPI:
     """Build the application; `load` runs in a thread of its own once the server has started.
 
@@ -113,8 +118,9 @@ def create_app(
         options: limits and batching; `host` and `port` matter to `serve` alone.
         on_load_failure: called on the event loop when `load` raises; by default the error is logged and the process
             gets SIGTERM, since a server that will never be ready should not go on.
+        identify: says once, after `load`, what the retriever is known by; /health tells it.
     """
-    service = _Service(load, options or ServerOptions(), on_load_failure or _terminate)
+    service = _Service(load, options or ServerOptions(), on_load_failure or _terminate, identify or dict)
     app = FastAPI(
         title="rex-rag retrieval server",
         description="Passages for queries, in the Search-R1 wire format.",
@@ -150,8 +156,15 @@ def create_app(
     return app
 
 
-def serve(load: Callable[[], Retriever], options: ServerOptions | None = None) -> None:
+def serve(
+    load: Callable[[], Retriever],
+    options: ServerOptions | None = None,
+    identify: Callable[[], Mapping[str, Any]] | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT, then finish what was accepted; a second signal ends the process at once.
+
+    Args:
+        identify: see `create_app`.
 
     Raises:
         RetrievalError: when the address cannot be bound.
@@ -171,7 +184,7 @@ def serve(load: Callable[[], Retriever], options: ServerOptions | None = None) -
         gc.freeze()
         return retriever
 
-    app = create_app(load_for_good, options, on_load_failure=stop)
+    app = create_app(load_for_good, options, stop, identify)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, lifespan="on"
     )
@@ -195,9 +208,15 @@ class _Service:
     """The state of one application."""
 
     def __init__(
-        self, load: Callable[[], Retriever], options: ServerOptions, on_load_failure: Callable[[BaseException], None]
+        self,
+        load: Callable[[], Retriever],
+        options: ServerOptions,
+        on_load_failure: Callable[[BaseException], None],
+        identify: Callable[[], Mapping[str, Any]],
     ) -> None:
         self._load = load
+        self._identify = identify
+        self._identity: dict[str, Any] = {}
         self._options = options
         self._on_load_failure = on_load_failure
         self._metrics = ServerMetrics()
@@ -219,6 +238,7 @@ class _Service:
             if isinstance(retriever, IndexedRetriever):
                 # The first search of an index reads its pages and compiles what compiles: not at a client's cost.
                 retriever.check()
+            self._identity = dict(self._identify())
         except BaseException as error:
             then, argument = self._on_load_failure, error
         else:
@@ -246,7 +266,8 @@ class _Service:
         if self._retriever is None:
             return JSONResponse({"status": "loading"}, 503, {"Retry-After": str(LOADING_RETRY_SECONDS)})
         passages = len(self._retriever) if hasattr(self._retriever, "__len__") else None
-        return JSONResponse({"status": "ready", "retriever": self._retriever.description, "passages": passages})
+        said = {"status": "ready", "retriever": self._retriever.description, "passages": passages}
+        return JSONResponse({**said, "identity": self._identity} if self._identity else said)
 
     async def show_metrics(self) -> Response:
         body, content_type = self._metrics.render()
