@@ -6,15 +6,16 @@ import argparse
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rex_rag.commands.sections import parse_section
 
 if TYPE_CHECKING:
     from rex_rag.evaluation.arguments import EvaluationArguments, SearchArguments
     from rex_rag.evaluation.benchmarks import Benchmark
-    from rex_rag.evaluation.models import LanguageModel
+    from rex_rag.evaluation.models import LanguageModel, ModelOptions
     from rex_rag.evaluation.run import Shard
     from rex_rag.evaluation.scores import BenchmarkScores
 
@@ -75,7 +76,7 @@ def run_evaluation(
     from rex_rag.evaluation.card import describe_retriever, protocol_card
     from rex_rag.evaluation.methods import make_method
     from rex_rag.evaluation.models import open_model
-    from rex_rag.evaluation.run import EvaluationRun, score_run
+    from rex_rag.evaluation.run import EvaluationRun, is_finished
     from rex_rag.retrieval.load import load_retriever
 
     method = make_method(arguments.method, arguments.prompt_text())
@@ -84,7 +85,26 @@ def run_evaluation(
             f"the method {method.name} searches, but no retriever is named; set retriever (an index directory, a "
             "server's URL) or corpus (JSON lines files, searched with BM25)"
         )
+    is_first = shard.index == 0
     benchmarks = load_benchmarks(arguments)
+    output = Path(arguments.output)
+    make_card = partial(
+        protocol_card,
+        method=method,
+        benchmarks=benchmarks,
+        budget=arguments.budget(),
+        temperature=arguments.temperature,
+        samples=arguments.samples,
+        seed=arguments.seed,
+        chunk_size=arguments.batch_size,
+    )
+    # What would be refused, and what is finished, needs no model: loading one may take minutes.
+    found = _card_there(output, arguments.model_options(process), search, make_card)
+    if found is not None and is_finished(output, found):
+        if shard.helps and not is_first:
+            return None
+        say(f"{output} holds this run, finished: all {sum(map(len, benchmarks)):,} questions were answered before")
+        return _scored(output, found, say)
     # The model first: vLLM's CPU build cannot start once bm25s is loaded.
     model = open_model(arguments.model_options(process))
     _check_length(model, arguments)
@@ -93,19 +113,9 @@ def run_evaluation(
         retriever = load_retriever(search)
         retriever.check()
         description = describe_retriever(search, retriever.description)
-    card = protocol_card(
-        method=method,
-        model=model.describe(),
-        benchmarks=benchmarks,
-        retriever=description,
-        budget=arguments.budget(),
-        temperature=arguments.temperature,
-        samples=arguments.samples,
-        seed=arguments.seed,
-        chunk_size=arguments.batch_size,
-    )
+    card = make_card(model=model.describe(), retriever=description)
     run = EvaluationRun(
-        Path(arguments.output),
+        output,
         card,
         benchmarks,
         method,
@@ -116,7 +126,6 @@ def run_evaluation(
         chunk_size=arguments.batch_size,
         patience=60 * arguments.wait_minutes,
     )
-    is_first = shard.index == 0
     if is_first:
         questions = sum(map(len, benchmarks))
         sets = f"{len(benchmarks)} benchmark{'s' if len(benchmarks) > 1 else ''}"
@@ -130,9 +139,55 @@ def run_evaluation(
         return None
     if shard.helps and not is_first:
         return None
-    scores = score_run(arguments.output, card)
+    return _scored(output, card, say)
+
+
+def _card_there(
+    output: Path, options: ModelOptions, search: SearchArguments, make_card: Callable[..., dict[str, Any]]
+) -> dict[str, Any] | None:
+    """The card of a run that is there already, held against as much of this one's as is known without its model.
+
+    Raises:
+        RunError: for another run's.
+    """
+    from rex_rag.evaluation.card import describe_retriever, read_card
+    from rex_rag.evaluation.records import RUN_FILE
+    from rex_rag.evaluation.run import check_same_run
+
+    if not (output / RUN_FILE).is_file():
+        return None
+    found = read_card(output)
+    card = make_card(model={**found["model"], **_known_identity(options)}, retriever=found["retriever"])
+    if found["retriever"] is not None and card["method"]["uses_retriever"]:
+        said = describe_retriever(search, found["retriever"]["description"])
+        # A server that is away now says nothing, and a finished run does not need it.
+        if said["fingerprint"] is not None or said["kind"] != "remote":
+            card["retriever"] = said
+    check_same_run(output, card)
+    return found
+
+
+def _known_identity(options: ModelOptions) -> dict[str, Any]:
+    """What the card will say of a model, as far as its folder, its name and its tokenizer tell."""
+    from rex_rag.evaluation.models import ENDPOINT, load_tokenizer, model_identity, tokenizer_sha256
+
+    known = {"backend": options.backend, "tokenizer_sha256": tokenizer_sha256(load_tokenizer(options))}
+    if options.backend == ENDPOINT:
+        return {**known, "name": options.name}
+    known |= model_identity(options.name, options.revision)
+    if options.dtype != "auto":
+        known["dtype"] = options.dtype
+    if options.device is not None:
+        known["device"] = options.device.partition(":")[0]
+    return known
+
+
+def _scored(output: Path, card: Mapping[str, Any], say: Callable[[str], object]) -> dict[str, BenchmarkScores]:
+    from rex_rag.evaluation.run import score_run
+
+    scores = score_run(output, card)
     say(score_table(scores))
-    say(f"results: {arguments.output}")
+    say(f"results: {output}")
     return scores
 
 

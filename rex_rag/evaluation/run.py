@@ -303,16 +303,25 @@ def prepare_directory(output: Path, card: Mapping[str, Any]) -> None:
         time.sleep(POLL_SECONDS / 10)
 
 
+def check_same_run(output: Path, card: Mapping[str, Any]) -> None:
+    """Raise a `RunError` if the card in a run's directory is not this one; it names every field that differs."""
+    wrong = differences(read_card(output), json.loads(json.dumps(card)))
+    if wrong:
+        raise RunError(
+            f"{output} holds another run, which is not overwritten; there against here: {'; '.join(wrong)}. Name "
+            "another output, or remove that directory"
+        )
+
+
+def is_finished(output: Path, card: Mapping[str, Any]) -> bool:
+    """Whether a run's directory holds predictions for all benchmarks of its card."""
+    return all((output / name / PREDICTIONS_FILE).is_file() for name in card["benchmark_order"])
+
+
 def _write_or_check_card(output: Path, card: Mapping[str, Any]) -> None:
     path = output / RUN_FILE
     if path.is_file():
-        found = read_card(output)
-        wrong = differences(found, json.loads(json.dumps(card)))
-        if wrong:
-            raise RunError(
-                f"{output} holds another run, which is not overwritten; there against here: {'; '.join(wrong)}. Name "
-                "another output, or remove that directory"
-            )
+        check_same_run(output, card)
         return
     foreign = sorted(
         entry.name for entry in output.iterdir() if not entry.name.startswith((LOCK_FILE, f".{RUN_FILE}"))

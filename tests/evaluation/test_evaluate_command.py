@@ -11,11 +11,15 @@ import yaml
 
 from rex_rag.commands.evaluate import evaluate, launched_shard
 from rex_rag.commands.sections import parse_section
+from rex_rag.evaluation import models
 from rex_rag.evaluation.arguments import EvaluationArguments, SearchArguments
 from rex_rag.evaluation.benchmarks import FLASHRAG_SETS
 from rex_rag.evaluation.methods import METHODS
 from rex_rag.evaluation.run import RunError, Shard
+from rex_rag.retrieval.identity import retriever_identity
+from rex_rag.retrieval.load import RetrieverArguments, load_retriever
 from tests.evaluation.tiny_run import ROOT, make_tiny_world
+from tests.retrieval.running import Running
 
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes" / "evaluation").glob("*.yaml"))
 ENOUGH = {"model": "m", "benchmarks": ["nq"], "output": "runs/a"}
@@ -130,7 +134,7 @@ def test_the_papers_recipe_asks_all_51713_questions():
     assert arguments.subset is None and arguments.temperature == 0.0
 
 
-def test_a_whole_run_from_the_command_line(world, tmp_path, capsys):
+def test_a_whole_run_from_the_command_line(world, tmp_path, capsys, monkeypatch):
     words = world.words(tmp_path / "run", subset=12, batch_size=5)
     evaluate(words)
     printed = capsys.readouterr().out
@@ -143,10 +147,44 @@ def test_a_whole_run_from_the_command_line(world, tmp_path, capsys):
     assert card["benchmarks"]["world"]["subset"].startswith("12 of 40 questions, seed 0")
     assert str(tmp_path) not in json.dumps(card)
     before = (tmp_path / "run" / "world" / "predictions.jsonl").read_bytes()
-    evaluate(words)  # finished: nothing is run again
+    # Finished, or another run: both are said without a model.
+    monkeypatch.setattr(models, "open_model", lambda options: pytest.fail("a model is loaded"))
+    evaluate(words)
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'run'} holds this run, finished: all 12 questions were answered before" in printed
+    assert re.search(r"^world +12 +\d+\.\d", printed, re.MULTILINE)
     assert (tmp_path / "run" / "world" / "predictions.jsonl").read_bytes() == before
+    for name, value, named in (
+        ("dtype", "bfloat16", "model.dtype: float32 against bfloat16"),
+        ("temperature", "0.5", "decoding.temperature"),
+        ("method", "search_r1", "method.name: rex_rag against search_r1"),
+        ("corpus", world.questions.with_name("other.jsonl"), "retriever.fingerprint"),
+    ):
+        if name == "corpus":
+            value.write_text('{"id": "0", "title": "Fox", "text": "red"}\n')
+        with pytest.raises(RunError, match=named):
+            evaluate(world.words(tmp_path / "run", **{"subset": 12, "batch_size": 5, name: value}))
     with pytest.raises(RunError, match=r"another run.*benchmarks\.world\.questions: 12 against 10"):
         evaluate(world.words(tmp_path / "run", subset=10, batch_size=5))
+
+
+def test_a_finished_run_does_not_need_its_server_again(world, tmp_path, capsys):
+    arguments = RetrieverArguments(corpus=[str(world.corpus)])
+    server = Running(lambda: load_retriever(arguments), identify=lambda: retriever_identity(arguments)).ready()
+    words = world.words(tmp_path / "run", subset=2)
+    place = words.index("--corpus")
+    words[place : place + 2] = ["--retriever", server.url]
+    try:
+        evaluate(words)
+    finally:
+        server.stop()
+    card = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert card["retriever"]["fingerprint"] == retriever_identity(arguments)["fingerprint"]
+    assert server.url not in json.dumps(card)
+    evaluate(words)
+    assert "holds this run, finished" in capsys.readouterr().out
+    # The same corpus searched in this process finds the same.
+    evaluate(world.words(tmp_path / "run", subset=2))
 
 
 def test_shards_from_the_command_line_merge_with_the_last(world, tmp_path, capsys):
