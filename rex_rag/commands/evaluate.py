@@ -86,7 +86,7 @@ def run_evaluation(
             "server's URL) or corpus (JSON lines files, searched with BM25)"
         )
     is_first = shard.index == 0
-    benchmarks = load_benchmarks(arguments)
+    benchmarks = load_benchmarks(arguments, say if is_first else lambda line: None)
     output = Path(arguments.output)
     make_card = partial(
         protocol_card,
@@ -191,8 +191,10 @@ def _scored(output: Path, card: Mapping[str, Any], say: Callable[[str], object])
     return scores
 
 
-def load_benchmarks(arguments: EvaluationArguments) -> list[Benchmark]:
-    """The benchmarks that the arguments name, cut to the subset asked for.
+def load_benchmarks(
+    arguments: EvaluationArguments, say: Callable[[str], object] = lambda line: None
+) -> list[Benchmark]:
+    """The benchmarks that the arguments name, cut to the subset asked for; those that are smaller are told.
 
     Raises:
         BenchmarkError: for one that cannot be loaded.
@@ -202,6 +204,9 @@ def load_benchmarks(arguments: EvaluationArguments) -> list[Benchmark]:
 
     benchmarks = [load_benchmark(entry, revision=arguments.benchmark_revision) for entry in arguments.benchmarks]
     if arguments.subset is not None:
+        small = [f"all {len(one):,} questions of {one.name}" for one in benchmarks if len(one) < arguments.subset]
+        if small:
+            say(f"subset={arguments.subset}: {', '.join(small)}, which {'has' if len(small) == 1 else 'have'} no more")
         benchmarks = [subset(benchmark, arguments.subset, arguments.subset_seed) for benchmark in benchmarks]
     names = [benchmark.name for benchmark in benchmarks]
     repeated = sorted({name for name in names if names.count(name) > 1})

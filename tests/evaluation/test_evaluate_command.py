@@ -187,6 +187,12 @@ def test_a_finished_run_does_not_need_its_server_again(world, tmp_path, capsys):
     evaluate(world.words(tmp_path / "run", subset=2))
 
 
+def test_a_set_smaller_than_the_subset_is_said_in_one_line(world, tmp_path, capsys):
+    evaluate(world.words(tmp_path / "run", subset=100, method="direct"))
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("subset")]
+    assert line == "subset=100: all 40 questions of world, which has no more"
+
+
 def test_shards_from_the_command_line_merge_with_the_last(world, tmp_path, capsys):
     words = world.words(tmp_path / "run", subset=12, batch_size=5)
     evaluate([*words, "--shard", "1/2"])
