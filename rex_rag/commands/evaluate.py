@@ -104,7 +104,7 @@ def run_evaluation(
         if shard.helps and not is_first:
             return None
         say(f"{output} holds this run, finished: all {sum(map(len, benchmarks)):,} questions were answered before")
-        return _scored(output, found, say)
+        return _scored(output, found, arguments, say)
     # The model first: vLLM's CPU build cannot start once bm25s is loaded.
     model = open_model(arguments.model_options(process))
     _check_length(model, arguments)
@@ -139,7 +139,7 @@ def run_evaluation(
         return None
     if shard.helps and not is_first:
         return None
-    return _scored(output, card, say)
+    return _scored(output, card, arguments, say)
 
 
 def _card_there(
@@ -182,9 +182,17 @@ def _known_identity(options: ModelOptions) -> dict[str, Any]:
     return known
 
 
-def _scored(output: Path, card: Mapping[str, Any], say: Callable[[str], object]) -> dict[str, BenchmarkScores]:
+def _scored(
+    output: Path, card: Mapping[str, Any], arguments: EvaluationArguments, say: Callable[[str], object]
+) -> dict[str, BenchmarkScores]:
+    from rex_rag.evaluation.judge import judge_run
     from rex_rag.evaluation.run import score_run
 
+    judge = arguments.judge_options()
+    if judge is not None:
+        unread = judge_run(output, card["benchmark_order"], judge)
+        if unread:
+            say(f"{unread:,} verdicts of {judge.model} say neither correct nor incorrect; they count as incorrect")
     scores = score_run(output, card)
     say(score_table(scores))
     say(f"results: {output}")
@@ -218,9 +226,12 @@ def load_benchmarks(
 def score_table(scores: Mapping[str, BenchmarkScores]) -> str:
     """Scores as a table for the terminal; the main metric in per cent with its 95 % interval."""
     head = ["benchmark", "n", "EM/accuracy", "95 %", "F1", "searches", "tokens", "unanswered", "seconds"]
+    judged = any("judge" in one.metrics for one in scores.values())
+    if judged:
+        head.insert(5, "judged")
     rows = [head]
     for name, one in scores.items():
-        f1 = one.metrics.get("f1")
+        f1, judge = one.metrics.get("f1"), one.metrics.get("judge")
         rows.append(
             [
                 name,
@@ -228,6 +239,7 @@ def score_table(scores: Mapping[str, BenchmarkScores]) -> str:
                 f"{100 * one.main.mean:.1f}",
                 f"{100 * one.main.low:.1f} to {100 * one.main.high:.1f}",
                 f"{100 * f1.mean:.1f}" if f1 else "",
+                *([f"{100 * judge.mean:.1f}" if judge else ""] if judged else []),
                 f"{one.searches:.2f}",
                 f"{one.tokens:.0f}",
                 f"{100 * one.unanswered:.1f} %",

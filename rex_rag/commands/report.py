@@ -26,8 +26,8 @@ def add_report(commands: argparse._SubParsersAction) -> None:
         type=_names,
         default=[],
         metavar="NAME,…",
-        help="more columns: f1, sub_match, pass_at_k, majority, searches, tokens, seconds, invalid, truncations, "
-        "unanswered",
+        help="more columns: f1, sub_match, judge, pass_at_k, majority, searches, tokens, seconds, invalid, "
+        "truncations, unanswered",
     )
     parser.add_argument(
         "--published",
@@ -85,7 +85,7 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("b", metavar="B", help="directory of the second run")
     parser.add_argument(
         "--metric",
-        choices=("main", "f1", "sub_match"),
+        choices=("main", "f1", "sub_match", "judge"),
         default="main",
         help="main: exact match, or accuracy for multiple choice (default: %(default)s)",
     )

@@ -109,6 +109,17 @@ class EvaluationArguments:
     max_sequence_length: int = field(
         default=_BUDGET.max_sequence_length, metadata={"help": "Prompt and completion in all, in tokens."}
     )
+    judge_endpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Base URL of an OpenAI-compatible server with the model that judges the answers to open questions "
+            "once all are there; a metric beside exact match. A finished run may be judged later."
+        },
+    )
+    judge_model: str | None = field(default=None, metadata={"help": "The name that the judge is served under."})
+    judge_key_variable: str = field(
+        default=DEFAULT_KEY_VARIABLE, metadata={"help": "Environment variable that holds the judge's key."}
+    )
     wait_minutes: float = field(
         default=60.0,
         metadata={"help": "How long to wait for other processes while none of them finishes a batch."},
@@ -169,6 +180,19 @@ class EvaluationArguments:
             process=process,
         )
 
+    def judge_options(self) -> EndpointOptions | None:
+        """Who judges, `None` if nobody; patience and concurrency are those of `endpoint_*`."""
+        if self.judge_endpoint is None:
+            return None
+        return EndpointOptions(
+            url=self.judge_endpoint,
+            model=self.judge_model,
+            timeout=self.endpoint_timeout,
+            attempts=self.endpoint_attempts,
+            concurrency=self.endpoint_concurrency,
+            key_variable=self.judge_key_variable,
+        )
+
     def prompt_text(self) -> str | None:
         """The text of `prompt_template`, `None` for the method's own."""
         return None if self.prompt_template is None else Path(self.prompt_template).read_text(encoding="utf-8")
@@ -217,9 +241,14 @@ class EvaluationArguments:
             yield "backend='endpoint' needs endpoint, the server's base URL, for example http://127.0.0.1:8001/v1"
         if self.endpoint and self.chosen_backend != ENDPOINT:
             yield f"endpoint={self.endpoint!r} and backend={self.backend!r} do not go together; leave one of them out"
-        if self.endpoint:
+        if bool(self.judge_endpoint) != bool(self.judge_model):
+            yield (
+                f"judge_endpoint={self.judge_endpoint!r} and judge_model={self.judge_model!r} belong together; name "
+                "both or neither"
+            )
+        for url in filter(None, (self.endpoint, self.judge_endpoint)):
             try:
-                check_endpoint_url(self.endpoint)
+                check_endpoint_url(url)
             except ValueError as error:
                 yield str(error)
         if self.tensor_parallel_size != 1 and self.chosen_backend != VLLM:

@@ -13,14 +13,14 @@ from typing import Any
 
 from rex_rag.evaluation.bootstrap import RESAMPLES
 from rex_rag.evaluation.card import comparable
-from rex_rag.evaluation.finished import FinishedRun
+from rex_rag.evaluation.finished import FinishedRun, unlike_judges
 from rex_rag.evaluation.paired import Paired, compare_scores
 from rex_rag.evaluation.published import label, ordered
 from rex_rag.evaluation.scores import main_metric, read_predictions
 from rex_rag.tables import markdown_table, markdown_text, one_line
 
 MAIN = "main"
-METRICS = (MAIN, "f1", "sub_match")
+METRICS = (MAIN, "f1", "sub_match", "judge")
 _IDS_SHOWN = 10
 
 
@@ -66,7 +66,7 @@ def compare_runs(
     """Pair two runs.
 
     Args:
-        metric: `main` (exact match, or accuracy for multiple choice), `f1` or `sub_match`.
+        metric: `main` (exact match, or accuracy for multiple choice), `f1`, `sub_match` or `judge`.
         benchmarks: the sets to compare; default, all of both runs, which then must be the same.
         mark: say what keeps the runs from being compared instead of refusing them; their questions must be the same.
 
@@ -78,7 +78,7 @@ def compare_runs(
     names = _shared_sets(a, b, benchmarks)
     for name in names:
         _check_pairs(a, b, name)
-    obstacles = comparable(a.card, b.card, names)
+    obstacles = comparable(a.card, b.card, names) + (unlike_judges(a, b) if metric == "judge" else [])
     if obstacles and not mark:
         raise ValueError(
             f"{a.path} and {b.path} were made under different protocols: {'; '.join(obstacles)}. Evaluate one of them "
@@ -155,9 +155,12 @@ def as_markdown(comparison: Comparison, ids_shown: int = _IDS_SHOWN) -> str:
     if len(rows) > 1:
         rows.append(_line("all", comparison.overall))
     head = ("set", "n", "A", "B", "B − A", "p", "only A", "only B", "both", "neither")
-    what = {MAIN: "exact match (accuracy for multiple choice)", "f1": "F1", "sub_match": "sub-match"}[
-        comparison.metric
-    ]
+    what = {
+        MAIN: "exact match (accuracy for multiple choice)",
+        "f1": "F1",
+        "sub_match": "sub-match",
+        "judge": markdown_text(f"judged right by {(a.judge or {}).get('model')}"),
+    }[comparison.metric]
     remark = (
         f"Per cent {what}; in brackets the 95 % interval of the paired bootstrap over questions. p: exact two-sided "
         "sign test (McNemar) over the questions that one run alone gets right, or gets more right. all: means over "

@@ -16,6 +16,7 @@ from typing import Any
 from rex_rag.evaluation.benchmarks import Benchmark
 from rex_rag.evaluation.bootstrap import RESAMPLES, Estimate
 from rex_rag.evaluation.card import read_card, scorer_row, shared_protocol
+from rex_rag.evaluation.judge import judge_of, read_judge
 from rex_rag.evaluation.records import PREDICTIONS_FILE, RUN_FILE, Prediction, Question
 from rex_rag.evaluation.scores import BenchmarkScores, macro_scores, read_predictions, read_seconds, score_benchmark
 
@@ -30,7 +31,8 @@ class FinishedRun:
 
     card: as it was written, but with the scorer that scored the predictions here. benchmarks: set -> its row of the
     card (`Benchmark.as_row`), in the card's order. scores: of the sets that are whole; a part of a set says little of
-    the rest. missing: set -> questions without a prediction, of the other sets.
+    the rest. missing: set -> questions without a prediction, of the other sets. judge: who judged the answers, if
+    anybody did.
     """
 
     path: Path
@@ -38,6 +40,7 @@ class FinishedRun:
     benchmarks: dict[str, dict[str, Any]]
     scores: dict[str, BenchmarkScores]
     missing: dict[str, int]
+    judge: dict[str, Any] | None = None
 
     @property
     def method(self) -> str:
@@ -112,8 +115,23 @@ def read_run(path: str | Path, *, resamples: int = RESAMPLES, seed: int = 0) -> 
                 f"{folder / PREDICTIONS_FILE} holds {len(predictions):,} predictions that are not those of the "
                 f"{row['questions']:,} questions in {path / RUN_FILE}; evaluate into a new directory"
             )
-        scores[name] = score_benchmark(predictions, seconds=read_seconds(folder), resamples=resamples, seed=seed)
-    return FinishedRun(path, card, card["benchmarks"], scores, missing)
+        scores[name] = score_benchmark(
+            predictions,
+            seconds=read_seconds(folder),
+            resamples=resamples,
+            seed=seed,
+            judge=read_judge(path, name, predictions),
+        )
+    return FinishedRun(path, card, card["benchmarks"], scores, missing, judge_of(path))
+
+
+def unlike_judges(first: FinishedRun, second: FinishedRun) -> list[str]:
+    """What keeps the judged scores of two runs from being compared; empty where nothing does."""
+    judges = [run.judge for run in (first, second)]
+    if None in judges or judges[0] == judges[1]:
+        return []
+    names = [f"{judge['model']} (prompt {judge['prompt_sha256'][:12]})" for judge in judges]
+    return [f"judge: {names[0]} against {names[1]}"]
 
 
 def _finished_questions(folder: Path) -> int:

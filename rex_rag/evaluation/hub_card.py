@@ -10,7 +10,7 @@ from rex_rag.evaluation.benchmarks import FLASHRAG_REPOSITORY, FLASHRAG_SETS
 from rex_rag.evaluation.bootstrap import Estimate
 from rex_rag.evaluation.finished import FinishedRun
 from rex_rag.evaluation.published import label
-from rex_rag.evaluation.scores import ACCURACY, EXACT_MATCH, F1
+from rex_rag.evaluation.scores import ACCURACY, EXACT_MATCH, F1, JUDGE
 
 # In the Hub's names of metrics. Sub-match has none there.
 _METRICS = {EXACT_MATCH: "Exact match", F1: "F1", ACCURACY: "Accuracy"}
@@ -53,7 +53,10 @@ def _results(run: FinishedRun) -> Iterator[CardResult]:
         if row["questions"] != row["size"]:
             how.append(f"{row['questions']:,} of {row['size']:,} questions")
         known = name in FLASHRAG_SETS
-        for metric, title in _METRICS.items():
+        titles = dict(_METRICS)
+        if run.judge is not None:
+            titles[JUDGE] = f"Judged right by {run.judge['model']}"
+        for metric, title in titles.items():
             if metric not in scores.metrics:
                 continue
             value, interval = _per_cent(scores.metrics[metric])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rex_rag.evaluation.bootstrap import RESAMPLES, Estimate, macro_mean
 from rex_rag.evaluation.card import comparable
-from rex_rag.evaluation.finished import FinishedRun, read_run, run_directories
+from rex_rag.evaluation.finished import FinishedRun, read_run, run_directories, unlike_judges
 from rex_rag.evaluation.published import (
     BENCHMARKS,
     SETTING,
@@ -31,6 +31,7 @@ from rex_rag.evaluation.scores import BenchmarkScores
 COLUMNS = {
     "f1": "F1",
     "sub_match": "sub-match",
+    "judge": "judged",
     "pass_at_k": "pass@k",
     "majority": "majority",
     "searches": "searches",
@@ -43,6 +44,7 @@ COLUMNS = {
 _EXPLAINED = {
     "f1": "F1: token F1, per cent, mean over sets",
     "sub_match": "sub-match: a gold answer stands in the answer, per cent, mean over sets",
+    "judge": "judged: right in the opinion of a model, per cent, mean over sets",
     "pass_at_k": "pass@k: a right answer among k samples, per cent, mean over sets",
     "majority": "majority: the vote of all samples is right, per cent, mean over sets",
     "searches": "searches: a sample",
@@ -143,14 +145,14 @@ def build_report(
         raise ValueError("there is no run to report; name at least one directory")
     check_choices(extras, published)
     if not mark:
-        _check_comparable(runs)
+        _check_comparable(runs, extras)
     names = ordered(name for run in runs for name in run.benchmarks)
     notes = _Notes()
     rows = []
     unmarked: list[tuple[int, FinishedRun]] = []
     for number, run in enumerate(runs, start=1):
         # The first row sets the protocol; where it never searches, the first that does sets the rest of it.
-        obstacles = ((row, comparable(other.card, run.card)) for row, other in unmarked)
+        obstacles = ((row, _obstacles(other, run, extras)) for row, other in unmarked)
         row, found = next(((row, found) for row, found in obstacles if found), (0, []))
         marks = [notes.mark(f"not comparable with row {row}: {'; '.join(found)}")] if found else []
         if not found:
@@ -171,10 +173,10 @@ def check_choices(extras: Sequence[str], published: Sequence[str] | None) -> Non
     published_rows(published or ())
 
 
-def _check_comparable(runs: Sequence[FinishedRun]) -> None:
+def _check_comparable(runs: Sequence[FinishedRun], extras: Sequence[str]) -> None:
     problems = [f"{run.path} is not whole: {run.missing_text}" for run in runs if run.missing]
     for position, run in enumerate(runs):
-        for found, others in _against(run, runs[:position]).items():
+        for found, others in _against(run, runs[:position], extras).items():
             problems.append(f"{run.path} is not comparable with {', '.join(others)}: {found}")
     if problems:
         listed = "\n  ".join(problems)
@@ -184,14 +186,19 @@ def _check_comparable(runs: Sequence[FinishedRun]) -> None:
         )
 
 
-def _against(run: FinishedRun, others: Sequence[FinishedRun]) -> dict[str, list[str]]:
+def _obstacles(first: FinishedRun, second: FinishedRun, extras: Sequence[str]) -> list[str]:
+    """What keeps the figures that a table shows from being compared."""
+    return comparable(first.card, second.card) + (unlike_judges(first, second) if "judge" in extras else [])
+
+
+def _against(run: FinishedRun, others: Sequence[FinishedRun], extras: Sequence[str]) -> dict[str, list[str]]:
     """What keeps a run from being compared with others: obstacles -> paths of those they concern.
 
     Every pair counts: two searches with unlike retrievers may both be comparable with a method that never searches.
     """
     concerned: dict[str, list[str]] = {}
     for other in others:
-        found = comparable(other.card, run.card)
+        found = _obstacles(other, run, extras)
         if found:
             concerned.setdefault("; ".join(found), []).append(str(other.path))
     return concerned
@@ -248,7 +255,7 @@ def _extras(names: Sequence[str], scores: Sequence[BenchmarkScores], resamples: 
 
 def _quality(name: str, scores: Sequence[BenchmarkScores], resamples: int, seed: int) -> Extra | None:
     """Means over sets."""
-    if name in ("f1", "sub_match") and all(name in one.values for one in scores):
+    if name in ("f1", "sub_match", "judge") and all(name in one.values for one in scores):
         mean = macro_mean([one.values[name] for one in scores], resamples=resamples, seed=seed)
         return Extra(100 * mean.mean, f"{100 * mean.mean:.1f} [{100 * mean.low:.1f}, {100 * mean.high:.1f}]")
     if name == "pass_at_k" and all(one.pass_at_k for one in scores):
@@ -340,6 +347,8 @@ def _remarks(
         )
     if extras:
         remarks.append("; ".join(_EXPLAINED[name] for name in extras) + ".")
+    if "judge" in extras and (judges := sorted({run.judge["model"] for run in runs if run.judge})):
+        remarks.append(f"Judged by {', '.join(judges)}.")
     return [*remarks, _protocol(unmarked)]
 
 

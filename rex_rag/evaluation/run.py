@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rex_rag.bars import progress_bar
 from rex_rag.durable import locked, write_json, written_whole
 from rex_rag.evaluation.card import differences, read_card
+from rex_rag.evaluation.judge import judge_of, read_judge
 from rex_rag.evaluation.methods import Method, Toolbox
 from rex_rag.evaluation.records import PREDICTIONS_FILE, RUN_FILE, TIMINGS_FILE, Prediction, Question, Sample
 from rex_rag.evaluation.scores import BenchmarkScores, macro_scores, read_predictions, read_seconds, score_benchmark
@@ -342,11 +343,15 @@ def score_run(output: str | Path, card: Mapping[str, Any] | None = None) -> dict
     """
     output = Path(output)
     card = read_card(output) if card is None else card
-    scores = {
-        name: score_benchmark(read_predictions(output / name), seconds=read_seconds(output / name))
-        for name in card["benchmark_order"]
+    scores = {}
+    for name in card["benchmark_order"]:
+        predictions = read_predictions(output / name)
+        judge = read_judge(output, name, predictions)
+        scores[name] = score_benchmark(predictions, seconds=read_seconds(output / name), judge=judge)
+    results: dict[str, Any] = {
+        "benchmarks": {name: one.as_row() for name, one in scores.items()},
+        "judge": judge_of(output),
     }
-    results: dict[str, Any] = {"benchmarks": {name: one.as_row() for name, one in scores.items()}}
     if len(scores) > 1:
         results["macro"] = macro_scores(list(scores.values())).as_row()
     # Parts of a run that end together all score it.

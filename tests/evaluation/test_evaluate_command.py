@@ -18,6 +18,7 @@ from rex_rag.evaluation.methods import METHODS
 from rex_rag.evaluation.run import RunError, Shard
 from rex_rag.retrieval.identity import retriever_identity
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+from tests.evaluation.test_judge import JudgeServer
 from tests.evaluation.tiny_run import ROOT, make_tiny_world
 from tests.retrieval.running import Running
 
@@ -191,6 +192,29 @@ def test_a_set_smaller_than_the_subset_is_said_in_one_line(world, tmp_path, caps
     evaluate(world.words(tmp_path / "run", subset=100, method="direct"))
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("subset")]
     assert line == "subset=100: all 40 questions of world, which has no more"
+
+
+def test_a_finished_run_is_judged_when_a_judge_is_named(world, tmp_path, capsys):
+    evaluate(world.words(tmp_path / "run", subset=6))
+    assert " judged " not in capsys.readouterr().out
+    judge = JudgeServer()
+    try:
+        evaluate(world.words(tmp_path / "run", subset=6, judge_endpoint=judge.server.url, judge_model="j"))
+    finally:
+        judge.server.stop()
+    printed = capsys.readouterr().out
+    assert "holds this run, finished" in printed and re.search(r"F1 +judged +searches", printed)
+    assert "judge" in json.loads((tmp_path / "run" / "results.json").read_text())["benchmarks"]["world"]["metrics"]
+
+
+def test_a_judge_is_named_by_endpoint_and_model():
+    with pytest.raises(ValueError, match=r"judge_endpoint='http://h' and judge_model=None belong together"):
+        EvaluationArguments(**ENOUGH, judge_endpoint="http://h")
+    with pytest.raises(ValueError, match="not a plain http"):
+        EvaluationArguments(**ENOUGH, judge_endpoint="ftp://h", judge_model="j")
+    assert EvaluationArguments(**ENOUGH).judge_options() is None
+    options = EvaluationArguments(**ENOUGH, judge_endpoint="http://h", judge_model="j", endpoint_concurrency=3)
+    assert (options.judge_options().model, options.judge_options().concurrency) == ("j", 3)
 
 
 def test_shards_from_the_command_line_merge_with_the_last(world, tmp_path, capsys):
