@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ _EVALUATION = re.compile(r"eval_(?:(.+)_)?em/originals")
 # Okabe and Ito's colours, told apart with any colour vision; yellow is left out, too pale for a line on white.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 _MARKERS = "osD^v*P"
-# Single steps of several runs hide each other: they are drawn as running means over a 25th of the longest run.
+# Single steps of several runs hide each other: they are drawn as running means over a 25th of the longest run's steps.
 _WINDOWS = 25
 
 
@@ -130,8 +131,8 @@ def plot_training_curves(
         path: the image.
         title: above all panels.
 
-    A panel none of whose metrics was logged says so instead of showing an empty plot; only one for evaluation sets is
-    left out where there are none.
+    A panel none of whose metrics has a finite value says so instead of showing an empty plot; only the one of
+    evaluation sets is left out where there are none.
 
     Raises:
         ImportError: without matplotlib; the message says how to install it.
@@ -142,8 +143,8 @@ def plot_training_curves(
     rows = math.ceil(len(panels) / columns)
     figure = new_figure(5 * columns, 3.1 * rows, layout="constrained")
     figure.suptitle(without_controls(title), parse_math=False)
-    longest = max((sum("step" in row for row in log) for log in runs.values()), default=0)
-    window = max(1, longest // _WINDOWS) if len(runs) > 1 else 1
+    longest = max((row["step"] for log in runs.values() for row in log if "step" in row), default=0)
+    window = max(1, int(longest) // _WINDOWS) if len(runs) > 1 else 1
     places = figure.subplots(rows, columns).flat
     for axes in places[len(panels) :]:
         axes.remove()
@@ -160,7 +161,7 @@ def plot_training_curves(
             loc="outside lower center",
             ncols=min(len(runs), 4),
             fontsize=9,
-            title=f"running means over {window} logged steps, single steps behind" if window > 1 else None,
+            title=f"running means over {window} steps, single steps behind" if window > 1 else None,
             title_fontsize=9,
         )
         for text in legend.get_texts():
@@ -169,20 +170,27 @@ def plot_training_curves(
 
 
 def curve(rows: Iterable[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """The steps and finite values of a metric in log rows, in the order logged."""
-    points = [
-        (float(row["step"]), float(row[key]))
+    """The steps and finite values of a metric in log rows, by step; of a step logged twice, the later value."""
+    points = {
+        float(row["step"]): float(row[key])
         for row in rows
         if "step" in row and isinstance(row.get(key), int | float) and math.isfinite(row[key])
-    ]
-    return [step for step, _ in points], [value for _, value in points]
+    }
+    steps = sorted(points)
+    return steps, [points[step] for step in steps]
 
 
-def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """The mean of the values around each one, `window` of them, fewer at the ends."""
+def running_mean(steps: Sequence[float], values: Sequence[float], window: int) -> list[float]:
+    """The mean of the values around each one, as many as there are within `window` steps, at ends and gaps fewer.
+
+    Counted in steps and not in values, so that a metric of every hundredth step is not smoothed over the whole run.
+    """
     before, after = (window - 1) // 2, window // 2
-    parts = (values[max(0, place - before) : place + after + 1] for place in range(len(values)))
-    return [sum(part) / len(part) for part in parts]
+    means = []
+    for step in steps:
+        part = values[bisect_left(steps, step - before) : bisect_right(steps, step + after)]
+        means.append(sum(part) / len(part))
+    return means
 
 
 def _evaluation_panel(runs: Mapping[str, Sequence[Mapping]]) -> tuple[_Panel, ...]:
@@ -208,7 +216,7 @@ def _draw_panel(
             look = _look(number if overlaid else place)
             if window > 1:
                 axes.plot(steps, values, linestyle=style, color=look["color"], linewidth=0.6, alpha=0.3)
-                values = running_mean(values, window)
+                values = running_mean(steps, values, window)
             # Few markers, so that the line style can still be seen.
             every = max(1, len(steps) // 8)
             axes.plot(steps, values, linestyle=style, linewidth=1.4, label=label, markevery=every, **look)
@@ -218,13 +226,14 @@ def _draw_panel(
         else:
             axes.legend(fontsize=7, framealpha=0.6)
         axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         # From zero up, or a constant line would be magnified into noise.
         low, high = min(0.0, axes.dataLim.ymin), max(0.0, axes.dataLim.ymax)
         room = 0.05 * ((high - low) or 1.0)
         axes.set_ylim(low - room if low < 0 else 0.0, high + room)
     else:
         keys = "\n".join(key for key, _ in metrics)
-        axes.text(0.5, 0.5, f"not logged:\n{keys}", ha="center", va="center", transform=axes.transAxes, color="0.4")
+        axes.text(0.5, 0.5, f"no value:\n{keys}", ha="center", va="center", transform=axes.transAxes, color="0.4")
         axes.set_xticks([])
         axes.set_yticks([])
 

@@ -44,10 +44,26 @@ def test_curve_keeps_finite_values_of_rows_with_a_step():
     assert curve(log, "em/probes") == ([1.0, 6.0], [0.25, 1.0])
 
 
+def test_steps_that_a_resumed_run_logs_again_count_once():
+    log = [{"step": step, "kl": 0.1} for step in (1, 2, 3)] + [{"step": step, "kl": 0.2} for step in (2, 3, 4)]
+    assert curve(log, "kl") == ([1.0, 2.0, 3.0, 4.0], [0.1, 0.2, 0.2, 0.2])
+
+
 def test_a_running_mean_takes_what_there_is_at_the_ends():
-    assert running_mean([1.0, 2.0, 6.0, 3.0], 3) == [1.5, 3.0, 11 / 3, 4.5]
-    assert running_mean([1.0, 2.0, 6.0, 3.0], 2) == [1.5, 4.0, 4.5, 3.0]
-    assert running_mean([1.0, 2.0], 1) == [1.0, 2.0]
+    steps = [1.0, 2.0, 3.0, 4.0]
+    assert running_mean(steps, [1.0, 2.0, 6.0, 3.0], 3) == [1.5, 3.0, 11 / 3, 4.5]
+    assert running_mean(steps, [1.0, 2.0, 6.0, 3.0], 2) == [1.5, 4.0, 4.5, 3.0]
+    assert running_mean(steps[:2], [1.0, 2.0], 1) == [1.0, 2.0]
+
+
+def test_a_running_mean_is_over_steps_however_many_of_them_have_a_value():
+    assert running_mean([10.0, 20.0, 21.0, 30.0], [1.0, 2.0, 6.0, 3.0], 4) == [1.0, 4.0, 4.0, 3.0]
+    # Rows of seven evaluation sets are not seven steps, and their few values stay as they are.
+    sets = [{"step": step, f"eval_{name}_em/originals": step / 1000} for step in (100, 200) for name in "abcdefg"]
+    axes = drawn_axes({"ours": [*rows(200, kl=1), *sets], "theirs": rows(10, kl=1)})
+    assert axes[0].figure.legends[0].get_title().get_text() == "running means over 8 steps, single steps behind"
+    [panel] = [each for each in axes if "sets" in each.get_title()]
+    assert [line.get_ydata().tolist() for line in panel.get_lines()] == [[0.1, 0.2]] * 14  # values and their means
 
 
 def test_curves_of_two_runs_with_missing_metrics(tmp_path):
@@ -71,8 +87,8 @@ def test_an_svg_names_runs_metrics_and_what_was_not_logged_as_text(tmp_path):
     text = plot_training_curves(runs, tmp_path / "c.svg", "Cost: $1 & <more>").read_text()
     for shown in ("ours", "theirs, $unpaired", "originals", "clip_ratio/policy", "Cost: $1 &amp; &lt;more&gt;"):
         assert f">{shown}</text>" in text, shown
-    # The longest run has 100 rows: means over 100 // 25 of them.
-    assert ">running means over 4 logged steps, single steps behind</text>" in text
+    # The longest run has 100 steps: means over 100 // 25 of them.
+    assert ">running means over 4 steps, single steps behind</text>" in text
     assert plot_training_curves(runs, tmp_path / "d.svg", "Cost: $1 & <more>").read_text() == text
 
 
