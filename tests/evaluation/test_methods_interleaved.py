@@ -233,6 +233,16 @@ def test_search_o1_keeps_its_answer_when_a_search_leaves_no_room(bpe_tokenizer):
     assert trajectory.answer == "oak" and dict(trajectory.truncations) == {"sequence": 1}
 
 
+def test_search_o1_results_keep_to_the_observation_budget_with_their_marks(bpe_tokenizer):
+    budget = RolloutBudget(max_turns=1, max_turn_tokens=400, max_observation_tokens=60, max_sequence_length=20_000)
+    turns = [[ASK_OWL], ["**Final Information** " + "z" * 200], ["\\boxed{oak}<eos>"]]
+    bench = Bench(bpe_tokenizer, turns, budget=budget)
+    [trajectory] = bench.run("search_o1", question("where is the owl"))
+    [inserted] = [segment for segment in trajectory.segments if segment.kind.name == "INFORMATION"]
+    assert len(inserted.ids) == 60 and inserted.text.endswith("z<|end_search_result|>\n\n")
+    assert dict(trajectory.truncations) == {"observation": 1}
+
+
 def test_search_o1_counts_blank_queries_and_silence_as_invalid(bpe_tokenizer):
     bench = Bench(bpe_tokenizer, [["<|begin_search_query|> <|end_search_query|>"], ["I give up.<eos>"]])
     [trajectory] = bench.run("search_o1", question("where is the owl"))

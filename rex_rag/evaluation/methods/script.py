@@ -69,10 +69,10 @@ class Desk:
         self.tools = toolbox
         self.trajectory = Trajectory(prompt_ids=[])
 
-    def within_observation(self, text: str) -> str:
-        """Text cut to the observation budget; a cut is counted."""
+    def within_observation(self, text: str, frame: str = "") -> str:
+        """Text cut to what the observation budget leaves beside the frame it will stand in; a cut is counted."""
         ids = self.tools.encode(text)
-        limit = self.tools.budget.max_observation_tokens
+        limit = max(0, self.tools.budget.max_observation_tokens - len(self.tools.encode(frame)))
         if len(ids) <= limit:
             return text
         self.trajectory.truncations[Truncation.OBSERVATION] += 1

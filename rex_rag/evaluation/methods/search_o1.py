@@ -136,7 +136,7 @@ class SearchO1(ScriptMethod):
         )
 
     def _insert(self, desk: Desk, result: str) -> tuple[str, list[int]]:
-        """Record the result between its marks, cut to the observation budget; return text and ids."""
-        body = desk.within_observation(make_inert(result, self._forbidden(desk)))
+        """Record the result between its marks, cut so that both fit the observation budget; return text and ids."""
+        body = desk.within_observation(make_inert(result, self._forbidden(desk)), frame=RESULT_HEAD + RESULT_TAIL)
         text = RESULT_HEAD + body + RESULT_TAIL
         return text, desk.inform(text)
