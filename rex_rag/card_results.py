@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.durable import written_whole
+from rex_rag.log_rows import EXACT_MATCH, evaluated_sets
 from rex_rag.tables import markdown_table, markdown_text
 
 if TYPE_CHECKING:
@@ -56,9 +57,6 @@ class CardResult:
     interval: tuple[float, float] | None = None
     protocol: str | None = None
     details: dict[str, Any] = field(default_factory=dict)
-
-
-_EVALUATED = re.compile(r"eval_(?:(.+)_)?em/originals")
 
 
 def write_results(path: str | Path, results: Sequence[CardResult], *, model_name: str) -> None:
@@ -117,9 +115,9 @@ def training_results(log_history: Sequence[Mapping[str, Any]]) -> list[CardResul
     """
     last: dict[str, tuple[Any, float]] = {}
     for row in log_history:
-        for key, value in row.items():
-            if (found := _EVALUATED.fullmatch(key)) and _is_number(value):
-                last[found[1] or "evaluation questions"] = row.get("step"), value
+        for name, prefix in evaluated_sets(row).items():
+            if _is_number(value := row[prefix + EXACT_MATCH]):
+                last[name or "evaluation questions"] = row.get("step"), value
     results = []
     for name, (step, value) in sorted(last.items()):
         results.append(

@@ -22,6 +22,7 @@ from rex_rag.data.jsonl import counted
 
 if TYPE_CHECKING:
     from rex_rag.config import REXRAGConfig
+    from rex_rag.evaluation.during_training import EvaluationSetArguments
     from rex_rag.retrieval.load import RetrieverArguments
 
 EXPECTED_ERROR = 2
@@ -158,19 +159,17 @@ def _check(options: argparse.Namespace) -> None:
     _refuse_other_recipes(options.recipe)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-    from trl import ModelConfig, TrlParser
+    from trl import TrlParser
 
-    from rex_rag.config import REXRAGConfig
-    from rex_rag.data.qa import QuestionArguments
-    from rex_rag.retrieval.load import RetrieverArguments
+    from rex_rag.recipe import RECIPE_PARTS
 
     parser = TrlParser(
-        (QuestionArguments, RetrieverArguments, REXRAGConfig, ModelConfig),
+        RECIPE_PARTS,
         prog="rex-rag check",
         usage=argparse.SUPPRESS,  # some two hundred options, shown before the one line that matters
     )
     # use_cpu: the recipe is checked, not whether this machine has the GPU that the recipe wants.
-    questions, retriever, config, model, unknown, _ = parser.parse_args_and_config(
+    questions, evaluation, retriever, config, model, unknown, _ = parser.parse_args_and_config(
         ["--config", str(options.recipe), "--use_cpu", "true"],
         return_remaining_strings=True,
         separate_remaining_strings=True,
@@ -182,6 +181,7 @@ def _check(options: argparse.Namespace) -> None:
     lines = {
         "model": model.model_name_or_path or "MISSING: set model_name_or_path",
         "questions": "; ".join(sources) or "MISSING: set datasets",
+        **_evaluation_lines(evaluation, config),
         **_retriever_lines(retriever, config.retrieval_top_k),
         **_method_lines(config),
         **_batch_lines(config, options.processes),
@@ -252,6 +252,18 @@ def _method_lines(config: REXRAGConfig) -> dict[str, str]:
         f"{counted(len(config.exploration_pool()), 'prompt')}",
         "correction": f"{_CORRECTIONS[config.correction]}; {config.probe_density} prompt density",
     }
+
+
+def _evaluation_lines(evaluation: EvaluationSetArguments, config: REXRAGConfig) -> dict[str, str]:
+    from rex_rag.evaluation.during_training import check_strategy
+
+    check_strategy(evaluation, config.eval_strategy)
+    if not evaluation.eval_benchmarks:
+        return {}
+    part = "" if evaluation.eval_subset is None else f", {evaluation.eval_subset} questions of each"
+    when = f"every {config.eval_steps:g} steps" if config.eval_strategy == "steps" else f"every {config.eval_strategy}"
+    names = ", ".join(map(str, evaluation.eval_benchmarks))
+    return {"evaluation": f"{names}{part}; {when}, {config.num_generations_eval} rollouts a question"}
 
 
 def _batch_lines(config: REXRAGConfig, processes: int) -> dict[str, str]:

@@ -1,13 +1,18 @@
-"""What REX-RAG adds to TRL's model card: method settings, recipe, retriever, results."""
+"""The model card of training: how to use a search agent, method settings, recipe, retriever, results."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import math
+import re
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag.card_results import training_results, write_results
+from rex_rag.log_rows import EXACT_MATCH, evaluated_sets
+from rex_rag.tables import markdown_text
 
 if TYPE_CHECKING:
     from rex_rag.config import REXRAGConfig
@@ -24,17 +29,37 @@ PAPER = {
         }"""),
 }
 
-_HEADING = "## Method and results"
-_RESULTS = ("em/originals", "em/probes", "dead_end/rate", "dead_end/rescue_rate", "searches/mean", "kl")
+PAPER_URL = f"https://huggingface.co/papers/{PAPER['id']}"
+_RESULTS = (EXACT_MATCH, "em/probes", "dead_end/rate", "dead_end/rescue_rate", "searches/mean", "kl")
+_PACKAGES = ("rex-rag", "trl", "transformers", "torch", "accelerate", "datasets", "peft", "vllm", "deepspeed")
 
 
-def append_method_section(
-    path: Path, *, args: REXRAGConfig, retriever: str, recipe: str | None, log_history: list[dict]
+def write_card(
+    path: Path,
+    *,
+    name: str,
+    args: REXRAGConfig,
+    prompt_template: str,
+    retriever: str,
+    recipe: str | None,
+    log_history: list[dict],
 ) -> None:
-    """Append the section to a card just written by TRL, and the last evaluation to its metadata."""
+    """Keep the metadata of a card just written by TRL, with the last evaluation added, and describe a search agent.
+
+    TRL's own text shows a chat with a `pipeline`, which would not search.
+
+    Args:
+        name: of the model: its repository on the Hub, or its folder.
+        prompt_template: the text that the model was trained with.
+    """
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(path)
+    base = card.data.base_model
+    origin = f"[{base}](https://huggingface.co/{base})" if isinstance(base, str) else "a model that is not on the Hub"
+    method = "REX-RAG" if args.num_probe_slots else "plain GRPO over searches (Search-R1)"
     settings = {
-        "Method": "REX-RAG (arXiv 2508.08149)" if args.num_probe_slots else "Search-R1 GRPO (probes off)",
-        "Recipe": recipe or "none; built in Python",
+        "Recipe": "none; built in Python" if recipe is None else _shareable(recipe),
         "Retriever": f"{retriever}; top-k {args.retrieval_top_k}",
         "Rollouts per question": f"{args.num_originals} originals, up to {args.num_probe_slots} probes",
         "Probes": f"p = {args.probe_probability}, filter {args.probe_filter}, keep ratio {args.keep_ratio} "
@@ -43,27 +68,87 @@ def append_method_section(
         "Budgets": f"{args.max_turns} searches, {args.max_turn_tokens} tokens a turn, "
         f"{args.max_observation_tokens} an observation, {args.max_sequence_length} in all",
     }
-    lines = ["", _HEADING, "", *(f"- {name}: {value}" for name, value in settings.items()), ""]
-    lines += _result_lines(log_history)
-    card = path.read_text(encoding="utf-8")
-    path.write_text(card.rstrip() + "\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    if not args.num_probe_slots:
+        del settings["Probes"], settings["Correction"]
+    fence = _fence(prompt_template)
+    lines = [
+        f"# {markdown_text(name)}",
+        "",
+        "A language model that searches: it reasons, writes `<search> … </search>`, reads what a search engine puts "
+        "between `<information>` and `</information>`, and ends with `<answer> … </answer>`. It was trained from "
+        f"{origin} with {method} (the [paper]({PAPER_URL})), by the `rex_rag` package on TRL's GRPO trainer.",
+        "",
+        "## Use",
+        "",
+        "It answers only within that loop, which `rex_rag` runs over any retriever:",
+        "",
+        "```bash",
+        f"rex-rag evaluate --model {name} --method rex_rag --prompt_template prompt.txt \\",
+        "    --benchmarks bamboogle --retriever http://127.0.0.1:8000 \\",
+        f"    --top_k {args.retrieval_top_k} --max_turns {args.max_turns} --max_turn_tokens {args.max_turn_tokens} \\",
+        f"    --max_observation_tokens {args.max_observation_tokens} \\",
+        f"    --max_sequence_length {args.max_sequence_length} \\",
+        "    --output outputs/evaluation",
+        "```",
+        "",
+        "`prompt.txt` is the prompt that it was trained with:",
+        "",
+        fence,
+        prompt_template.rstrip("\n"),
+        fence,
+        "",
+        "## Training",
+        "",
+        *(f"- {setting}: {markdown_text(value)}" for setting, value in settings.items()),
+        f"- Versions: {', '.join(_versions())}",
+        "",
+        *_result_lines(log_history),
+        "## Citation",
+        "",
+        "```bibtex",
+        PAPER["citation"].rstrip("\n"),
+        "```",
+    ]
+    path.write_text(f"---\n{card.data}\n---\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
     if results := training_results(log_history):
-        write_results(path, results, model_name=path.resolve().parent.name)
+        write_results(path, results, model_name=name)
 
 
 def _result_lines(log_history: list[dict]) -> list[str]:
-    """The last logged value of each headline metric, on training questions unless the row is an evaluation."""
+    """The last logged values of each headline metric, of training questions and of each evaluation set."""
+    last: dict[str, tuple[str, dict]] = {}
+    for row in log_history:
+        if EXACT_MATCH in row:
+            last["training questions"] = "", row
+        for name, prefix in evaluated_sets(row).items():
+            last[name or "evaluation questions"] = prefix, row
     lines = []
-    for prefix, where in (("", "training questions, sampled"), ("eval_", "evaluation questions, sampled")):
-        rows = [row for row in log_history if f"{prefix}em/originals" in row]
-        if not rows:
-            continue
-        values = {name: rows[-1].get(prefix + name) for name in _RESULTS}
-        lines += [f"Last logged values ({where}, step {rows[-1].get('step')}):", "", "| metric | value |", "|---|---|"]
+    for where, (prefix, row) in sorted(last.items()):
+        lines += [f"Last logged of {where}, sampled, at step {row.get('step')}:", ""]
+        lines += ["| metric | value |", "|---|---|"]
+        values = {name: row.get(prefix + name) for name in _RESULTS}
         lines += [
             f"| {name} | {value:.4f} |"
             for name, value in values.items()
             if isinstance(value, int | float) and not math.isnan(value)
         ]
         lines.append("")
-    return lines or ["No results were logged before this card was written."]
+    return lines or ["No results were logged before this card was written.", ""]
+
+
+def _shareable(path: str) -> str:
+    """Cards are published: where a file lies on somebody's machine is not for them."""
+    return Path(path).name if Path(path).is_absolute() else path
+
+
+def _versions() -> list[str]:
+    found = []
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return found
+
+
+def _fence(text: str) -> str:
+    """A code fence longer than any in the text."""
+    return "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))

@@ -19,18 +19,18 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
 from rex_rag.answers import exact_match
 from rex_rag.config import REXRAGConfig
+from rex_rag.evaluation_log import EvaluationLog
 from rex_rag.exploration import ExplorationPool
 from rex_rag.generation import TransformersGenerator, VLLMGenerator
 from rex_rag.metrics import mixed_counts, rollout_counts, segment_metrics, segment_sums, summarize, weight_metrics
 from rex_rag.mixed_sampling import MixedBatch, MixedSampler
-from rex_rag.model_card import PAPER, append_method_section
+from rex_rag.model_card import PAPER, write_card
 from rex_rag.policy_correction import KeepRatio, clip_bound, weight_statistics
 from rex_rag.prompts import add_prompts, refuse_long_prompt, refuse_long_prompts
 from rex_rag.realignment import Realignment, loss_mask, realign
@@ -55,7 +55,7 @@ _STATE_FILE = "rex_rag_state.json"
 _CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
 
-class REXRAGTrainer(GRPOTrainer):
+class REXRAGTrainer(EvaluationLog):
     """
     Trainer for REX-RAG, introduced in [REX-RAG: Reasoning Exploration with Policy Correction in Retrieval-Augmented
     Generation](https://huggingface.co/papers/2508.08149). It differs from [`~trl.GRPOTrainer`] in that generation is
@@ -134,7 +134,7 @@ class REXRAGTrainer(GRPOTrainer):
         self._loss_inputs: dict[str, Any] | None = None
         self._warned: set[str] = set()
         self._last_draw = (-1, 0)
-        template = args.prompt_text()
+        self._prompt_template = template = args.prompt_text()
         given_weights = args.reward_weights
         functions, args.reward_weights = compose_rewards(reward_funcs, given_weights, args.format_reward_weight)
         super().__init__(
@@ -400,7 +400,10 @@ class REXRAGTrainer(GRPOTrainer):
         gathered = gather_object([(counts, lengths, tokens, (seconds.generation, seconds.retrieval, seconds.engine))])
         lengths = [length for part in gathered for length in part[1]]
         summary = summarize(part[0] for part in gathered)
-        self._log_all(summary)
+        if training:
+            self._log_all(summary)
+        else:
+            self._evaluated += [part[0] for part in gathered]
         self._log("completions/mean_length", sum(lengths) / len(lengths))
         self._log("completions/min_length", min(lengths))
         self._log("completions/max_length", max(lengths))
@@ -455,13 +458,6 @@ class REXRAGTrainer(GRPOTrainer):
         clips = self.loss_type in _CLIPPED_LOSSES and self.importance_sampling_level == "token"
         self._log_all(segment_metrics(totals, clip_ratio=clips, kl="ref_per_token_logps" in inputs))
 
-    def _log(self, name: str, value: float) -> None:
-        self._metrics["train" if self.model.training else "eval"][name].append(value)
-
-    def _log_all(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._log(name, value)
-
     # Checkpoints and cards
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -487,12 +483,14 @@ class REXRAGTrainer(GRPOTrainer):
             )
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
-        """The parent's card, plus method settings, recipe, retriever and results."""
+        """The parent's metadata; the text says how a search agent is used, how it was trained, with what result."""
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
-            append_method_section(
+            write_card(
                 Path(self.args.output_dir) / "README.md",
+                name=self.hub_model_id or Path(self.args.output_dir).resolve().name,
                 args=self.args,
+                prompt_template=self._prompt_template,
                 retriever=self.retriever.description,
                 recipe=self.recipe,
                 log_history=self.state.log_history,

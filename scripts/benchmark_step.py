@@ -21,11 +21,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
-from trl import ModelConfig, TrlParser
+from trl import TrlParser
 
-from rex_rag.config import REXRAGConfig
-from rex_rag.data.qa import QuestionArguments, load_questions
-from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+from rex_rag.data.qa import load_questions
+from rex_rag.recipe import RECIPE_PARTS
+from rex_rag.retrieval.load import load_retriever
 from rex_rag.trainer import REXRAGTrainer
 
 # Of the cost of probes, what belongs to the method (more rows, longer ones) and what to the code can be told apart.
@@ -33,13 +33,13 @@ AIMS = {"rex_over_grpo": 1.15, "correction_share": 0.01, "engine_share": 0.02}
 
 
 def make_trainer(arguments: list[str], probes: bool) -> REXRAGTrainer:
-    parser = TrlParser((QuestionArguments, RetrieverArguments, REXRAGConfig, ModelConfig))
-    questions, retrieval, config, model = parser.parse_args_and_config(arguments)
+    parser = TrlParser(RECIPE_PARTS)
+    questions, _, retrieval, config, model = parser.parse_args_and_config(arguments)
     if not probes:
         rows = config.per_device_train_batch_size // config.num_generations * config.num_originals
         switches = ["--num_generations", str(config.num_originals), "--num_probe_slots", "0"]
         switches += ["--per_device_train_batch_size", str(rows)]
-        questions, retrieval, config, model = parser.parse_args_and_config(arguments + switches)
+        questions, _, retrieval, config, model = parser.parse_args_and_config(arguments + switches)
     trainer = REXRAGTrainer(
         model=model.model_name_or_path,
         retriever=load_retriever(retrieval),

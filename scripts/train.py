@@ -16,14 +16,16 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import TrlParser, get_peft_config, get_quantization_config
 
 from rex_rag.commands.terminal import one_line
 from rex_rag.config import REXRAGConfig
-from rex_rag.data.qa import QuestionArguments, load_questions
+from rex_rag.data.qa import load_questions
+from rex_rag.evaluation.during_training import load_evaluation_sets
 from rex_rag.progress import ProgressLine
+from rex_rag.recipe import RECIPE_PARTS
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+from rex_rag.retrieval.load import load_retriever
 from rex_rag.trainer import REXRAGTrainer
 
 
@@ -48,14 +50,15 @@ def main() -> int:
 def prepare() -> tuple[REXRAGTrainer, str | None]:
     """The trainer that recipe and command line ask for, and the checkpoint to go on from."""
     recipe = sys.argv[sys.argv.index("--config") + 1] if "--config" in sys.argv[:-1] else None
-    parser = TrlParser((QuestionArguments, RetrieverArguments, REXRAGConfig, ModelConfig))
-    questions, retrieval, config, model = parser.parse_args_and_config()
+    parser = TrlParser(RECIPE_PARTS)
+    questions, evaluation, retrieval, config, model = parser.parse_args_and_config()
     if model.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set; name a Hub model or a folder in the recipe")
     checkpoint = find_checkpoint(config)
 
     with config.main_process_first(desc="questions and corpus"):
         train_dataset = load_questions(questions)
+        eval_dataset = load_evaluation_sets(evaluation, config.eval_strategy)
         retriever = load_retriever(retrieval)
     retriever.check()
 
@@ -71,6 +74,7 @@ def prepare() -> tuple[REXRAGTrainer, str | None]:
         retriever=retriever,
         args=config,
         train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         processing_class=AutoTokenizer.from_pretrained(
             model.model_name_or_path,
             revision=model.model_revision,

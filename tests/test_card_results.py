@@ -216,15 +216,32 @@ def test_trainings_own_evaluation():
 
 def test_a_card_of_training_holds_its_last_evaluation_as_the_hub_reads_it(card: Path, tmp_path: Path):
     from rex_rag.config import REXRAGConfig
-    from rex_rag.model_card import append_method_section
+    from rex_rag.model_card import write_card
 
     args = REXRAGConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_accumulation_steps=4)
-    log = [{"step": 5, "em/originals": 0.5}, {"step": 6, "eval_em/originals": 0.25}]
-    append_method_section(card, args=args, retriever="BM25", recipe=None, log_history=log)
-    [result] = read_results(card)
-    assert (result.dataset_name, result.metric_type, result.value) == ("evaluation questions", "exact_match", 25.0)
-    text = card.read_text(encoding="utf-8")
-    assert "## Method and results" in text and "base_model: Qwen/Qwen2.5-3B" in text
+    log = [
+        {"step": 5, "em/originals": 0.5, "dead_end/rate": 0.125},
+        {"step": 6, "eval_nq_em/originals": 0.25, "eval_nq_searches/mean": 1.5},
+        {"step": 6, "eval_hotpotqa_em/originals": 0.75},
+    ]
+    prompt = "Search.\n```\nQuestion: {question}\n"
+    recipe = "/somewhere/of/mine/rex_rag.yaml"
+    write_card(
+        card, name="me/agent", args=args, prompt_template=prompt, retriever="a|b", recipe=recipe, log_history=log
+    )
+    results = [(result.dataset_name, result.metric_type, result.value) for result in read_results(card)]
+    assert sorted(results) == [("hotpotqa", "exact_match", 75.0), ("nq", "exact_match", 25.0)]
+    data, text = ModelCard.load(card).data, card.read_text(encoding="utf-8")
+    assert (data.license, data.base_model) == ("apache-2.0", "Qwen/Qwen2.5-3B")  # TRL's metadata stays
+    assert (
+        "# me/agent\n" in text
+        and "from [Qwen/Qwen2.5-3B](https://huggingface.co/Qwen/Qwen2.5-3B) with REX-RAG" in text
+    )
+    assert "rex-rag evaluate --model me/agent --method rex_rag" in text
+    assert "\n````\nSearch.\n```\nQuestion: {question}\n````\n" in text  # a fence longer than the prompt's own
+    assert "- Recipe: rex_rag.yaml\n" in text and "somewhere" not in text
+    assert "Last logged of training questions, sampled, at step 5:" in text and "| dead_end/rate | 0.1250 |" in text
+    assert "Last logged of nq, sampled, at step 6:" in text and "| searches/mean | 1.5000 |" in text
 
 
 def test_a_byte_order_mark_does_not_hide_the_metadata(tmp_path: Path):

@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from trl import ModelConfig, TrlParser
+from trl import TrlParser
 
-from rex_rag.config import REXRAGConfig
-from rex_rag.data.qa import QuestionArguments
-from rex_rag.retrieval.load import RetrieverArguments
+from rex_rag.recipe import RECIPE_PARTS
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCELERATE = ROOT / "recipes" / "accelerate_configs"
@@ -35,7 +33,7 @@ def _from_the_root(monkeypatch: pytest.MonkeyPatch):
 
 def parse(recipe: str | Path, *overrides: str):
     """As in scripts/train.py; use_cpu, since this machine need not have the GPU that a recipe wants."""
-    parser = TrlParser((QuestionArguments, RetrieverArguments, REXRAGConfig, ModelConfig))
+    parser = TrlParser(RECIPE_PARTS)
     return parser.parse_args_and_config(["--config", str(recipe), "--use_cpu", "true", *overrides])
 
 
@@ -68,7 +66,7 @@ def test_all_recipes_are_there():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_parses_strictly_and_builds_its_config(recipe: str):
-    questions, retriever, config, model = parse(recipe)
+    questions, _, retriever, config, model = parse(recipe)
     written = values(recipe)
     written.pop("use_cpu", None)
     written.pop("datasets")
@@ -138,7 +136,7 @@ def test_every_number_has_its_source_beside_it(recipe: str):
 
 @pytest.mark.parametrize("recipe", PAPER_RECIPES)
 def test_batch_arithmetic_gives_the_papers_steps_on_eight_gpus(recipe: str):
-    _, _, config, _ = parse(recipe)
+    *_, config, _ = parse(recipe)
     rows_per_gpu = config.per_device_train_batch_size * config.steps_per_generation
     assert 8 * rows_per_gpu // config.num_generations == 512  # questions a generation
     assert rows_per_gpu % config.num_generations == 0  # whole groups on every GPU

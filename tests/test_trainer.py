@@ -530,7 +530,30 @@ def test_evaluation_samples_and_never_probes(model_path, tmp_path):
     metrics = trainer.evaluate()
     assert metrics["eval_em/originals"] == pytest.approx(1 / 4)
     assert metrics["eval_dead_end/rate"] == pytest.approx(3 / 4)
-    assert "eval_probes/mixing_share" not in metrics and metrics["eval_probes/kept"] == 0
+    assert not [name for name, value in metrics.items() if "probe" in name and value is not None]
+
+
+def test_evaluation_sets_keep_their_names_and_every_question_its_weight(model_path, tmp_path):
+    oak, *others = QUESTIONS[:4]
+    trainer = REXRAGTrainer(
+        model=Qwen2ForCausalLM.from_pretrained(model_path),
+        args=config(model_path, tmp_path, per_device_eval_batch_size=4, log_completions=True),
+        train_dataset=Dataset.from_list(QUESTIONS),
+        eval_dataset={"mixed": Dataset.from_list([oak, *others, oak]), "wrong": Dataset.from_list(others)},
+        retriever=BM25Retriever(PASSAGES),
+        processing_class=make_word_tokenizer(),
+    )
+    turns = [[RIGHT] * 4, [RIGHT], [RIGHT] * 3]  # oak: of `mixed` in batches of 4 and 1, of `wrong` in one of 3
+    trainer.sampler.engine.generator = ScriptedGenerator(trainer._tokenizer, turns)
+    trainer._logs["prompt"].append("a rollout of training")
+    metrics = trainer.evaluate()
+    assert metrics["eval_mixed_em/originals"] == pytest.approx(2 / 5)  # the mean over batches would be 0.625
+    assert metrics["eval_wrong_em/originals"] == 0.0
+    assert "eval_em/originals" not in metrics
+    logged = [{name for name in row if name.endswith("em/originals")} for row in trainer.state.log_history]
+    assert logged == [{"eval_mixed_em/originals"}, {"eval_wrong_em/originals"}]
+    assert list(trainer._logs["prompt"]) == ["a rollout of training"]
+    assert not list((tmp_path / "out" / "completions").glob("*.parquet"))
 
 
 # Refusals

@@ -120,18 +120,18 @@ def test_the_recipe_searches_real_text_logs_and_resumes(model, openings, tmp_pat
 
 def test_no_token_of_a_passage_is_trained(model, openings, tmp_path, monkeypatch):
     from transformers import AutoTokenizer
-    from trl import ModelConfig, TrlParser
+    from trl import TrlParser
 
-    from rex_rag.config import REXRAGConfig
-    from rex_rag.data.qa import QuestionArguments, load_questions
+    from rex_rag.data.qa import load_questions
     from rex_rag.realignment import loss_mask
-    from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+    from rex_rag.recipe import RECIPE_PARTS
+    from rex_rag.retrieval.load import load_retriever
     from rex_rag.trainer import REXRAGTrainer
 
     monkeypatch.chdir(ROOT)
-    parser = TrlParser((QuestionArguments, RetrieverArguments, REXRAGConfig, ModelConfig))
+    parser = TrlParser(RECIPE_PARTS)
     overrides = ["--output_dir", str(tmp_path), "--max_steps", "2", "--save_strategy", "no"]
-    questions, retrieval, config, _ = parser.parse_args_and_config(["--config", RECIPE, *overrides])
+    questions, _, retrieval, config, _ = parser.parse_args_and_config(["--config", RECIPE, *overrides])
     trainer = REXRAGTrainer(
         model=str(model),
         retriever=load_retriever(retrieval),

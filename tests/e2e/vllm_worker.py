@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 import vllm._custom_ops as ops
 from transformers import AutoTokenizer
-from trl import ModelConfig, TrlParser
+from trl import TrlParser
 from vllm.triton_utils import dispatcher
 
-from rex_rag.config import REXRAGConfig
-from rex_rag.data.qa import QuestionArguments, load_questions
-from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+from rex_rag.data.qa import load_questions
+from rex_rag.recipe import RECIPE_PARTS
+from rex_rag.retrieval.load import load_retriever
 from rex_rag.trainer import REXRAGTrainer
 from rex_rag.types import SegmentKind
 
@@ -37,8 +37,8 @@ def prepare_vllm_on_cpu() -> None:
 def main() -> None:
     prepare_vllm_on_cpu()
     output, arguments = Path(sys.argv[1]), sys.argv[2:]
-    parser = TrlParser((QuestionArguments, RetrieverArguments, REXRAGConfig, ModelConfig))
-    questions, retrieval, config, model = parser.parse_args_and_config(arguments)
+    parser = TrlParser(RECIPE_PARTS)
+    questions, _, retrieval, config, model = parser.parse_args_and_config(arguments)
     trainer = REXRAGTrainer(
         model=model.model_name_or_path,
         retriever=load_retriever(retrieval),

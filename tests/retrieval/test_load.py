@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from trl import GRPOConfig, ModelConfig, TrlParser
+from trl import TrlParser
 
 from rex_rag.data.corpus import CorpusError, write_corpus
-from rex_rag.data.qa import QuestionArguments
+from rex_rag.recipe import RECIPE_PARTS
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
@@ -104,7 +104,7 @@ def test_recipe_and_command_line(tmp_path):
 
 
 def test_field_names_do_not_clash_with_the_trainer_and_help_renders():
-    parser = TrlParser((QuestionArguments, RetrieverArguments, GRPOConfig, ModelConfig))
+    parser = TrlParser(RECIPE_PARTS)
     help_text = parser.format_help()
     assert "--retriever_max_attempts" in help_text and "--subset_seed" in help_text
 

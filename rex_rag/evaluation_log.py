@@ -1,0 +1,63 @@
+"""What TRL's trainer logs of an evaluation, told apart by evaluation set and weighed by question."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter, defaultdict
+
+from trl import GRPOTrainer
+
+from rex_rag.metrics import summarize
+
+
+class EvaluationLog(GRPOTrainer):
+    """A GRPOTrainer whose evaluations can be read: one set does not pass for another, nor for training.
+
+    Subclasses leave what they count of evaluation rollouts, over all processes, in `_evaluated`.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        self._evaluated_as = "eval"
+        self._evaluated: list[Counter] = []
+        super().__init__(*args, **kwargs)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """As in the parent, which calls it again for each of several sets, with its name behind the prefix.
+
+        Completions of an evaluation stay out of TRL's completion tables: they would replace those of training's
+        rollouts of the same step, and stand in the next step's.
+        """
+        outer, self._evaluated_as = self._evaluated_as, metric_key_prefix
+        completions, self._logs = self._logs, copy.deepcopy(self._logs)
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._evaluated_as, self._logs = outer, completions
+            self._evaluated.clear()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in the parent, but for evaluations: metrics carry the set's name, as its loss does, and figures that are
+        counted per question are worked out over all of them; the parent calls them all `eval_…`, and takes the mean
+        over batches, of which the last can be smaller."""
+        if self.model.training:
+            super().log(logs, start_time)
+            return
+        for name, value in summarize(self._evaluated).items():
+            if not math.isnan(value) and not name.startswith("probes/"):  # evaluation never probes
+                self._metrics["eval"][name] = [value]
+        if name := self._evaluated_as.removeprefix("eval").removeprefix("_"):
+            named = {f"{name}_{key}": values for key, values in self._metrics["eval"].items()}
+            self._metrics["eval"] = defaultdict(list, named)
+        wanted, self.log_completions = self.log_completions, False
+        try:
+            super().log(logs, start_time)
+        finally:
+            self.log_completions = wanted
+
+    def _log(self, name: str, value: float) -> None:
+        self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def _log_all(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._log(name, value)
