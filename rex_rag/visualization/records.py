@@ -90,8 +90,9 @@ def read_records(
     if not tables and not predictions:
         raise FileNotFoundError(
             f"there are neither completion tables nor {PREDICTIONS_FILE} at {path}; name a completions_*.parquet "
-            f"(training writes them with log_completions: true), a {PREDICTIONS_FILE} of an evaluation (it is there once "
-            "a benchmark is finished), or the directory of a run. --step looks for the former alone, --benchmark for the latter"
+            f"(training writes them with log_completions: true), a {PREDICTIONS_FILE} of an evaluation (it is there "
+            "once a benchmark is finished), or the directory of a run. --step looks for the former alone, --benchmark "
+            "for the latter"
         )
     records = read_completion_tables(path, step, limit) if tables else []
     total = sum(steps[step] if step is not None else steps.total() for steps in map(_steps, tables))
