@@ -201,15 +201,19 @@ def draw_reliability(pictures: Sequence[Mapping[str, Any]], path: str | os.PathL
         axes.set(xlim=(0, _COLUMN), ylim=(body / _LINE, 0))
         axes.axis("off")
         name = _fitting(without_controls(picture["model"]), _COLUMN)
-        for text, above, weight in ((name, 0.46, "bold"), (summary(picture), 0.22, "normal")):
+        # The name in the font that its width was counted in.
+        for text, above, look in (
+            (name, 0.46, {"weight": "bold", "family": "monospace"}),
+            (summary(picture), 0.22, {}),
+        ):
             figure.text(
                 left / total_width,
                 (foot + body + above) / total_height,
                 text,
                 fontsize=9,
                 va="top",
-                weight=weight,
                 parse_math=False,
+                **look,
             )
         for row, line in enumerate(lines):
             for place, token in line:
