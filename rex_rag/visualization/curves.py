@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rex_rag.log_rows import EXACT_MATCH, evaluated_sets
 from rex_rag.visualization.escape import without_controls
 from rex_rag.visualization.files import new_figure, picture_format, write_figure
 
@@ -23,7 +24,7 @@ STATE_FILE = "trainer_state.json"
 # One panel: title, unit of the vertical axis, (metric key, label) of its lines.
 _Panel = tuple[str, str, tuple[tuple[str, str], ...]]
 _PANELS: tuple[_Panel, ...] = (
-    ("Exact match", "share", (("em/originals", "originals"), ("em/probes", "probes"))),
+    ("Exact match", "share", ((EXACT_MATCH, "originals"), ("em/probes", "probes"))),
     ("Dead ends", "share", (("dead_end/rate", "dead ends"), ("dead_end/rescue_rate", "rescued"))),
     ("Probes", "count a step", (("probes/made", "made"), ("probes/kept", "kept"))),
     ("Mixing share a", "share", (("probes/mixing_share", "a"),)),
@@ -53,7 +54,6 @@ _PANELS: tuple[_Panel, ...] = (
     ("Reward and entropy", "mean; nats", (("reward", "reward"), ("entropy", "entropy"))),
 )
 _LINE_STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 4)), (0, (8, 3)))
-_EVALUATION = re.compile(r"eval_(?:(.+)_)?em/originals")
 # Okabe and Ito's colours, told apart with any colour vision; yellow is left out, too pale for a line on white.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 _MARKERS = "osD^v*P"
@@ -195,8 +195,13 @@ def running_mean(steps: Sequence[float], values: Sequence[float], window: int) -
 
 def _evaluation_panel(runs: Mapping[str, Sequence[Mapping]]) -> tuple[_Panel, ...]:
     """The panel of the evaluation sets that training looked at; none where it looked at none."""
-    keys = sorted({key for rows in runs.values() for row in rows for key in row if _EVALUATION.fullmatch(key)})
-    metrics = tuple((key, _EVALUATION.fullmatch(key)[1] or "evaluation questions") for key in keys)
+    prefixes: dict[str, str] = {}
+    for rows in runs.values():
+        for row in rows:
+            prefixes |= evaluated_sets(row)
+    metrics = tuple(
+        (prefix + EXACT_MATCH, name or "evaluation questions") for name, prefix in sorted(prefixes.items())
+    )
     return (("Exact match, evaluation sets", "share", metrics),) if metrics else ()
 
 
