@@ -91,10 +91,10 @@ class Toolbox:
 class Method(ABC):
     """One row of the comparison.
 
-    Class attributes: `name` (of the command line), `title` (of tables), `source` (the citation), `numbers` (where its
-    published scores stand), `uses_retriever`, `is_trained` (whether the model must have been trained for it),
-    `default_template` (the first prompt), `further_prompts` (its other texts, by name), `stop_strings` (every set that
-    it asks the toolbox's `generator` for).
+    Class attributes: `name` (of the command line), `title` (of tables), `source` (the citation),
+    `uses_retriever`, `is_trained` (whether the model must have been trained for it), `default_template` (the first
+    prompt), `further_prompts` (its other texts, by name), `stop_strings` (every set that it asks the toolbox's
+    `generator` for).
 
     Args:
         template: takes the place of `default_template`; must hold the same placeholders.
@@ -106,7 +106,6 @@ class Method(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     source: ClassVar[str]
-    numbers: ClassVar[str] = "REX-RAG, arXiv 2508.08149, table 1"
     uses_retriever: ClassVar[bool]
     is_trained: ClassVar[bool] = False
     default_template: ClassVar[str]
