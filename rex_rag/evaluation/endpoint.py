@@ -179,7 +179,12 @@ class EndpointClient:
                 # Without the key first: a part of it that is left by the cut would not be recognised.
                 cause = f"HTTP {response.status_code}: {shorten(self._without_key(response.text), 400)}"
                 if response.status_code < 500 and response.status_code not in _PASSING_STATUSES:
-                    raise _Refused(self._without_key(f"{url} refuses the request, {cause}"))
+                    raise _Refused(
+                        self._without_key(
+                            f"{url} refuses the request, {cause}. Check the model's name, the key, and that prompt "
+                            "and completion fit what the server takes (max_sequence_length)"
+                        )
+                    )
                 after = response.headers.get("retry-after", "")
                 wanted_pause = float(after) if after.isdecimal() else 0.0
             except httpx.HTTPError as error:

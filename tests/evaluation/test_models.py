@@ -354,7 +354,7 @@ def test_a_refused_request_is_not_repeated_and_ends_the_others(world, greedy, pr
         served = open_endpoint(url, world, concurrency=1)
         server.bodies.clear()
         server.first = [(400, {}, '{"error": {"message": "prompt too long"}}')]
-        with pytest.raises(EndpointError, match=r"refuses the request, HTTP 400.*prompt too long"):
+        with pytest.raises(EndpointError, match=r"refuses the request, HTTP 400.*too long.*max_sequence_length"):
             served.generator(()).generate(prompts * 5, 6)
         assert len(server.bodies) == 1
         served.close()
