@@ -195,10 +195,12 @@ def test_chain_of_thought_takes_what_follows_the_announcement(bpe_tokenizer):
         "The owl is in the oak. So the answer is: the oak.\nQuestion: x So the answer is: elm",
         "I do not know, so it may be elm.",
         "so the answer is <answer> oak </answer>",
+        "<think>\nSo the answer is elm. No, wait.\n</think>\nSo the answer is: oak",
+        "<think>\nSo the answer is: oak.\nBut",
     ]
     bench = Bench(bpe_tokenizer, [turns])
-    trajectories = bench.run("cot", *[question("where is the owl", n) for n in range(3)])
-    assert [trajectory.answer for trajectory in trajectories] == ["the oak", None, "oak"]
+    trajectories = bench.run("cot", *[question("where is the owl", n) for n in range(5)])
+    assert [trajectory.answer for trajectory in trajectories] == ["the oak", None, "oak", "oak", "oak"]
 
 
 def test_r1_takes_its_first_complete_answer_tags(bpe_tokenizer):

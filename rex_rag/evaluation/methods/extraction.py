@@ -32,9 +32,13 @@ def bare_answer(text: str) -> str | None:
     tagged = tagged_answer(text)
     if tagged is not None:
         return tagged
+    return next((line.strip() for line in behind_thoughts(text).splitlines() if line.strip()), None)
+
+
+def behind_thoughts(text: str) -> str:
+    """What a reasoning model writes once it has thought; the whole text of one that uses no think tags."""
     # A chat template may have opened the thoughts already; thoughts that are left open reach to the end.
-    text = text.rpartition(THINK_TAGS[1])[2].partition(THINK_TAGS[0])[0]
-    return next((line.strip() for line in text.splitlines() if line.strip()), None)
+    return text.rpartition(THINK_TAGS[1])[2].partition(THINK_TAGS[0])[0]
 
 
 def announces_only(text: str) -> bool:

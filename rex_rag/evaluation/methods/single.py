@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rex_rag.evaluation.methods.extraction import announced_answer, bare_answer, tagged_answer
+from rex_rag.evaluation.methods.extraction import announced_answer, bare_answer, behind_thoughts, tagged_answer
 from rex_rag.evaluation.methods.script import Desk, Generate, Script, ScriptMethod, Search
 from rex_rag.evaluation.prompts import CHAIN_OF_THOUGHT, DIRECT, RETRIEVE_ONCE, THINK_AND_ANSWER
 from rex_rag.protocol import ANSWER_TAGS, render_passages
@@ -26,8 +26,8 @@ class Direct(ScriptMethod):
 
 
 class ChainOfThought(ScriptMethod):
-    """Reasoning, then the answer: what follows the first "So the answer is:" (or what it put into answer
-    tags)."""
+    """Reasoning, then the answer: what follows the first "So the answer is:", looked for behind the thoughts of a
+    reasoning model before it is in them (or what it put into answer tags)."""
 
     name = "cot"
     title = "Chain of thought"
@@ -40,7 +40,10 @@ class ChainOfThought(ScriptMethod):
         prompt = desk.tools.encode_chat(self.prompt_text(desk.question))
         desk.trajectory.prompt_ids = prompt
         written = yield Generate(prompt)
-        desk.trajectory.answer = tagged_answer(written.text) or announced_answer(written.text)
+        text = written.text
+        desk.trajectory.answer = (
+            tagged_answer(text) or announced_answer(behind_thoughts(text)) or announced_answer(text)
+        )
 
 
 class RetrieveOnce(ScriptMethod):
