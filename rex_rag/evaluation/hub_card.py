@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rex_rag.card_results import WEIGHTS, CardResult, write_results
+from rex_rag.card_results import WEIGHTS, CardResult, read_results, write_results
 from rex_rag.evaluation.benchmarks import FLASHRAG_REPOSITORY, FLASHRAG_SETS
 from rex_rag.evaluation.bootstrap import Estimate
 from rex_rag.evaluation.finished import FinishedRun
@@ -40,7 +40,27 @@ def write_model_card(path: str | Path, runs: Sequence[FinishedRun]) -> None:
     if len(identities) > 1:
         listed = ", ".join(f"{run.path} ({run.model})" for run in runs)
         raise ValueError(f"a card is of one model, but these runs are of {len(identities)}: {listed}; name one's runs")
-    write_results(path, [result for run in runs for result in card_results(run)], model_name=runs[0].model)
+    results = [result for run in runs for result in card_results(run)]
+    replaced = set(map(_place, results))
+    stale = [one for one in read_results(path) if _place(one) not in replaced and _is_of_other_weights(one, runs[0])]
+    if stale:
+        listed = ", ".join(f"{result.dataset_name}: {result.metric_name}" for result in stale[:3])
+        raise ValueError(
+            f"{path} holds {len(stale)} results of other weights ({listed}{', …' if len(stale) > 3 else ''}), which "
+            "would pass for this model's; remove them there (model-index), or name another file"
+        )
+    write_results(path, results, model_name=runs[0].model)
+
+
+def _place(result: CardResult) -> tuple[str | None, ...]:
+    """What of a result a card keeps apart."""
+    place = (result.dataset_type, result.dataset_config, result.dataset_split)
+    return (*place, result.metric_type, result.metric_name)
+
+
+def _is_of_other_weights(result: CardResult, run: FinishedRun) -> bool:
+    weights = run.card["model"].get("weights_sha256")
+    return None not in (weights, result.details.get(WEIGHTS)) and result.details[WEIGHTS] != weights
 
 
 def _results(run: FinishedRun) -> Iterator[CardResult]:

@@ -92,3 +92,18 @@ def test_what_a_card_cannot_hold_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="no run to write"):
         write_model_card(card, [])
     assert not card.exists()
+
+
+def test_results_of_other_weights_do_not_pass_for_this_models(tmp_path: Path):
+    card = tmp_path / "README.md"
+    write_model_card(card, [read_run(write_run(tmp_path / "a", {"nq": [1, 1]}))])
+    before = card.read_bytes()
+    trained_on = read_run(write_run(tmp_path / "b", {"own": [0, 1]}))
+    trained_on.card["model"]["weights_sha256"] = "1"
+    with pytest.raises(ValueError, match=r"holds 2 results of other weights \(NQ: Exact match, % \(REX-RAG\)"):
+        write_model_card(card, [trained_on])
+    assert card.read_bytes() == before
+    again = read_run(write_run(tmp_path / "c", {"nq": [0, 1]}))
+    again.card["model"]["weights_sha256"] = "1"
+    write_model_card(card, [again])  # in their place
+    assert [one.value for one in read_results(card)] == [50.0, 50.0]
