@@ -28,10 +28,15 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SCORER = "rex_rag.answers"
-_LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "bm25s", "faiss-cpu", "faiss-gpu")
+_LIBRARIES = (
+    *("torch", "transformers", "tokenizers", "peft", "numpy"),
+    *("bm25s", "PyStemmer", "faiss-cpu", "faiss-gpu", "sentence-transformers"),
+)
 # Limits that mean nothing to a method that never searches.
 _SEARCH_LIMITS = ("max_turns", "max_observation_tokens", "top_k")
 _COMPARED_DECODING = ("temperature", "top_p", "samples")
+# Characters of a value that an error shows.
+_SHOWN = 80
 
 
 def protocol_card(
@@ -134,8 +139,8 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str
 
 
 def _benchmark_row(benchmark: Benchmark) -> dict[str, Any]:
-    source = Path(benchmark.source)
-    named = "/".join(source.parts[-2:]) if source.is_absolute() else benchmark.source
+    source = Path(benchmark.source).expanduser()
+    named = "/".join(source.parts[-2:]) if source.is_absolute() or source.is_file() else benchmark.source
     return {**benchmark.as_row(), "source": named}
 
 
@@ -217,12 +222,16 @@ def _paired(first: Any, second: Any, name: str) -> Iterator[tuple[str, Any, Any]
 
 
 def _difference(name: str, first: Any, second: Any) -> str:
-    return f"{name}: {_short(first)} against {_short(second)}"
+    texts = [value if isinstance(value, str) else repr(value) for value in (first, second)]
+    # Long texts, prompts say, may differ late.
+    same = next((place for place, pair in enumerate(zip(*texts, strict=False)) if pair[0] != pair[1]), 0)
+    start = max(0, same - _SHOWN // 2) if max(map(len, texts)) > _SHOWN else 0
+    return f"{name}: {_short(texts[0], start)} against {_short(texts[1], start)}"
 
 
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else text[:80] + "…"
+def _short(text: str, start: int) -> str:
+    end = start + _SHOWN
+    return f"{'…' if start else ''}{text[start:end]}{'…' if end < len(text) else ''}"
 
 
 def _versions(with_vllm: bool) -> dict[str, str]:

@@ -137,6 +137,24 @@ def test_a_resumed_run_must_agree_in_all_but_where_files_lie():
     assert [line.split(":")[0] for line in found] == ["chunk_size", "versions.torch", "seed"]
 
 
+def test_long_texts_are_shown_where_they_differ():
+    tail = "{question}\nAnswer:"
+    first, second = (make_card(template="A" * 500 + word + tail) for word in ("briefly", "at length"))
+    found = next(line for line in differences(first, second) if line.startswith("method.prompts.prompt: "))
+    assert "AAbriefly{question}" in found and "AAat length{question}" in found
+    assert len(found) < 250 and "method.prompts.prompt: …A" in found
+
+
+def test_a_card_names_the_last_parts_of_a_relative_path_too(tmp_path, monkeypatch):
+    (tmp_path / "mine" / "sets").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "mine" / "sets" / "own.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path / "here")
+    card = make_card(benchmarks=[benchmark(source="../mine/sets/own.jsonl"), benchmark("hub", source="a/b@c/nq/test")])
+    assert card["benchmarks"]["mine"]["source"] == "sets/own.jsonl"
+    assert card["benchmarks"]["hub"]["source"] == "a/b@c/nq/test"
+
+
 def test_the_scorers_hash_follows_its_code_and_not_its_comments(tmp_path: Path, monkeypatch):
     source = Path(answers.__file__).read_text(encoding="utf-8")
 
