@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rex_rag.evaluation.benchmarks import benchmark_specs
 from rex_rag.evaluation.endpoint import DEFAULT_KEY_VARIABLE, EndpointOptions, check_endpoint_url
 from rex_rag.evaluation.models import BACKENDS, ENDPOINT, TRANSFORMERS, VLLM, ModelOptions
 from rex_rag.retrieval.load import BM25, RetrieverArguments
@@ -126,7 +127,7 @@ class EvaluationArguments:
     )
 
     def __post_init__(self) -> None:
-        self.benchmarks = _listed(self.benchmarks)
+        self.benchmarks = benchmark_specs(self.benchmarks)
         for name in ("temperature", "gpu_memory_utilization", *_POSITIVE_NUMBERS):
             value = getattr(self, name)
             if isinstance(value, int) and not isinstance(value, bool):
@@ -263,13 +264,6 @@ class SearchArguments(RetrieverArguments):
         self.is_given = not (self.retriever in ([BM25], BM25) and not self.corpus)
         if self.is_given:
             super().__post_init__()
-
-
-def _listed(value: Any) -> list[Any]:
-    """Entries given as a list, as one entry, or separated by commas."""
-    entries = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
-    parted = [entry.split(",") if isinstance(entry, str) else [entry] for entry in entries]
-    return [part.strip() if isinstance(part, str) else part for parts in parted for part in parts if part]
 
 
 def _name(entry: Any) -> str:

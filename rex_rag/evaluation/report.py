@@ -49,7 +49,7 @@ _EXPLAINED = {
     "majority": "majority: the vote of all samples is right, per cent, mean over sets",
     "searches": "searches: a sample",
     "tokens": "tokens: written by the model, a sample",
-    "seconds": "seconds: of all sets together",
+    "seconds": "seconds: of all sets and processes together",
     "invalid": "invalid: invalid actions a sample",
     "truncations": "truncations: how often text was cut, by cause",
     "unanswered": "unanswered: samples without an answer, per cent",
