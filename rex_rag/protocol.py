@@ -9,9 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rex_rag.types import Passage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 THINK_TAGS = ("<think>", "</think>")
 SEARCH_TAGS = ("<search>", "</search>")
@@ -59,6 +62,15 @@ def parse_action(text: str) -> Action | None:
     if match is None or not match.group(2).strip():
         return None
     return Action(kind=match.group(1), content=match.group(2).strip(), start=match.start())
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Strings of the tokenizer's own that inserted text must not contain.
+
+    Also those that it marks as special and names nowhere, as Llama 3 does with all that frame a message.
+    """
+    marked = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return tuple(dict.fromkeys([*tokenizer.all_special_tokens, *marked]))
 
 
 def make_inert(text: str, forbidden: Iterable[str] = ()) -> str:

@@ -12,18 +12,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from rex_rag.exploration import EncodedPool, ExplorationPool
-from rex_rag.protocol import FEEDBACK_TEXT, OBSERVATION_HEAD, OBSERVATION_TAIL, parse_action, render_passages
+from rex_rag.protocol import (
+    FEEDBACK_TEXT,
+    OBSERVATION_HEAD,
+    OBSERVATION_TAIL,
+    control_tokens,
+    parse_action,
+    render_passages,
+)
 from rex_rag.retrieval.base import Retriever, checked_search
 from rex_rag.types import AnswerSpan, Passage, SearchCall, Segment, SegmentKind, Trajectory, Truncation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rex_rag.generation import Generator
+    from rex_rag.generation import Generation, Generator
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +79,7 @@ class RolloutEngine:
     def __post_init__(self) -> None:
         self.seconds = RolloutSeconds()
         self.generate_calls = 0
-        self._control_tokens = tuple(self.tokenizer.all_special_tokens)
+        self._control_tokens = control_tokens(self.tokenizer)
         self._feedback_ids = self._encode([FEEDBACK_TEXT])[0]
         self._tail_ids = self._encode([OBSERVATION_TAIL])[0]
         smallest = len(self._encode([OBSERVATION_HEAD])[0]) + len(self._tail_ids) + 1
@@ -153,10 +160,10 @@ class RolloutEngine:
 
     def _turn(self, live: list[Trajectory], rows: int) -> None:
         generations = self._generate(live, rows)
-        texts = self._decode([ids for ids, _ in generations])
+        texts = self._decode([generation.ids for generation in generations])
         searching: list[tuple[Trajectory, str]] = []
-        for trajectory, (ids, logprobs), text in zip(live, generations, texts, strict=True):
-            query = self._apply(trajectory, ids, logprobs, text)
+        for trajectory, generation, text in zip(live, generations, texts, strict=True):
+            query = self._apply(trajectory, generation, text)
             if query is not None:
                 searching.append((trajectory, query))
         if searching:
@@ -165,7 +172,7 @@ class RolloutEngine:
     def _limit(self, trajectory: Trajectory) -> int:
         return min(self.budget.max_turn_tokens, self.budget.max_sequence_length - trajectory.length)
 
-    def _generate(self, live: list[Trajectory], rows: int) -> list[tuple[list[int], list[float | None] | None]]:
+    def _generate(self, live: list[Trajectory], rows: int) -> list[Generation]:
         """Sample one turn for every live row, cut to each row's own limit."""
         prompts = [trajectory.prompt_ids + trajectory.completion_ids for trajectory in live]
         limits = [self._limit(trajectory) for trajectory in live]
@@ -179,16 +186,19 @@ class RolloutEngine:
         self.seconds.generation += time.perf_counter() - started
         self.generate_calls += 1
         return [
-            (generation.ids[:limit], generation.logprobs[:limit] if generation.logprobs is not None else None)
+            replace(
+                generation,
+                ids=generation.ids[:limit],
+                logprobs=generation.logprobs[:limit] if generation.logprobs is not None else None,
+                is_cut=bool(generation.is_cut) or len(generation.ids) >= limit,
+            )
             for generation, limit in zip(output, limits, strict=False)
         ]
 
-    def _apply(
-        self, trajectory: Trajectory, ids: list[int], logprobs: list[float | None] | None, text: str
-    ) -> str | None:
+    def _apply(self, trajectory: Trajectory, generation: Generation, text: str) -> str | None:
         """Append what was sampled and act on it; return the query where a search is to be executed."""
         limit = self._limit(trajectory)
-        trajectory.segments.append(Segment(SegmentKind.POLICY, ids, text, logprobs))
+        trajectory.segments.append(Segment(SegmentKind.POLICY, generation.ids, text, generation.logprobs))
         trajectory.turns += 1
         last = trajectory.turns > self.budget.max_turns
         action = parse_action(text)
@@ -201,7 +211,7 @@ class RolloutEngine:
             return action.content
         if action is None:
             trajectory.invalid_actions += 1
-            if len(ids) == limit:
+            if generation.is_cut:
                 cause = Truncation.TURN if limit == self.budget.max_turn_tokens else Truncation.SEQUENCE
                 trajectory.truncations[cause] += 1
                 last = last or cause is Truncation.SEQUENCE

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rex_rag.evaluation.prompts import CHOICES, fill, placeholders, question_text
 from rex_rag.evaluation.records import Question
+from rex_rag.protocol import control_tokens
 from rex_rag.retrieval.base import Retriever
 from rex_rag.rollout import RolloutBudget
 from rex_rag.types import Trajectory, Truncation
@@ -66,12 +67,8 @@ class Toolbox:
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
-        """Strings of the tokenizer's own that inserted text must not contain.
-
-        Also those that it marks as special and names nowhere, as Llama 3 does with all that frame a message.
-        """
-        marked = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
-        return tuple(dict.fromkeys([*self.tokenizer.all_special_tokens, *marked]))
+        """Strings of the tokenizer's own that inserted text must not contain."""
+        return control_tokens(self.tokenizer)
 
     @property
     def end_tokens(self) -> tuple[str, ...]:
