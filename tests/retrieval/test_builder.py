@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -521,62 +520,119 @@ def test_a_recipes_part_gives_defaults_and_the_command_line_goes_over_them(
     assert "'corpsu' (did you mean corpus?)" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_killed_at_ten_random_moments_a_build_ends_with_the_same_bytes(tmp_path: Path):
-    """SIGKILL between start and the time that a whole build takes; every attempt goes on from the last."""
+# Forks a process for every line "MOMENT OUTPUT" that it reads: it builds, and dies of SIGKILL right before the change to
+# the file system of that number (0: never). Answers with the changes made or begun, and what waiting for it gave.
+MORTAL_BUILDS = """
+import os, signal, sys
+import bm25s, bm25s.scoring, bm25s.stopwords, Stemmer, yaml  # whatever an attempt would import takes it no time
+import rex_rag.retrieval.bm25.build, rex_rag.retrieval.index.builder
+from rex_rag.cli import main
+from transformers import HfArgumentParser
+
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
+
+def place(value, folder=-1):
+    if not isinstance(value, (str, os.PathLike)):
+        return ""
+    return os.path.join(os.readlink(f"/proc/self/fd/{folder}") if folder != -1 else "", os.fspath(value))
+
+def changed(event, arguments):
+    if event == "open":
+        path, _, flags = arguments
+        return place(path) if flags & (os.O_WRONLY | os.O_RDWR) else ""
+    folder = arguments[-1] if event in ("os.remove", "os.rmdir") else -1
+    return place(arguments[0], folder) if event in CHANGES else ""
+
+for line in sys.stdin:
+    moment, output = line.split()
+    told, tell = os.pipe()
+    child = os.fork()
+    if not child:
+        made = 0
+
+        def watch(event, arguments):
+            global made
+            if changed(event, arguments).startswith(output):
+                made += 1
+                os.write(tell, b".")
+                if made == int(moment):
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        os.dup2(2, 1)
+        sys.addaudithook(watch)
+        os._exit(main(["index", "--corpus", sys.argv[1], "--output", output, "--workers", "1"]))
+    os.close(tell)
+    made = 0
+    while dots := os.read(told, 4096):
+        made += len(dots)
+    os.close(told)
+    print(made, os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture
+def mortal_build(tmp_path: Path):
+    """A function (output, moment) -> (changes, status): builds an index of 800 passages, and dies at the moment."""
     draw = random.Random(3)
     words = [f"word{n}" for n in range(3_000)]
-    passages = [Passage(str(n), words[n % 500], " ".join(draw.choices(words, k=60))) for n in range(15_000)]
-    corpus = tmp_path / "corpus.jsonl"
-    write_corpus(passages, corpus)
-
-    def start(output: Path) -> subprocess.Popen:
-        command = [sys.executable, "-m", "rex_rag.cli", "index", "--corpus", str(corpus), "--output", str(output)]
-        return subprocess.Popen(
-            [*command, "--workers", "1"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
+    # Half a megabyte: what is written does not wait in buffers until its file is closed.
+    passages = [Passage(str(n), words[n % 500], " ".join(draw.choices(words, k=60))) for n in range(800)]
+    write_corpus(passages, tmp_path / "corpus.jsonl")
+    with (
+        (tmp_path / "said").open("w+b") as said,
+        subprocess.Popen(
+            [sys.executable, "-c", MORTAL_BUILDS, str(tmp_path / "corpus.jsonl")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
             env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        )
+        ) as process,
+    ):
 
-    def watch(process: subprocess.Popen, building: Path, changes: int | None = None) -> int:
-        """Count how often the work area looks different; kill the build at the given count."""
-        seen, before = 0, None
-        while process.poll() is None:
-            try:
-                names = tuple(sorted(path.name for path in building.rglob("*"))) if building.exists() else None
-            except FileNotFoundError:  # a folder went away while it was listed
-                continue
-            if names != before:
-                seen, before = seen + 1, names
-            if seen == changes:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                return seen
-            time.sleep(0.002)
-        assert process.returncode == 0, process.stderr.read().decode()
-        return seen
+        def build_until(output: Path, moment: int = 0) -> tuple[int, int]:
+            process.stdin.write(f"{moment} {output}\n")
+            process.stdin.flush()
+            answer = process.stdout.readline().split()
+            assert len(answer) == 2, (tmp_path / "said").read_text()[-3000:]
+            return int(answer[0]), int(answer[1])
 
-    # Moments are counted in what the build has done, not in seconds: a busy machine changes nothing.
-    moments = watch(start(tmp_path / "whole"), tmp_path / "whole.building")
-    assert moments >= 5
+        yield build_until
+
+
+@pytest.mark.slow
+def test_killed_at_every_moment_a_build_ends_with_the_same_bytes(tmp_path: Path, mortal_build):
+    """Moments are counted in changes to the file system, not in seconds: neither load nor luck has a part in them."""
+    moments, status = mortal_build(tmp_path / "whole")
+    assert status == 0
+    assert mortal_build(tmp_path / "again") == (moments, 0)
+    whole = contents(tmp_path / "whole")
+    assert contents(tmp_path / "again") == whole
     output, building = tmp_path / "killed", tmp_path / "killed.building"
-    killed, left_behind = 0, set()
-    for _ in range(40):
-        if killed == 10:
-            break
-        process = start(output)
-        watch(process, building, draw.randint(1, moments))
-        if process.returncode == 0:
-            shutil.rmtree(output)  # less was left to do than the draw asked for: begin anew
-            continue
-        killed += 1
-        assert not output.exists() or (output / "manifest.json").exists()
-        left_behind.add(tuple(sorted(contents(building))) if building.exists() else ())
-    assert killed == 10
-    assert len(left_behind) >= 2, left_behind
-    last = start(output)
-    assert last.wait(120) == 0, last.stderr.read().decode()
+    left_behind = set()
+    for moment in range(1, moments + 1):
+        assert mortal_build(output, moment) == (moment, signal.SIGKILL)
+        assert not output.exists() or contents(output) == whole
+        left_behind.add(tuple(sorted((name, len(data)) for name, data in contents(building).items())))
+        assert mortal_build(output)[1] == 0
+        assert contents(output) == whole, moment
+        assert not building.exists()
+        shutil.rmtree(output)
+    # As counted; a build that changes its folder in fewer steps may lower them.
+    assert moments >= 70
+    assert len(left_behind) >= 59
+
+
+@pytest.mark.slow
+def test_killed_ten_times_a_build_goes_on_each_time_from_where_the_last_one_died(tmp_path: Path, mortal_build):
+    moments, _ = mortal_build(tmp_path / "whole")
+    draw = random.Random(3)
+    output, killed = tmp_path / "killed", 0
+    while killed < 10:
+        _, status = mortal_build(output, draw.randint(1, moments))
+        killed += status == signal.SIGKILL
+        if status == 0:  # less was left to do than the draw asked for: begin anew
+            assert contents(output) == contents(tmp_path / "whole")
+            shutil.rmtree(output)
+    assert mortal_build(output)[1] == 0
     assert contents(output) == contents(tmp_path / "whole")
-    assert not building.exists()
