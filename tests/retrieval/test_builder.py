@@ -520,8 +520,8 @@ def test_a_recipes_part_gives_defaults_and_the_command_line_goes_over_them(
     assert "'corpsu' (did you mean corpus?)" in capsys.readouterr().err
 
 
-# Forks a process for every line "MOMENT OUTPUT" that it reads: it builds, and dies of SIGKILL right before the change to
-# the file system of that number (0: never). Answers with the changes made or begun, and what waiting for it gave.
+# Forks a process for every line "MOMENT OUTPUT" that it reads: it builds, and dies of SIGKILL right before the change
+# to the file system of that number (0: never). Answers with the changes made or begun, and what waiting for it gave.
 MORTAL_BUILDS = """
 import os, signal, sys
 import bm25s, bm25s.scoring, bm25s.stopwords, Stemmer, yaml  # whatever an attempt would import takes it no time
