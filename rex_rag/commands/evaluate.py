@@ -112,7 +112,7 @@ def run_evaluation(
     if method.uses_retriever:
         retriever = load_retriever(search)
         retriever.check()
-        description = describe_retriever(search, retriever.description)
+        description = describe_retriever(search, retriever.description, retriever)
     card = make_card(model=model.describe(), retriever=description)
     run = EvaluationRun(
         output,

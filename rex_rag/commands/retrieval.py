@@ -76,7 +76,7 @@ def serve(words: Sequence[str]) -> None:
     from rex_rag.retrieval.server.app import serve as run
 
     logging.getLogger("rex_rag").setLevel(logging.INFO)
-    run(lambda: load_retriever(retrieval), options, lambda: retriever_identity(retrieval))
+    run(lambda: load_retriever(retrieval), options, lambda loaded: retriever_identity(retrieval, loaded))
 
 
 def _add_serve_switches(parser: argparse.ArgumentParser) -> None:

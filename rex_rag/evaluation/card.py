@@ -23,6 +23,7 @@ from rex_rag.retrieval.identity import retriever_identity
 if TYPE_CHECKING:
     from rex_rag.evaluation.benchmarks import Benchmark
     from rex_rag.evaluation.methods import Method
+    from rex_rag.retrieval.base import Retriever
     from rex_rag.retrieval.load import RetrieverArguments
     from rex_rag.rollout import RolloutBudget
 
@@ -80,13 +81,15 @@ def protocol_card(
     }
 
 
-def describe_retriever(arguments: RetrieverArguments, description: str) -> dict[str, Any]:
+def describe_retriever(
+    arguments: RetrieverArguments, description: str, loaded: Retriever | None = None
+) -> dict[str, Any]:
     """What the card says of a retriever: its kind, what it searches, and the settings that change what it finds.
 
     fingerprint: see `retriever_identity`; `None` where a server or an online engine tells none. With it, a retriever
     is the same wherever it runs; without, servers are told apart by what they say they search.
     """
-    identity = retriever_identity(arguments)
+    identity = retriever_identity(arguments, loaded)
     served = identity.pop("served", None)
     if arguments.kind == "remote":
         description = served or "a server that does not say what it searches"

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rex_rag.data.corpus import read_corpus
-from rex_rag.retrieval.base import RetrievalError
+from rex_rag.retrieval.base import RetrievalError, Retriever
 from rex_rag.retrieval.bm25.text import BM25Options
 from rex_rag.retrieval.index.manifest import Manifest
+from rex_rag.retrieval.indexed import IndexedRetriever
 from rex_rag.retrieval.load import BM25, RetrieverArguments
 from rex_rag.retrieval.passages import passage_json
+from rex_rag.types import Passage
 
 # An identity that a server tells is small and flat.
 _MOST_ENTRIES = 20
 _MOST_CHARACTERS = 200
 
 
-def retriever_identity(arguments: RetrieverArguments) -> dict[str, Any]:
+def retriever_identity(arguments: RetrieverArguments, loaded: Retriever | None = None) -> dict[str, Any]:
     """`fingerprint` and `corpus_sha256`, where they can be known, and the settings that change what is found.
 
     fingerprint: of an index's manifest. BM25 over a corpus in this process has that of the index which `rex-rag index
     --kind bm25` would make of it, and finds the same. A server tells its own; `served` is what it says it searches.
+
+    Args:
+        loaded: the retriever that the arguments name, where it is loaded: spares reading its corpus again.
 
     Raises:
         CorpusError, RetrievalError: for a corpus or index that cannot be read, a re-ranker that is not there, and
@@ -45,16 +50,17 @@ def retriever_identity(arguments: RetrieverArguments) -> dict[str, Any]:
         # What the server does comes first; what is done here with its passages may come on top.
         return {**_served(arguments.retriever), **known}
     if arguments.kind == BM25:
-        return {**_in_process(arguments.corpus), **known}
+        passages = loaded.passages if isinstance(loaded, IndexedRetriever) else read_corpus(arguments.corpus)
+        return {**_in_process(passages), **known}
     if arguments.kind == "index":
         manifest = Manifest.read(arguments.retriever[0])
         return {"fingerprint": manifest.fingerprint, "corpus_sha256": manifest.corpus_sha256, **known}
     return known
 
 
-def _in_process(corpus: Sequence[str]) -> dict[str, str]:
+def _in_process(passages: Iterable[Passage]) -> dict[str, str]:
     digest, count = hashlib.sha256(), 0
-    for passage in read_corpus(corpus):
+    for passage in passages:
         digest.update(passage_json(passage) + b"\n")
         count += 1
     index = {"type": "bm25", **asdict(BM25Options())}
@@ -101,11 +107,12 @@ def read_identity(health: Mapping[str, Any]) -> dict[str, Any]:
     """What a server's answer to /health says that it searches; empty for one that does not say."""
     if not isinstance(health.get("retriever"), str):
         return {}
-    served = f"{health['retriever']}, {health.get('passages')} passages"
     told = health.get("identity")
     plain = {
         str(name): value
         for name, value in (told.items() if isinstance(told, Mapping) and len(told) <= _MOST_ENTRIES else ())
         if isinstance(value, str | int | float) and len(str(value)) <= _MOST_CHARACTERS
     }
-    return {**plain, "served": served[: 2 * _MOST_CHARACTERS]}
+    # Without a fingerprint, their number helps to tell corpora of one name apart.
+    count = "" if "fingerprint" in plain else f", {health.get('passages')} passages"
+    return {**plain, "served": f"{health['retriever']}{count}"[: 2 * _MOST_CHARACTERS]}

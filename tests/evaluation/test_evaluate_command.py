@@ -171,7 +171,9 @@ def test_a_whole_run_from_the_command_line(world, tmp_path, capsys, monkeypatch)
 
 def test_a_finished_run_does_not_need_its_server_again(world, tmp_path, capsys):
     arguments = RetrieverArguments(corpus=[str(world.corpus)])
-    server = Running(lambda: load_retriever(arguments), identify=lambda: retriever_identity(arguments)).ready()
+    server = Running(
+        lambda: load_retriever(arguments), identify=lambda loaded: retriever_identity(arguments, loaded)
+    ).ready()
     words = world.words(tmp_path / "run", subset=2)
     place = words.index("--corpus")
     words[place : place + 2] = ["--retriever", server.url]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rex_rag.retrieval.base import RetrievalError
+from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.retrieval.identity import read_identity, retriever_identity
 from rex_rag.retrieval.index.arguments import IndexArguments
 from rex_rag.retrieval.index.builder import build_index
@@ -37,7 +38,7 @@ def index(corpus, tmp_path_factory) -> str:
 
 
 def serve(arguments: RetrieverArguments, identify: bool = True) -> Running:
-    more = {"identify": lambda: retriever_identity(arguments)} if identify else {}
+    more = {"identify": lambda loaded: retriever_identity(arguments, loaded)} if identify else {}
     return Running(lambda: load_retriever(arguments), **more).ready()
 
 
@@ -46,6 +47,7 @@ def test_a_corpus_in_process_is_the_index_that_would_be_built_of_it(corpus, inde
     known = retriever_identity(RetrieverArguments(corpus=corpus))
     assert known == {"fingerprint": manifest.fingerprint, "corpus_sha256": manifest.corpus_sha256}
     assert retriever_identity(RetrieverArguments(retriever=[index])) == known
+    assert retriever_identity(RetrieverArguments(corpus=corpus), BM25Retriever.from_corpus(corpus)) == known
     # It finds the same, which is what the fingerprint says.
     one, other = (
         load_retriever(arguments).search(["white fox", "fox 1", "red"], 3)
@@ -104,7 +106,7 @@ def test_servers_of_different_indexes_are_refused(corpus, index):
         ({"retriever": "E5", "passages": 7, "identity": "x"}, {"served": "E5, 7 passages"}),
         (
             {"retriever": "E5", "identity": {"fingerprint": "ab", "nprobe": 8, "long": "x" * 201, "deep": {"a": 1}}},
-            {"served": "E5, None passages", "fingerprint": "ab", "nprobe": 8},
+            {"served": "E5", "fingerprint": "ab", "nprobe": 8},
         ),
         ({"retriever": "E5", "identity": {str(number): "x" for number in range(21)}}, {"served": "E5, None passages"}),
     ],

@@ -109,7 +109,7 @@ def create_app(
     load: Callable[[], Retriever],
     options: ServerOptions | None = None,
     on_load_failure: Callable[[BaseException], None] | None = None,
-    identify: Callable[[], Mapping[str, Any]] | None = None,
+    identify: Callable[[Retriever], Mapping[str, Any]] | None = None,
 ) -> FastAPI:
     """Build the application; `load` runs in a thread of its own once the server has started.
 
@@ -118,9 +118,9 @@ def create_app(
         options: limits and batching; `host` and `port` matter to `serve` alone.
         on_load_failure: called on the event loop when `load` raises; by default the error is logged and the process
             gets SIGTERM, since a server that will never be ready should not go on.
-        identify: says once, after `load`, what the retriever is known by; /health tells it.
+        identify: says once, after `load`, what the loaded retriever is known by; /health tells it.
     """
-    service = _Service(load, options or ServerOptions(), on_load_failure or _terminate, identify or dict)
+    service = _Service(load, options or ServerOptions(), on_load_failure or _terminate, identify)
     app = FastAPI(
         title="rex-rag retrieval server",
         description="Passages for queries, in the Search-R1 wire format.",
@@ -159,7 +159,7 @@ def create_app(
 def serve(
     load: Callable[[], Retriever],
     options: ServerOptions | None = None,
-    identify: Callable[[], Mapping[str, Any]] | None = None,
+    identify: Callable[[Retriever], Mapping[str, Any]] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then finish what was accepted; a second signal ends the process at once.
 
@@ -212,7 +212,7 @@ class _Service:
         load: Callable[[], Retriever],
         options: ServerOptions,
         on_load_failure: Callable[[BaseException], None],
-        identify: Callable[[], Mapping[str, Any]],
+        identify: Callable[[Retriever], Mapping[str, Any]] | None,
     ) -> None:
         self._load = load
         self._identify = identify
@@ -238,7 +238,8 @@ class _Service:
             if isinstance(retriever, IndexedRetriever):
                 # The first search of an index reads its pages and compiles what compiles: not at a client's cost.
                 retriever.check()
-            self._identity = dict(self._identify())
+            if self._identify is not None:
+                self._identity = dict(self._identify(retriever))
         except BaseException as error:
             then, argument = self._on_load_failure, error
         else:
