@@ -76,7 +76,7 @@ def run_evaluation(
     from rex_rag.evaluation.card import describe_retriever, protocol_card
     from rex_rag.evaluation.methods import make_method
     from rex_rag.evaluation.models import open_model
-    from rex_rag.evaluation.run import EvaluationRun, is_finished
+    from rex_rag.evaluation.run import EvaluationRun
     from rex_rag.retrieval.load import load_retriever
 
     method = make_method(arguments.method, arguments.prompt_text())
@@ -99,8 +99,8 @@ def run_evaluation(
         chunk_size=arguments.batch_size,
     )
     # What would be refused, and what is finished, needs no model: loading one may take minutes.
-    found = _card_there(output, arguments.model_options(process), search, make_card)
-    if found is not None and is_finished(output, found):
+    found = _finished_card(output, arguments.model_options(process), search, make_card)
+    if found is not None:
         if shard.helps and not is_first:
             return None
         say(f"{output} holds this run, finished: all {sum(map(len, benchmarks)):,} questions were answered before")
@@ -142,39 +142,43 @@ def run_evaluation(
     return _scored(output, card, arguments, say)
 
 
-def _card_there(
+def _finished_card(
     output: Path, options: ModelOptions, search: SearchArguments, make_card: Callable[..., dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """The card of a run that is there already, held against as much of this one's as is known without its model.
+    """The card of this run if it is finished; held against as much of this one's card as is known without its model.
+
+    Of an unfinished run weights and corpus are left out, which take time to hash: it will load them, and then looks.
 
     Raises:
         RunError: for another run's.
     """
     from rex_rag.evaluation.card import describe_retriever, read_card
     from rex_rag.evaluation.records import RUN_FILE
-    from rex_rag.evaluation.run import check_same_run
+    from rex_rag.evaluation.run import check_same_run, is_finished
 
     if not (output / RUN_FILE).is_file():
         return None
     found = read_card(output)
-    card = make_card(model={**found["model"], **_known_identity(options)}, retriever=found["retriever"])
-    if found["retriever"] is not None and card["method"]["uses_retriever"]:
+    finished = is_finished(output, found)
+    card = make_card(model={**found["model"], **_known_identity(options, finished)}, retriever=found["retriever"])
+    if finished and found["retriever"] is not None and card["method"]["uses_retriever"]:
         said = describe_retriever(search, found["retriever"]["description"])
         # A server that is away now says nothing, and a finished run does not need it.
         if said["fingerprint"] is not None or said["kind"] != "remote":
             card["retriever"] = said
     check_same_run(output, card)
-    return found
+    return found if finished else None
 
 
-def _known_identity(options: ModelOptions) -> dict[str, Any]:
+def _known_identity(options: ModelOptions, with_weights: bool) -> dict[str, Any]:
     """What the card will say of a model, as far as its folder, its name and its tokenizer tell."""
     from rex_rag.evaluation.models import ENDPOINT, load_tokenizer, model_identity, tokenizer_sha256
 
     known = {"backend": options.backend, "tokenizer_sha256": tokenizer_sha256(load_tokenizer(options))}
     if options.backend == ENDPOINT:
         return {**known, "name": options.name}
-    known |= model_identity(options.name, options.revision)
+    if with_weights:
+        known |= model_identity(options.name, options.revision)
     if options.dtype != "auto":
         known["dtype"] = options.dtype
     if options.device is not None:

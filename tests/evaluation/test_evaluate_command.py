@@ -169,6 +169,16 @@ def test_a_whole_run_from_the_command_line(world, tmp_path, capsys, monkeypatch)
         evaluate(world.words(tmp_path / "run", subset=10, batch_size=5))
 
 
+def test_an_unfinished_run_with_other_arguments_is_refused_without_a_model(world, tmp_path, monkeypatch):
+    evaluate([*world.words(tmp_path / "run", subset=12, batch_size=5), "--shard", "1/2"])
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "open_model", lambda options: pytest.fail("a model is loaded"))
+        with pytest.raises(RunError, match=r"budget\.max_turns: 2 against 1"):
+            evaluate(world.words(tmp_path / "run", subset=12, batch_size=5, max_turns=1))
+    evaluate(world.words(tmp_path / "run", subset=12, batch_size=5))
+    assert (tmp_path / "run" / "results.json").exists()
+
+
 def test_a_finished_run_does_not_need_its_server_again(world, tmp_path, capsys):
     arguments = RetrieverArguments(corpus=[str(world.corpus)])
     server = Running(
