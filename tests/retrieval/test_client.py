@@ -166,7 +166,7 @@ def test_a_dripping_server_cannot_stretch_the_timeout(remote):
     [
         ("malformed", "malformed JSON"),
         ("not-utf8", "malformed JSON"),
-        ("miscount", "1 results for 2 queries"),
+        ("miscount", "1 result for 2 queries"),
         ("empty", "the result of query 'oslo' is empty"),
         ("no-result", 'no list under "result"'),
         ("array", 'no list under "result"'),
