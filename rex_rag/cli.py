@@ -260,10 +260,10 @@ def _evaluation_lines(evaluation: EvaluationSetArguments, config: REXRAGConfig) 
     check_strategy(evaluation, config.eval_strategy)
     if not evaluation.eval_benchmarks:
         return {}
-    part = "" if evaluation.eval_subset is None else f", {evaluation.eval_subset} questions of each"
+    part = "" if evaluation.eval_subset is None else f", {counted(evaluation.eval_subset, 'question')} of each"
     when = f"every {config.eval_steps:g} steps" if config.eval_strategy == "steps" else f"every {config.eval_strategy}"
     names = ", ".join(map(str, evaluation.eval_benchmarks))
-    return {"evaluation": f"{names}{part}; {when}, {config.num_generations_eval} rollouts a question"}
+    return {"evaluation": f"{names}{part}; {when}, {counted(config.num_generations_eval, 'rollout')} a question"}
 
 
 def _batch_lines(config: REXRAGConfig, processes: int) -> dict[str, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag.card_results import training_results, write_results
+from rex_rag.data.jsonl import counted
 from rex_rag.log_rows import EXACT_MATCH, evaluated_sets
 from rex_rag.tables import markdown_text
 
@@ -61,11 +62,12 @@ def write_card(
     settings = {
         "Recipe": "none; built in Python" if recipe is None else _shareable(recipe),
         "Retriever": f"{retriever}; top-k {args.retrieval_top_k}",
-        "Rollouts per question": f"{args.num_originals} originals, up to {args.num_probe_slots} probes",
+        "Rollouts per question": f"{counted(args.num_originals, 'original')}, up to "
+        f"{counted(args.num_probe_slots, 'probe')}",
         "Probes": f"p = {args.probe_probability}, filter {args.probe_filter}, keep ratio {args.keep_ratio} "
         f"({args.keep_ratio_schedule})",
         "Correction": f"{args.correction}, probe density {args.probe_density}",
-        "Budgets": f"{args.max_turns} searches, {args.max_turn_tokens} tokens a turn, "
+        "Budgets": f"{counted(args.max_turns, 'search', 'searches')}, {args.max_turn_tokens} tokens a turn, "
         f"{args.max_observation_tokens} an observation, {args.max_sequence_length} in all",
     }
     if not args.num_probe_slots:

@@ -218,7 +218,7 @@ def test_a_card_of_training_holds_its_last_evaluation_as_the_hub_reads_it(card: 
     from rex_rag.config import REXRAGConfig
     from rex_rag.model_card import write_card
 
-    args = REXRAGConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_accumulation_steps=4)
+    args = REXRAGConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_accumulation_steps=4, max_turns=1)
     log = [
         {"step": 5, "em/originals": 0.5, "dead_end/rate": 0.125},
         {"step": 6, "eval_nq_em/originals": 0.25, "eval_nq_searches/mean": 1.5},
@@ -239,6 +239,7 @@ def test_a_card_of_training_holds_its_last_evaluation_as_the_hub_reads_it(card: 
     )
     assert "rex-rag evaluate --model me/agent --method rex_rag" in text
     assert "\n````\nSearch.\n```\nQuestion: {question}\n````\n" in text  # a fence longer than the prompt's own
+    assert "- Rollouts per question: 5 originals, up to 5 probes\n" in text and "- Budgets: 1 search, 500 " in text
     assert "- Recipe: rex_rag.yaml\n" in text and "somewhere" not in text
     assert "Last logged of training questions, sampled, at step 5:" in text and "| dead_end/rate | 0.1250 |" in text
     assert "Last logged of nq, sampled, at step 6:" in text and "| searches/mean | 1.5000 |" in text

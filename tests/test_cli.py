@@ -185,12 +185,17 @@ def test_check_says_when_a_batch_is_too_small_to_keep_a_probe(
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "300")
     recipe = tmp_path / "small.yaml"
-    recipe.write_text("retriever: http://127.0.0.1:8000\noutput_dir: out\nbf16: false\n", encoding="utf-8")
+    recipe.write_text(
+        "retriever: http://127.0.0.1:8000\noutput_dir: out\nbf16: false\n"
+        "eval_strategy: epoch\neval_benchmarks: nq\neval_subset: 1\n",
+        encoding="utf-8",
+    )
     assert main(["check", str(recipe)]) == 0
     # One question of five originals: floor(0.12 x 5) = 0.
     text = capsys.readouterr().out
     assert "at most 0 probes kept of 5 originals a generation: NONE" in text
     assert "1 question x 10 rows = 10 rows over 1 process\n" in text
+    assert "nq, 1 question of each; every epoch, 1 rollout a question\n" in text
 
 
 @pytest.mark.parametrize(
