@@ -261,7 +261,8 @@ def _evaluation_lines(evaluation: EvaluationSetArguments, config: REXRAGConfig) 
     if not evaluation.eval_benchmarks:
         return {}
     part = "" if evaluation.eval_subset is None else f", {counted(evaluation.eval_subset, 'question')} of each"
-    when = f"every {config.eval_steps:g} steps" if config.eval_strategy == "steps" else f"every {config.eval_strategy}"
+    strategy = config.eval_strategy.value
+    when = f"every {counted(config.eval_steps, 'step')}" if strategy == "steps" else f"every {strategy}"
     names = ", ".join(map(str, evaluation.eval_benchmarks))
     return {"evaluation": f"{names}{part}; {when}, {counted(config.num_generations_eval, 'rollout')} a question"}
 
