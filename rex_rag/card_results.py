@@ -28,6 +28,8 @@ WEIGHTS = "weights_sha256"
 _NO_METADATA = "---\n\n---\n"
 _BEGIN = "<!-- results: begin -->"
 _END = "<!-- results: end -->"
+# A key of the metadata with all that belongs to it: lines that are indented, entries of a list, blank lines.
+_INDEX = re.compile(r"^model-index:.*(?:\n(?:[ \t-].*|(?=\n)))*", re.MULTILINE)
 _SECTION = re.compile(rf"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 
 
@@ -71,12 +73,11 @@ def write_results(path: str | Path, results: Sequence[CardResult], *, model_name
         ValueError: no results; or the card's metadata cannot be read, or holds results that would not survive being
             written again. The card is left as it was.
     """
-    from huggingface_hub import ModelCard
-
     if not results:
         raise ValueError(f"there are no results to write into {path}; evaluate the model first")
     path = Path(path)
-    card = _load(path) if path.is_file() else ModelCard(f"{_NO_METADATA}\n# {markdown_text(model_name)}\n")
+    content = _content(path) if path.is_file() else f"{_NO_METADATA}\n# {markdown_text(model_name)}\n"
+    card = _parsed(path, content)
     new = [_as_eval_result(result) for result in results]
     identities = {_identity(result) for result in new}
     if len(identities) < len(new):
@@ -91,7 +92,7 @@ def write_results(path: str | Path, results: Sequence[CardResult], *, model_name
     card.text = _with_section(card.text, _section([result for result in kept + new if _is_ours(result)]))
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as file:
-        file.write(str(card).encode())
+        file.write(_rendered(content, card).encode())
 
 
 def read_results(path: str | Path) -> list[CardResult]:
@@ -103,7 +104,8 @@ def read_results(path: str | Path) -> list[CardResult]:
     path = Path(path)
     if not path.is_file():
         return []
-    return [_from_eval_result(result) for result in _load(path).data.eval_results or [] if _is_ours(result)]
+    results = _parsed(path, _content(path)).data.eval_results or []
+    return [_from_eval_result(result) for result in results if _is_ours(result)]
 
 
 def training_results(log_history: Sequence[Mapping[str, Any]]) -> list[CardResult]:
@@ -137,16 +139,20 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _load(path: Path) -> ModelCard:
+def _content(path: Path) -> str:
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        content = file.read()
+    return content if REGEX_YAML_BLOCK.search(content) else _NO_METADATA + content
+
+
+def _parsed(path: Path, content: str) -> ModelCard:
     import yaml
     from huggingface_hub import ModelCard
     from huggingface_hub.repocard import REGEX_YAML_BLOCK
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        content = file.read()
-    if not REGEX_YAML_BLOCK.search(content):
-        content = _NO_METADATA + content
     try:
         card = ModelCard(content)
         # ModelCard keeps no raw copy of this part of the metadata, and some forms of it do not pass through unchanged.
@@ -162,6 +168,33 @@ def _load(path: Path) -> ModelCard:
             "models or fields that huggingface_hub does not know; mend them there, or name another file"
         )
     return card
+
+
+def _rendered(content: str, card: ModelCard) -> str:
+    """The card as a file, its metadata word for word but for the results.
+
+    Written anew as a whole it would lose comments, and change what YAML reads otherwise than people do: `no`, 1.10.
+    """
+    import yaml
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+    from huggingface_hub.utils import yaml_dump
+
+    newline = "\r\n" if "\r\n" in content else "\n"
+    found = REGEX_YAML_BLOCK.search(content)
+    before = found[2].replace("\r\n", "\n")
+    index = {"model-index": eval_results_to_model_index(card.data.model_name, card.data.eval_results)}
+    dumped = yaml_dump(index, sort_keys=False).rstrip("\n")
+    after, places = _INDEX.subn(lambda _: dumped, before)
+    if not places:
+        after = f"{before.rstrip()}\n{dumped}".lstrip("\n")
+    said = yaml.safe_load(before) or {}
+    try:
+        as_meant = places == ("model-index" in said) and yaml.safe_load(after) == {**said, **index}
+    except yaml.YAMLError:
+        as_meant = False
+    # Metadata in an unusual form, such as braces around all of it, is written anew after all.
+    return f"{found[1]}{after.replace(chr(10), newline)}{found[3]}{card.text}" if as_meant else str(card)
 
 
 def _without_nulls(value: Any) -> Any:

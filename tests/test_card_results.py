@@ -251,3 +251,44 @@ def test_a_byte_order_mark_does_not_hide_the_metadata(tmp_path: Path):
     write_results(path, [NQ], model_name="me/model")
     data = ModelCard.load(path).data
     assert (data.license, data.base_model, len(data.eval_results)) == ("apache-2.0", "Qwen/Qwen2.5-3B", 1)
+
+
+ODD = """\
+---
+# What this model knows
+language: no  # Norwegian
+version: 1.10
+license: "mit"
+{index}
+tags: [a,   b]
+---
+# Text
+"""
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_the_rest_of_the_metadata_stays_word_for_word(tmp_path: Path, newline: str):
+    path = tmp_path / "README.md"
+    path.write_bytes(ODD.replace("{index}\n", "").replace("\n", newline).encode())
+    for value in (43.9, 44.5):
+        write_results(path, [replace(NQ, value=value)], model_name="me/model")
+        content = path.read_bytes().decode()
+        head, _, rest = content.partition("model-index:")
+        assert head == ODD[: ODD.index("{index}")].replace("\n", newline) + "tags: [a,   b]" + newline
+        assert read_results(path)[0].value == value
+        assert content.count("model-index:") == 1 and f"---{newline}# Text{newline}" in rest
+    # Where the results stand between other keys, they stay there.
+    between = tmp_path / "between.md"
+    index = content[content.index("model-index:") : content.index(f"---{newline}# Text")].rstrip()
+    between.write_bytes(ODD.replace("\n", newline).replace("{index}", index).encode())
+    write_results(between, [NQ], model_name="me/model")
+    after = between.read_bytes().decode()
+    assert after.index("license:") < after.index("model-index:") < after.index(f"tags: [a,   b]{newline}---{newline}")
+    assert read_results(between) == [NQ]
+
+
+def test_metadata_in_braces_is_written_anew(tmp_path: Path):
+    path = tmp_path / "README.md"
+    path.write_text("---\n{license: mit, tags: [a]}\n---\n# Text\n", encoding="utf-8")
+    write_results(path, [NQ], model_name="me/model")
+    assert (metadata(path)["license"], read_results(path)) == ("mit", [NQ])
