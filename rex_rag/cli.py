@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from rex_rag import __version__
 from rex_rag.commands import coverage, evaluate, pictures, report, retrieval
 from rex_rag.commands.sections import describe_unknown
-from rex_rag.commands.terminal import one_line, positive
+from rex_rag.commands.terminal import EXPECTED_ERROR, one_line, positive
 from rex_rag.data.jsonl import counted
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from rex_rag.evaluation.during_training import EvaluationSetArguments
     from rex_rag.retrieval.load import RetrieverArguments
 
-EXPECTED_ERROR = 2
 # These take whole dataclasses of options, or a recipe's part; their parsers are made when they run.
 _FORWARDED = {
     "index": (retrieval.index, "build an index of a corpus"),

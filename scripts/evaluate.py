@@ -12,12 +12,18 @@ import logging
 import sys
 
 from rex_rag.commands.evaluate import evaluate
+from rex_rag.commands.terminal import refuse
 
 
-def main() -> None:
+def main() -> int:
+    """Evaluate; returns the exit code: 0, or 2 for errors a user can mend."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    evaluate(sys.argv[1:])
+    try:
+        evaluate(sys.argv[1:])
+    except Exception as error:
+        return refuse(error)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser, get_peft_config, get_quantization_config
 
-from rex_rag.commands.terminal import one_line
+from rex_rag.commands.terminal import refuse
 from rex_rag.config import REXRAGConfig
 from rex_rag.data.qa import load_questions
 from rex_rag.evaluation.during_training import load_evaluation_sets
@@ -34,11 +34,11 @@ def main() -> int:
     try:
         trainer, checkpoint = prepare()
     except Exception as error:
-        return _refuse(error, one_line(error))
+        return refuse(error)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except RetrievalError as error:  # any other error in the middle of training is worth its traceback
-        return _refuse(error, str(error))
+        return refuse(error)
     trainer.save_model(trainer.args.output_dir)
     trainer.save_state()
     trainer.create_model_card()
@@ -109,13 +109,6 @@ def find_checkpoint(config: REXRAGConfig) -> str | None:
             f"resume_from_checkpoint is true, but {output} holds no checkpoint; leave it out to begin anew"
         )
     return last
-
-
-def _refuse(error: Exception, message: str | None) -> int:
-    if message is None:
-        raise error
-    print(f"error: {message}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
+
+EXPECTED_ERROR = 2
 
 
 def positive(text: str) -> int:
@@ -30,3 +33,12 @@ def one_line(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+def refuse(error: Exception) -> int:
+    """Print what the user can mend and return a script's exit code; anything else is raised again."""
+    message = one_line(error)
+    if message is None:
+        raise error
+    print(f"error: {message}", file=sys.stderr)
+    return EXPECTED_ERROR

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -255,3 +257,13 @@ def test_budgets_beyond_the_model_are_refused(world, tmp_path):
     with pytest.raises(ValueError, match="max_sequence_length=4096 is more than the 2048 tokens"):
         evaluate(world.words(tmp_path / "run", max_sequence_length=4096))
     assert not Path(tmp_path / "run").exists()
+
+
+def test_the_script_says_in_one_line_what_a_user_can_mend(tmp_path):
+    words = ["--model", "m", "--benchmarks", "nosuch", "--method", "direct", "--output", str(tmp_path / "run")]
+    ended = subprocess.run(
+        [sys.executable, "scripts/evaluate.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith("error: there is no benchmark 'nosuch'")
+    assert "Traceback" not in ended.stderr
