@@ -233,6 +233,9 @@ def score_table(scores: Mapping[str, BenchmarkScores]) -> str:
     judged = any("judge" in one.metrics for one in scores.values())
     if judged:
         head.insert(5, "judged")
+    choosing = any("accuracy" in one.metrics for one in scores.values())
+    if choosing:
+        head.insert(-1, "unreadable")
     rows = [head]
     for name, one in scores.items():
         f1, judge = one.metrics.get("f1"), one.metrics.get("judge")
@@ -247,6 +250,7 @@ def score_table(scores: Mapping[str, BenchmarkScores]) -> str:
                 f"{one.searches:.2f}",
                 f"{one.tokens:.0f}",
                 f"{100 * one.unanswered:.1f} %",
+                *([f"{100 * one.unreadable:.1f} %" if "accuracy" in one.metrics else ""] if choosing else []),
                 "" if one.seconds is None else f"{one.seconds:.1f}",
             ]
         )

@@ -27,7 +27,7 @@ def add_report(commands: argparse._SubParsersAction) -> None:
         default=[],
         metavar="NAME,…",
         help="more columns: f1, sub_match, judge, pass_at_k, majority, searches, tokens, seconds, invalid, "
-        "truncations, unanswered",
+        "truncations, unanswered, unreadable",
     )
     parser.add_argument(
         "--published",

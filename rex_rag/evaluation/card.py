@@ -64,6 +64,7 @@ def protocol_card(
         "method": {
             "name": method.name,
             "title": method.title,
+            "revision": method.revision,
             "source": method.source,
             "uses_retriever": method.uses_retriever,
             "prompt_sha256": method.prompt_sha256,
@@ -102,8 +103,8 @@ def comparable(
     """What keeps the figures of two runs from being compared, one line each; empty where nothing does.
 
     Must agree: the questions of the benchmarks that both hold, scorer, token limits, decoding (temperature, samples);
-    retriever and search limits where both methods search; prompts where the method is the same. May differ: model,
-    method, seed, chunk size, versions.
+    retriever and search limits where both methods search; prompts and the method's revision where the method is the
+    same. May differ: model, method, seed, chunk size, versions.
 
     Args:
         benchmarks: the sets that matter; default, all that both hold.
@@ -124,7 +125,9 @@ def comparable(
             for part in ("questions", "sha256")
         ]
     if first["method"]["name"] == second["method"]["name"]:
-        pairs.append(("method.prompt_sha256", first["method"]["prompt_sha256"], second["method"]["prompt_sha256"]))
+        pairs += [
+            (f"method.{part}", first["method"][part], second["method"][part]) for part in ("prompt_sha256", "revision")
+        ]
     differences = [_difference(*pair) for pair in pairs if pair[1] != pair[2]]
     if not shared:
         names = [", ".join(card["benchmarks"]) for card in (first, second)]

@@ -185,7 +185,10 @@ class TransformersModel(LanguageModel):
 
     def _describe(self) -> dict[str, Any]:
         identity = model_identity(self.options.name, self.options.revision)
-        return {**identity, "dtype": _plain(self._model.dtype), "device": self._model.device.type}
+        # Private, and the only place where transformers says which implementation it chose.
+        attention = self._model.config._attn_implementation
+        device = self._model.device.type
+        return {**identity, "dtype": _plain(self._model.dtype), "device": device, "attention": attention}
 
 
 class VLLMModel(_EngineModel):

@@ -25,7 +25,7 @@ from rex_rag.evaluation.published import (
     ordered,
     published_rows,
 )
-from rex_rag.evaluation.scores import BenchmarkScores
+from rex_rag.evaluation.scores import ACCURACY, BenchmarkScores
 
 # Extra columns, with what stands at their head.
 COLUMNS = {
@@ -40,6 +40,7 @@ COLUMNS = {
     "invalid": "invalid",
     "truncations": "truncations",
     "unanswered": "unanswered",
+    "unreadable": "unreadable",
 }
 _EXPLAINED = {
     "f1": "F1: token F1, per cent, mean over sets",
@@ -53,6 +54,7 @@ _EXPLAINED = {
     "invalid": "invalid: invalid actions a sample",
     "truncations": "truncations: how often text was cut, by cause",
     "unanswered": "unanswered: samples without an answer, per cent",
+    "unreadable": "unreadable: samples whose answer names no choice, per cent of the multiple-choice sets",
 }
 _SIZE = re.compile(r"(?<![\w.])(\d+B)(?![A-Za-z0-9])", re.IGNORECASE)
 
@@ -283,6 +285,9 @@ def _cost(name: str, scores: Sequence[BenchmarkScores]) -> Extra | None:
         return _shown(a_sample(one.invalid_actions for one in scores), ".2f")
     if name == "unanswered":
         return _shown(100 * a_sample(one.unanswered for one in scores), ".1f")
+    if name == "unreadable" and (choosing := [one for one in scores if ACCURACY in one.metrics]):
+        asked = sum(one.n * one.samples for one in choosing)
+        return _shown(100 * sum(one.unreadable * one.n * one.samples for one in choosing) / asked, ".1f")
     if name == "seconds" and all(one.seconds is not None for one in scores):
         seconds = sum(one.seconds for one in scores)
         return _shown(seconds, ",.0f" if seconds >= 100 else ".1f")

@@ -103,6 +103,13 @@ def test_what_must_agree_is_named_alone(values, named):
     assert found.startswith(named)
 
 
+def test_another_revision_of_a_method_is_another_protocol_for_that_method_alone():
+    other = make_card()
+    other["method"]["revision"] = 2
+    assert comparable(make_card(), other) == ["method.revision: 1 against 2"]
+    assert comparable(make_card(method="search_r1"), other) == []
+
+
 def test_servers_are_told_apart_by_what_they_say_they_search():
     served = {"kind": "remote", "description": "E5 over wiki18, 21015324 passages", "fingerprint": None}
     assert comparable(make_card(retriever=served), make_card(retriever=dict(served))) == []

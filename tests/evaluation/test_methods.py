@@ -67,7 +67,6 @@ def test_the_methods_of_the_table_stand_under_their_names():
     assert [name for name in METHODS if METHODS[name].uses_retriever] == [
         "rag", "ircot", "search_o1", "search_r1", "rex_rag",
     ]  # fmt: skip
-    assert [name for name in METHODS if METHODS[name].is_trained] == ["r1", "search_r1", "rex_rag"]
     with pytest.raises(ValueError, match="method is 'react', which is unknown; known methods are direct, cot"):
         make_method("react")
 
@@ -98,6 +97,13 @@ def test_a_method_that_searches_needs_a_retriever(bpe_tokenizer):
     with pytest.raises(ValueError, match="the method ircot searches, but no retriever was given"):
         make_method("ircot").run([question("where is the owl")], toolbox)
     assert make_method("direct").run([], toolbox) == []
+
+
+def test_a_template_that_asks_for_the_date_is_given_the_same_one_every_day():
+    tokenizer = make_bpe_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
+    toolbox = Toolbox(tokenizer, lambda stop: None, None, BUDGET)
+    assert toolbox.decode(toolbox.encode_chat("where")) == "26 Jul 2024 where"
 
 
 def test_a_tokenizer_without_chat_template_is_refused(bpe_tokenizer):

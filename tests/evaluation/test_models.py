@@ -198,6 +198,7 @@ def test_the_card_tells_weights_apart_and_names_no_folder_of_the_machine(world, 
 
     said = greedy.describe()
     assert said["backend"] == "transformers" and said["dtype"] == "float32" and said["device"] == "cpu"
+    assert said["attention"] == "sdpa"
     assert said["name"] == "/".join(world.model.parts[-2:])
     assert str(world.model.parent) not in json.dumps(said)
     copy = tmp_path / "copy"

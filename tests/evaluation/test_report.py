@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from rex_rag.commands.evaluate import score_table
 from rex_rag.commands.report import add_report
 from rex_rag.evaluation.benchmarks import Benchmark
 from rex_rag.evaluation.published import BENCHMARKS
 from rex_rag.evaluation.records import Question
 from rex_rag.evaluation.report import build_report, load_runs
 from rex_rag.evaluation.report_formats import as_csv, as_latex, as_markdown
+from rex_rag.evaluation.run import score_run
 from rex_rag.rollout import RolloutBudget
 from tests.evaluation.run_parts import open_questions, sample, write_run
 
@@ -237,6 +239,20 @@ def test_multiple_choice_is_accuracy_and_has_no_f1(tmp_path: Path):
     assert report.rows[0].extras == {}
     assert "Exact match in per cent (choice: accuracy of the letter)" in report.remarks[0]
     assert next(csv.reader(io.StringIO(as_csv(report))))[4:6] == ["choice_n", "choice_accuracy"]
+
+
+def test_answers_that_name_no_choice_are_counted_over_the_multiple_choice_sets(tmp_path: Path):
+    questions = tuple(Question(f"m{n}", f"Which {n}?", ("B",), {"A": "one", "B": "two"}) for n in range(4))
+    benchmark = Benchmark("choice", "multiple_choice", questions, "choice.jsonl", 4)
+    answers = [sample("B"), sample("A or B"), sample(None), sample("A")]
+    path = write_run(tmp_path / "a", {"choice": answers, "nq": [0, 0]}, benchmarks={"choice": benchmark})
+    [run] = load_runs([path])
+    report = build_report([run], extras=["unreadable", "unanswered"])
+    assert report.rows[0].extras["unreadable"].text == "25.0"  # one of four; the two open questions do not count
+    assert report.rows[0].extras["unanswered"].text == "16.7"  # one of six
+    table = score_table(score_run(path))
+    assert table.splitlines()[0].split()[-3:] == ["unanswered", "unreadable", "seconds"]
+    assert "25.0 %" in table
 
 
 HOSTILE = "a|b_<script>&$x\\input{y}"

@@ -20,7 +20,6 @@ class SearchR1(Method):
     title = "Search-R1"
     source = "Jin et al., Search-R1: Training LLMs to Reason and Leverage Search Engines with RL, arXiv 2503.09516"
     uses_retriever = True
-    is_trained = True
     default_template = PROMPT_TEMPLATE
     further_prompts: ClassVar[dict[str, str]] = {"feedback": FEEDBACK_TEXT}
     stop_strings = (STOP_STRINGS,)

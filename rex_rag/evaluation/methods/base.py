@@ -12,6 +12,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from typing import TYPE_CHECKING, ClassVar
 
 from rex_rag.evaluation.prompts import CHOICES, fill, placeholders, question_text
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     from rex_rag.generation import Generator
 
+# The day that Llama 3.1's own template falls back on where nobody tells it the date.
+PROMPT_DATE = date(2024, 7, 26)
 _SAID = "said-by-the-assistant"
 
 
@@ -46,6 +49,9 @@ class Toolbox:
     def encode_chat(self, text: str) -> list[int]:
         """The prompt ids of one user message, up to where the model's turn begins.
 
+        Templates that put today's date into a prompt, as Llama 3's do, are given `PROMPT_DATE`: a run that goes on
+        tomorrow, or is repeated next year, asks the same.
+
         Raises:
             ValueError: for a tokenizer without a chat template.
         """
@@ -55,7 +61,9 @@ class Toolbox:
                 "question to the model; save one with the tokenizer (tokenizer.chat_template)"
             )
         messages = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False, strftime_now=PROMPT_DATE.strftime
+        )
 
     def encode(self, text: str) -> list[int]:
         """Ids of text that is inserted; no special token is added."""
@@ -89,9 +97,9 @@ class Method(ABC):
     """One row of the comparison.
 
     Class attributes: `name` (of the command line), `title` (of tables), `source` (the citation),
-    `uses_retriever`, `is_trained` (whether the model must have been trained for it), `default_template` (the first
-    prompt), `further_prompts` (its other texts, by name), `stop_strings` (every set that it asks the toolbox's
-    `generator` for).
+    `uses_retriever`, `default_template` (the first prompt), `further_prompts` (its other texts, by name),
+    `stop_strings` (every set that it asks the toolbox's `generator` for), `revision` (a number to raise whenever the
+    same texts of a model come to another answer: runs of different revisions are not compared).
 
     Args:
         template: takes the place of `default_template`; must hold the same placeholders.
@@ -104,7 +112,7 @@ class Method(ABC):
     title: ClassVar[str]
     source: ClassVar[str]
     uses_retriever: ClassVar[bool]
-    is_trained: ClassVar[bool] = False
+    revision: ClassVar[int] = 1
     default_template: ClassVar[str]
     further_prompts: ClassVar[dict[str, str]] = {}
     stop_strings: ClassVar[tuple[tuple[str, ...], ...]]

@@ -76,7 +76,6 @@ class R1(ScriptMethod):
     title = "R1"
     source = "Guo et al., DeepSeek-R1, arXiv 2501.12948; trained on the same questions as Search-R1, arXiv 2503.09516"
     uses_retriever = False
-    is_trained = True
     default_template = THINK_AND_ANSWER
     stop_strings = ((ANSWER_TAGS[1],),)
 
