@@ -70,10 +70,10 @@ def _in_process(passages: Iterable[Passage]) -> dict[str, str]:
 
 def _checkpoint(name: str) -> str:
     """A model by name and revision; of a folder only the last part of its path."""
-    from rex_rag.retrieval.dense.checkpoints import find_checkpoint
+    from rex_rag.retrieval.dense.checkpoints import LOCAL, find_checkpoint, public_name
 
-    revision = find_checkpoint(name).revision.removeprefix("sha256:")[:12]
-    return f"{Path(name).resolve().name if Path(name).is_dir() else name} ({revision})"
+    revision = find_checkpoint(name).revision
+    return f"{public_name(name, revision)} ({revision.removeprefix(LOCAL)[:12]})"
 
 
 def _served(urls: Sequence[str]) -> dict[str, Any]:
