@@ -64,21 +64,28 @@ def read_log_history(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The log rows of a training run.
 
     Args:
-        path: a `trainer_state.json`, or a directory with one; else that of the directory's newest checkpoint.
+        path: a `trainer_state.json`, or a training run's directory: its own, or its newest checkpoint's where that has
+            come further, as when a finished run is trained on.
 
     Raises:
         FileNotFoundError: where there is none.
         ValueError: for a file that is not a trainer's state.
     """
     path = Path(path)
-    file = path if path.is_file() else path / STATE_FILE
-    if not file.is_file():
-        checkpoints = [(_number(found.parent), found) for found in path.glob(f"checkpoint-*/{STATE_FILE}")]
-        if not checkpoints:
-            raise FileNotFoundError(
-                f"there is no {STATE_FILE} in {path} or in a checkpoint of it; name a training run's output directory"
-            )
-        file = max(checkpoints)[1]
+    if path.is_file():
+        return _read_state(path)[1]
+    checkpoints = [(_number(found.parent), found) for found in path.glob(f"checkpoint-*/{STATE_FILE}")]
+    files = [path / STATE_FILE] if (path / STATE_FILE).is_file() else []
+    files += [max(checkpoints)[1]] if checkpoints else []
+    if not files:
+        raise FileNotFoundError(
+            f"there is no {STATE_FILE} in {path} or in a checkpoint of it; name a training run's output directory"
+        )
+    return max(map(_read_state, files), key=lambda state: state[0])[1]
+
+
+def _read_state(file: Path) -> tuple[int, list[dict[str, Any]]]:
+    """Steps done, and the log rows."""
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -86,7 +93,8 @@ def read_log_history(path: str | os.PathLike) -> list[dict[str, Any]]:
     history = state.get("log_history") if isinstance(state, dict) else None
     if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
         raise ValueError(f"{file} has no list `log_history`; name a {STATE_FILE} that training wrote")
-    return history
+    steps = state.get("global_step")
+    return steps if isinstance(steps, int) else 0, history
 
 
 def _number(checkpoint: Path) -> int:

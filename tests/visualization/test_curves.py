@@ -28,8 +28,9 @@ def drawn_axes(runs: dict[str, list[dict]]) -> list[Axes]:
 
 
 def write_state(folder, history) -> None:
-    folder.mkdir(parents=True)
-    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {"global_step": len(history), "log_history": history}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
 
 
 def test_curve_keeps_finite_values_of_rows_with_a_step():
@@ -138,12 +139,14 @@ def test_another_format_is_refused_before_anything_is_drawn(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_history_comes_from_the_run_or_its_newest_checkpoint(tmp_path):
+def test_history_comes_from_the_run_or_its_newest_checkpoint_whichever_has_come_further(tmp_path):
     write_state(tmp_path / "run" / "checkpoint-9", rows(9, kl=1))
     write_state(tmp_path / "run" / "checkpoint-10", rows(10, kl=1))
     assert len(read_log_history(tmp_path / "run")) == 10  # by number: as text, 9 would come last
-    (tmp_path / "run" / "trainer_state.json").write_text(json.dumps({"log_history": rows(11, kl=1)}))
+    write_state(tmp_path / "run", rows(11, kl=1))
     assert len(read_log_history(tmp_path / "run")) == 11
+    write_state(tmp_path / "run" / "checkpoint-12", rows(12, kl=1))  # a finished run is trained on
+    assert len(read_log_history(tmp_path / "run")) == 12
     assert len(read_log_history(tmp_path / "run" / "checkpoint-9" / "trainer_state.json")) == 9
 
 
