@@ -44,8 +44,9 @@ Reply with one word: CORRECT or INCORRECT."""
 _MAX_TOKENS = 2048
 _MOST_ANSWER_CHARACTERS = 2_000
 _MOST_VERDICT_CHARACTERS = 300
-_VERDICT = re.compile(r"\b(not\s+)?(in)?correct\b", re.IGNORECASE)
-_THOUGHTS = re.compile(r"^.*</think>", re.DOTALL)
+_VERDICT = re.compile(r"(\bnot[\s*_\"']+|n['’]t\s+)?\b(in)?correct\b", re.IGNORECASE)
+# What was thought, ended or not: thoughts that were cut off weigh both verdicts and give none.
+_THOUGHTS = re.compile(r"^.*</think>|<think>.*$", re.DOTALL)
 # Some models take no temperature, and name the limit otherwise.
 _SETTINGS: tuple[dict[str, Any], ...] = ({"temperature": 0, "max_tokens": _MAX_TOKENS}, {})
 
@@ -69,21 +70,26 @@ class Case:
             "correct_answers": list(self.golden_answers),
             "given_answer": self.answer[:_MOST_ANSWER_CHARACTERS],
         }
-        return PROMPT.replace("{case}", json.dumps(content, ensure_ascii=False, indent=1))
+        written = json.dumps(content, ensure_ascii=False, indent=1)
+        # Half a surrogate pair, which a data set's escapes may hold, cannot be sent as it is.
+        return PROMPT.replace("{case}", written.encode("utf-8", errors="backslashreplace").decode())
 
 
 class _ChatClient(EndpointClient):
-    """Asks for chat completions, which every such server has; the reply stands under `text`."""
+    """Asks for chat completions, which every such server has: `text`, and whether it `is_cut` by the limit."""
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         return self._request("POST", f"{self.url}/chat/completions", body, _reply)
 
 
 def _reply(answer: dict[str, Any]) -> dict[str, Any]:
-    text = answer["choices"][0]["message"]["content"]
+    choice = answer["choices"][0]
+    text = choice["message"]["content"]
+    if text is None:  # a refusal, or thoughts that took all tokens: asked again, it would be the same
+        text = ""
     if not isinstance(text, str):
         raise TypeError(f"the reply is a {type(text).__name__}")
-    return {"text": text}
+    return {"text": text, "is_cut": choice.get("finish_reason") == "length"}
 
 
 def judge_run(output: Path, benchmarks: Sequence[str], options: EndpointOptions, show_progress: bool = True) -> int:
@@ -107,12 +113,19 @@ def judge_run(output: Path, benchmarks: Sequence[str], options: EndpointOptions,
 
 
 def _judge_all(output: Path, benchmarks: Sequence[str], client: _ChatClient, show_progress: bool) -> None:
-    waiting = {}
+    waiting, judged = {}, []
     for name in benchmarks:
         known = _verdicts(output / name)
+        if known:
+            judged.append(name)
         cases = _cases(read_predictions(output / name))
         waiting[name] = [case for case in cases if (case.id, case.answer) not in known]
     judge = judge_of(output)
+    if judge is None and judged:
+        raise JudgeError(
+            f"{output} holds verdicts on {', '.join(judged)} but no {JUDGE_FILE} that says whose they are; remove "
+            f"every {VERDICTS_FILE} there to judge anew"
+        )
     wanted = {"model": client.options.model, "prompt_sha256": hashlib.sha256(PROMPT.encode()).hexdigest()}
     if judge is not None and {name: judge[name] for name in wanted} != wanted:
         raise JudgeError(
@@ -133,7 +146,7 @@ def _judge_all(output: Path, benchmarks: Sequence[str], client: _ChatClient, sho
                     part = cases[first : first + client.options.concurrency]
                     bodies = [_body(client.options.model, case, judge["settings"]) for case in part]
                     replies = client.complete_all(bodies)
-                    file.writelines(_row(case, reply["text"]) for case, reply in zip(part, replies, strict=True))
+                    file.writelines(_row(case, reply) for case, reply in zip(part, replies, strict=True))
                     file.flush()
                     os.fsync(file.fileno())
                     if bar is not None:
@@ -146,7 +159,7 @@ def _try_out(client: _ChatClient) -> dict[str, Any]:
     refusal: EndpointError | None = None
     for settings in _SETTINGS:
         try:
-            verdict = read_verdict(client.complete(_body(client.options.model, case, settings))["text"])
+            verdict = _score(client.complete(_body(client.options.model, case, settings)))
         except EndpointError as error:
             if type(error) is EndpointError:  # nobody is there; only a refusal can be about the settings
                 raise
@@ -184,12 +197,17 @@ def read_verdict(text: str) -> float | None:
     return float(not (found[-1][1] or found[-1][2]))
 
 
-def _row(case: Case, text: str) -> bytes:
+def _score(reply: dict[str, Any]) -> float | None:
+    """Of a reply that ran out of tokens nobody knows what it would have ended on."""
+    return None if reply["is_cut"] else read_verdict(reply["text"])
+
+
+def _row(case: Case, reply: dict[str, Any]) -> bytes:
     row = {
         "id": case.id,
         "answer": case.answer,
-        "score": read_verdict(text),
-        "verdict": text.strip()[-_MOST_VERDICT_CHARACTERS:],
+        "score": _score(reply),
+        "verdict": reply["text"].strip()[-_MOST_VERDICT_CHARACTERS:],
     }
     return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace")
 
