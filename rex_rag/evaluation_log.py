@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter, defaultdict
+from collections.abc import Sized
+from dataclasses import replace
+from typing import Any
 
 from trl import GRPOTrainer
 
 from rex_rag.metrics import summarize
+from rex_rag.mixed_sampling import MixedBatch
 
 
 class EvaluationLog(GRPOTrainer):
@@ -20,6 +24,7 @@ class EvaluationLog(GRPOTrainer):
     def __init__(self, *args, **kwargs) -> None:
         self._evaluated_as = "eval"
         self._evaluated: list[Counter] = []
+        self._rows_seen = 0  # of the evaluation set, over all processes
         super().__init__(*args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -30,11 +35,38 @@ class EvaluationLog(GRPOTrainer):
         """
         outer, self._evaluated_as = self._evaluated_as, metric_key_prefix
         completions, self._logs = self._logs, copy.deepcopy(self._logs)
+        self._forget_evaluated()  # what `predict`, or an evaluation that failed, has left
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             self._evaluated_as, self._logs = outer, completions
-            self._evaluated.clear()
+            self._forget_evaluated()
+
+    def _forget_evaluated(self) -> None:
+        self._evaluated.clear()
+        self._rows_seen = 0
+
+    def _without_repeats(self, batch: MixedBatch) -> MixedBatch:
+        """A batch of evaluation without the rows that fill up the last one, so that every process has equally many.
+
+        They are the first of the set once more, behind its end (accelerate's `even_batches`). Processes take turns:
+        what is before a row in the set is before it in an earlier step, or on a process of lower number.
+        """
+        rows, processes = len(batch.originals), self.accelerator.num_processes
+        start = self._rows_seen + self.accelerator.process_index * rows
+        self._rows_seen += processes * rows
+        dataset = getattr(self.callback_handler.eval_dataloader, "dataset", None)
+        if not isinstance(dataset, Sized):
+            return batch
+        fresh = min(rows, max(0, len(dataset) * self.num_generations_eval - start))
+        return replace(batch, originals=batch.originals[:fresh], correct=batch.correct[:fresh])
+
+    def _log_of_weights(self) -> list[dict[str, Any]]:
+        """What was logged up to the step whose weights the model holds: training may end by loading the best ones."""
+        best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        if self.is_in_train or not best:
+            return self.state.log_history
+        return [row for row in self.state.log_history if row["step"] <= self.state.best_global_step]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in the parent, but for evaluations: metrics carry the set's name, as its loss does, and figures that are
@@ -46,7 +78,7 @@ class EvaluationLog(GRPOTrainer):
         for name, value in summarize(self._evaluated).items():
             if not math.isnan(value) and not name.startswith("probes/"):  # evaluation never probes
                 self._metrics["eval"][name] = [value]
-        if name := self._evaluated_as.removeprefix("eval").removeprefix("_"):
+        if name := "" if self._evaluated_as == "eval" else self._evaluated_as.removeprefix("eval_"):
             named = {f"{name}_{key}": values for key, values in self._metrics["eval"].items()}
             self._metrics["eval"] = defaultdict(list, named)
         wanted, self.log_completions = self.log_completions, False

@@ -392,8 +392,9 @@ class REXRAGTrainer(EvaluationLog):
     def _log_rollouts(self, slots: Slots) -> None:
         """Everything known once the rollouts are done, over the filled rows of all processes."""
         training, filled = self.model.training, slots.filled
-        counts = rollout_counts(filled)
-        counts += mixed_counts(slots.batch, self.args.num_originals if training else self.num_generations_eval)
+        batch = slots.batch if training else self._without_repeats(slots.batch)
+        counts = rollout_counts(filled if training else batch.originals)
+        counts += mixed_counts(batch, self.args.num_originals if training else self.num_generations_eval)
         lengths = [sum(row.trained_mask) for row in filled]
         tokens = sum(len(row.prompt_ids) for row in filled) + sum(lengths)
         seconds = self.sampler.engine.seconds
@@ -493,5 +494,5 @@ class REXRAGTrainer(EvaluationLog):
                 prompt_template=self._prompt_template,
                 retriever=self.retriever.description,
                 recipe=self.recipe,
-                log_history=self.state.log_history,
+                log_history=self._log_of_weights(),
             )

@@ -556,6 +556,28 @@ def test_evaluation_sets_keep_their_names_and_every_question_its_weight(model_pa
     assert not list((tmp_path / "out" / "completions").glob("*.parquet"))
 
 
+def test_the_card_of_the_best_weights_tells_their_figures_not_the_last_ones(model_path, tmp_path):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_own_em/originals"}
+    every_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = REXRAGTrainer(
+        model=Qwen2ForCausalLM.from_pretrained(model_path),
+        args=config(model_path, tmp_path, **best, **every_step, per_device_eval_batch_size=4, logging_steps=1),
+        train_dataset=Dataset.from_list(QUESTIONS),
+        eval_dataset={"own": Dataset.from_list(QUESTIONS[:4])},
+        retriever=BM25Retriever(PASSAGES),
+        processing_class=make_word_tokenizer(),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    rows = [row for row in trainer.state.log_history if "eval_own_em/originals" in row]
+    assert [row["eval_own_em/originals"] for row in rows] == [0.0, 0.0], "a random policy: the first stays the best"
+    assert trainer.state.best_global_step == 1
+    trainer.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Last logged of own, sampled, at step 1:" in card and "step: 1\n" in card
+    assert "at step 2" not in card and "step: 2\n" not in card
+
+
 # Refusals
 
 

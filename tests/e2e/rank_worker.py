@@ -3,7 +3,8 @@
     accelerate launch --config_file ... tests/e2e/rank_worker.py MODEL_DIRECTORY OUTPUT_DIRECTORY
 
 Rank 1 answers in its first turn (its sampled ids are replaced behind the real generate call), rank 0 samples freely:
-the ranks finish their rollouts after different numbers of turns.
+the ranks finish their rollouts after different numbers of turns. Afterwards they evaluate on five questions, two
+each at a time, of which rank 1's answers are right.
 """
 
 import json
@@ -37,6 +38,7 @@ def main() -> None:
             num_generations=6,
             num_probe_slots=3,
             per_device_train_batch_size=6,
+            per_device_eval_batch_size=2,
             gradient_accumulation_steps=2,
             probe_probability=0.6,
             keep_ratio=0.25,
@@ -50,6 +52,9 @@ def main() -> None:
         ),
         train_dataset=Dataset.from_list(
             [{"question": f"who is person {index}", "golden_answers": ["nobody"]} for index in range(16)]
+        ),
+        eval_dataset=Dataset.from_list(
+            [{"question": f"who is person {index}", "golden_answers": ["somebody"]} for index in range(5)]
         ),
         retriever=BM25Retriever([Passage("0", "One", "person one"), Passage("1", "Two", "person two")]),
         processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
@@ -86,7 +91,9 @@ def main() -> None:
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     checksum = sum(float(value.double().abs().sum()) for value in weights.values()) if weights else None
     log = [row for row in trainer.state.log_history if "em/originals" in row]
-    (output / f"rank{rank}.json").write_text(json.dumps({"records": records, "checksum": checksum, "log": log}))
+    result = {"records": list(records), "checksum": checksum, "log": log}
+    result["evaluated"] = trainer.evaluate()["eval_em/originals"]
+    (output / f"rank{rank}.json").write_text(json.dumps(result))
 
 
 def brevity(completions, **_):

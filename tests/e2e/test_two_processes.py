@@ -55,5 +55,7 @@ def test_ranks_finish_together_and_agree(name, model, tmp_path):
     assert any(record["global"][3] for record in first)
     checksums = [rank["checksum"] for rank in ranks if rank["checksum"] is not None]
     assert checksums and len(set(checksums)) == 1
+    # Rank 0 has the questions 0, 1 and 4, then the first again; rank 1 has 2 and 3, then two more again: 4 of 8 rows.
+    assert [rank["evaluated"] for rank in ranks] == [2 / 5, 2 / 5]
     log = ranks[0]["log"]
     assert len(log) == 3 and all(row["grad_norm"] > 0 for row in log)
