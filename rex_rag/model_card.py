@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import math
 import re
+import shlex
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,7 +62,7 @@ def write_card(
     method = "REX-RAG" if args.num_probe_slots else "plain GRPO over searches (Search-R1)"
     settings = {
         "Recipe": "none; built in Python" if recipe is None else _shareable(recipe),
-        "Retriever": f"{retriever}; top-k {args.retrieval_top_k}",
+        "Retriever": f"{_without_addresses(retriever)}; top-k {args.retrieval_top_k}",
         "Rollouts per question": f"{counted(args.num_originals, 'original')}, up to "
         f"{counted(args.num_probe_slots, 'probe')}",
         "Probes": f"p = {args.probe_probability}, filter {args.probe_filter}, keep ratio {args.keep_ratio} "
@@ -85,7 +86,7 @@ def write_card(
         "It answers only within that loop, which `rex_rag` runs over any retriever:",
         "",
         "```bash",
-        f"rex-rag evaluate --model {name} --method rex_rag --prompt_template prompt.txt \\",
+        f"rex-rag evaluate --model {shlex.quote(name)} --method rex_rag --prompt_template prompt.txt \\",
         "    --benchmarks bamboogle --retriever http://127.0.0.1:8000 \\",
         f"    --top_k {args.retrieval_top_k} --max_turns {args.max_turns} --max_turn_tokens {args.max_turn_tokens} \\",
         f"    --max_observation_tokens {args.max_observation_tokens} \\",
@@ -126,7 +127,7 @@ def _result_lines(log_history: list[dict]) -> list[str]:
             last[name or "evaluation questions"] = prefix, row
     lines = []
     for where, (prefix, row) in sorted(last.items()):
-        lines += [f"Last logged of {where}, sampled, at step {row.get('step')}:", ""]
+        lines += [f"Last logged of {markdown_text(where)}, sampled, at step {row.get('step')}:", ""]
         lines += ["| metric | value |", "|---|---|"]
         values = {name: row.get(prefix + name) for name in _RESULTS}
         lines += [
@@ -140,7 +141,12 @@ def _result_lines(log_history: list[dict]) -> list[str]:
 
 def _shareable(path: str) -> str:
     """Cards are published: where a file lies on somebody's machine is not for them."""
-    return Path(path).name if Path(path).is_absolute() else path
+    return Path(path).name if Path(path).is_absolute() or ".." in Path(path).parts else path
+
+
+def _without_addresses(description: str) -> str:
+    """Where a server stands is not for them either."""
+    return re.sub(r"https?://[^\s,;]+", "…", re.sub(r" at https?://[^\s,;]+(, https?://[^\s,;]+)*", "", description))
 
 
 def _versions() -> list[str]:

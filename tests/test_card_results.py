@@ -245,6 +245,37 @@ def test_a_card_of_training_holds_its_last_evaluation_as_the_hub_reads_it(card: 
     assert "Last logged of nq, sampled, at step 6:" in text and "| searches/mean | 1.5000 |" in text
 
 
+@pytest.mark.parametrize(
+    ("retriever", "shown"),
+    [
+        ("retrieval server at http://node7.corp:8000/retrieve", "retrieval server; top-k"),
+        ("retrieval servers at http://a:1/retrieve, https://b/x/retrieve", "retrieval servers; top-k"),
+        (
+            "retrieval server at http://a:1/retrieve, the first 50 re-ranked by x",
+            "retrieval server, the first 50 re-ranked by x; top-k",
+        ),
+    ],
+)
+def test_a_card_of_training_names_no_machine_and_its_command_can_be_copied(card, tmp_path, retriever, shown):
+    from rex_rag.config import REXRAGConfig
+    from rex_rag.model_card import write_card
+
+    write_card(
+        card,
+        name="my agent",
+        args=REXRAGConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_accumulation_steps=4),
+        prompt_template="Question: {question}",
+        retriever=retriever,
+        recipe="../../home/of-mine/rex_rag.yaml",
+        log_history=[{"step": 6, "eval_<b>_em/originals": 0.25}],
+    )
+    text = card.read_text(encoding="utf-8")
+    assert f"- Retriever: {shown} 3\n" in text and "://a" not in text and "corp" not in text
+    assert "- Recipe: rex_rag.yaml\n" in text and "of-mine" not in text
+    assert "--model 'my agent' --method" in text
+    assert "Last logged of &lt;b&gt;, sampled, at step 6:" in text
+
+
 def test_a_byte_order_mark_does_not_hide_the_metadata(tmp_path: Path):
     path = tmp_path / "README.md"
     path.write_bytes(b"\xef\xbb\xbf" + CARD.encode())
