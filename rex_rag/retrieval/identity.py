@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -14,11 +15,14 @@ from rex_rag.retrieval.index.manifest import Manifest
 from rex_rag.retrieval.indexed import IndexedRetriever
 from rex_rag.retrieval.load import BM25, RetrieverArguments
 from rex_rag.retrieval.passages import passage_json
+from rex_rag.tables import one_line
 from rex_rag.types import Passage
 
 # An identity that a server tells is small and flat.
 _MOST_ENTRIES = 20
 _MOST_CHARACTERS = 200
+# What cards say of a retriever themselves.
+_NOT_TOLD = ("kind", "description", "served")
 
 
 def retriever_identity(arguments: RetrieverArguments, loaded: Retriever | None = None) -> dict[str, Any]:
@@ -108,10 +112,15 @@ def read_identity(health: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     told = health.get("identity")
     plain = {
-        str(name): value
+        one_line(str(name)): one_line(value) if isinstance(value, str) else value
         for name, value in (told.items() if isinstance(told, Mapping) and len(told) <= _MOST_ENTRIES else ())
-        if isinstance(value, str | int | float) and len(str(value)) <= _MOST_CHARACTERS
+        if name not in _NOT_TOLD and _is_plain(value) and len(str(name)) + len(str(value)) <= _MOST_CHARACTERS
     }
     # Without a fingerprint, their number helps to tell corpora of one name apart.
     count = "" if "fingerprint" in plain else f", {health.get('passages')} passages"
-    return {**plain, "served": f"{health['retriever']}{count}"[: 2 * _MOST_CHARACTERS]}
+    return {**plain, "served": one_line(f"{health['retriever']}{count}"[: 2 * _MOST_CHARACTERS])}
+
+
+def _is_plain(value: Any) -> bool:
+    """NaN, which JSON has no word for, would differ from itself at every start."""
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))

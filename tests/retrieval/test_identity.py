@@ -115,6 +115,19 @@ def test_what_servers_say_is_taken_with_care(health, expected):
     assert read_identity(health) == expected
 
 
+def test_a_server_does_not_write_the_card_nor_to_the_terminal():
+    told = {
+        "fingerprint": "f",
+        "kind": "index",
+        "description": "x",
+        "nprobe": float("nan"),
+        "k" * 500: 1,
+        "e": "\x1b[2J",
+    }
+    found = read_identity({"retriever": "foxes\x1b[2J\n- a line", "identity": told})
+    assert found == {"fingerprint": "f", "e": "[2J", "served": "foxes [2J - a line"}
+
+
 def test_settings_that_change_what_is_found_are_part_of_it(index, tmp_path):
     transformers = pytest.importorskip("transformers")
     folder = tmp_path / "private" / "cross-encoder"
