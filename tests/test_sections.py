@@ -57,3 +57,6 @@ def test_an_unknown_key_of_a_recipe_is_named_with_the_one_that_was_meant(recipe)
     recipe.write_text("part:\n  subsets: 3\n")
     with pytest.raises(ValueError, match=r"under `part:`: unknown keys: 'subsets' \(did you mean subset\?\)"):
         parse(["--config", recipe])
+    recipe.write_text("part:\n  no: 3\n  1: 4\n  corpora: a\n")
+    with pytest.raises(ValueError, match=r"unknown keys: '1', 'False', 'corpora' \(did you mean corpus\?\)"):
+        parse(["--config", recipe])

@@ -86,7 +86,8 @@ def read_section(path: Path, section: str, known: set[str]) -> dict[str, Any]:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not isinstance(content.get(section), dict):
         raise ValueError(f"{path} has no part `{section}:` with settings under it")
-    unknown = sorted(content[section].keys() - known)
+    # YAML reads a bare `no` as false, and 1 as a number.
+    unknown = sorted(str(key) for key in content[section] if key not in known)
     if unknown:
         raise ValueError(f"{path}, under `{section}:`: {describe_unknown(unknown, sorted(known))}")
     return content[section]
