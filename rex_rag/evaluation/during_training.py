@@ -39,6 +39,8 @@ class EvaluationSetArguments:
 
     def __post_init__(self) -> None:
         self.eval_benchmarks = benchmark_specs(self.eval_benchmarks)
+        if self.eval_benchmarks == ["none"]:  # a command line has no other word for leaving out what a recipe names
+            self.eval_benchmarks = []
         check_count(self.eval_subset, "eval_subset")
 
 
@@ -47,11 +49,13 @@ def check_strategy(arguments: EvaluationSetArguments, eval_strategy: str) -> Non
     if arguments.eval_benchmarks and eval_strategy == "no":
         raise BenchmarkError(
             f"eval_benchmarks is {arguments.eval_benchmarks}, but eval_strategy is 'no', so that they would never be "
-            "looked at; set eval_strategy: steps and eval_steps, or leave eval_benchmarks out"
+            "looked at; set eval_strategy: steps and eval_steps, or leave eval_benchmarks out (--eval_benchmarks none "
+            "where a recipe names it)"
         )
     if not arguments.eval_benchmarks and eval_strategy != "no":
+        shown = getattr(eval_strategy, "value", eval_strategy)  # the trainer's arguments hold an enumeration
         raise BenchmarkError(
-            f"eval_strategy is {eval_strategy!r}, but eval_benchmarks names nothing to evaluate on; name benchmarks, "
+            f"eval_strategy is '{shown}', but eval_benchmarks names nothing to evaluate on; name benchmarks, "
             "or set eval_strategy to 'no'"
         )
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers.trainer_utils import IntervalStrategy
 
 from rex_rag.data.qa import QuestionError
 from rex_rag.evaluation.benchmarks import BenchmarkError, load_benchmark, subset
@@ -46,8 +47,12 @@ def test_what_would_never_be_looked_at_is_refused_and_what_has_nothing_to_see_to
         BenchmarkError, match=r"eval_benchmarks is \['nq'\], but eval_strategy is 'no'.*set eval_strategy"
     ):
         check_strategy(EvaluationSetArguments(["nq"]), "no")
-    with pytest.raises(BenchmarkError, match=r"eval_strategy is 'epoch', but eval_benchmarks names nothing"):
-        load_evaluation_sets(EvaluationSetArguments(), "epoch")
+    for epoch in ("epoch", IntervalStrategy.EPOCH):  # the trainer's arguments hold the latter
+        with pytest.raises(BenchmarkError, match=r"eval_strategy is 'epoch', but eval_benchmarks names nothing"):
+            load_evaluation_sets(EvaluationSetArguments(), epoch)
+    assert (
+        load_evaluation_sets(EvaluationSetArguments(["none"]), IntervalStrategy.NO) is None
+    )  # a word on a command line
 
 
 def test_sets_that_do_not_fit_are_refused(questions, tmp_path):
