@@ -21,7 +21,7 @@ from trl import TrlParser, get_peft_config, get_quantization_config
 from rex_rag.commands.terminal import refuse
 from rex_rag.config import REXRAGConfig
 from rex_rag.data.qa import load_questions
-from rex_rag.evaluation.during_training import load_evaluation_sets
+from rex_rag.evaluation.during_training import check_best_metric, load_evaluation_sets
 from rex_rag.progress import ProgressLine
 from rex_rag.recipe import RECIPE_PARTS
 from rex_rag.retrieval.base import RetrievalError
@@ -59,6 +59,8 @@ def prepare() -> tuple[REXRAGTrainer, str | None]:
     with config.main_process_first(desc="questions and corpus"):
         train_dataset = load_questions(questions)
         eval_dataset = load_evaluation_sets(evaluation, config.eval_strategy)
+        if eval_dataset is not None:
+            check_best_metric(eval_dataset, config.metric_for_best_model)
         retriever = load_retriever(retrieval)
     retriever.check()
 

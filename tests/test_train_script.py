@@ -84,6 +84,17 @@ def test_what_a_user_can_mend_is_said_without_a_traceback(
     assert "Traceback" not in before + said
 
 
+def test_a_best_model_by_a_metric_that_no_evaluation_set_has_is_refused_before_training(
+    script: ModuleType, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    words = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
+    words += ["--eval_benchmarks", f"own={tmp_path / 'questions.jsonl'}", "--load_best_model_at_end", "true"]
+    assert start(script, monkeypatch, recipe, *words) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: metric_for_best_model is 'loss'") and "eval_own_em/originals" in said
+    assert not (tmp_path / "run" / "checkpoint-1").exists()
+
+
 def test_a_missing_recipe_missing_questions_and_an_unknown_key_are_said_too(
     script: ModuleType, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):

@@ -6,6 +6,7 @@ a view of how training goes; the figure to publish is a `rex-rag evaluate` run's
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,19 @@ def check_strategy(arguments: EvaluationSetArguments, eval_strategy: str) -> Non
             f"eval_strategy is '{shown}', but eval_benchmarks names nothing to evaluate on; name benchmarks, "
             "or set eval_strategy to 'no'"
         )
+
+
+def check_best_metric(names: Collection[str], metric: str | None) -> None:
+    """Raise `BenchmarkError` for a metric to choose the best model by that is of none of the evaluation sets.
+
+    The trainer would notice after its first evaluation. Its default, `loss`, is of a nameless set.
+    """
+    if metric is None or any(metric.removeprefix("eval_").startswith(f"{name}_") for name in names):
+        return
+    raise BenchmarkError(
+        f"metric_for_best_model is {metric!r}, which no evaluation set has ({', '.join(names)}); "
+        f"name the set and the metric, such as {' or '.join(f'eval_{name}_em/originals' for name in names)}"
+    )
 
 
 def load_evaluation_sets(arguments: EvaluationSetArguments, eval_strategy: str) -> dict[str, Dataset] | None:

@@ -7,7 +7,12 @@ from transformers.trainer_utils import IntervalStrategy
 
 from rex_rag.data.qa import QuestionError
 from rex_rag.evaluation.benchmarks import BenchmarkError, load_benchmark, subset
-from rex_rag.evaluation.during_training import EvaluationSetArguments, check_strategy, load_evaluation_sets
+from rex_rag.evaluation.during_training import (
+    EvaluationSetArguments,
+    check_best_metric,
+    check_strategy,
+    load_evaluation_sets,
+)
 
 
 @pytest.fixture
@@ -70,3 +75,11 @@ def test_sets_that_do_not_fit_are_refused(questions, tmp_path):
         load_evaluation_sets(EvaluationSetArguments([ours, ours]), "steps")
     with pytest.raises(QuestionError, match="eval_subset=0; it must be an integer of at least 1"):
         EvaluationSetArguments([ours], eval_subset=0)
+
+
+def test_the_metric_of_the_best_model_names_a_set():
+    for metric in (None, "eval_nq_em/originals", "own_em/originals"):
+        check_best_metric(["nq", "own"], metric)
+    for metric in ("loss", "eval_em/originals", "eval_popqa_em/originals"):
+        with pytest.raises(BenchmarkError, match=r"which no evaluation set has \(nq, own\).*eval_nq_em/originals or"):
+            check_best_metric(["nq", "own"], metric)
