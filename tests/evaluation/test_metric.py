@@ -136,3 +136,17 @@ def test_the_module_holds_no_scoring_of_its_own(metric):
 def test_a_prediction_too_many_is_refused(metric):
     with pytest.raises(ValueError, match="predictions"):
         metric.compute(predictions=["a", "b"], references=[["a"]])
+
+
+def test_rows_of_different_form_are_scored_each_for_itself(metric):
+    references = ["Lisbon", ["b", "x"], "Oslo"]
+    assert metric.compute(predictions=["Lisbon", "x", "Bergen"], references=references)["exact_match"] == 2 / 3
+    assert metric.compute(predictions=[None, "b"], references=[["a"], "b"])["exact_match"] == 1 / 2
+    metric.add(prediction=None, reference="a")
+    metric.add(prediction="b", reference=["b"])
+    assert metric.compute()["exact_match"] == 1 / 2
+
+
+def test_a_prediction_that_is_no_text_is_refused(metric):
+    with pytest.raises(ValueError, match=r"a prediction is \['a', 'b'\], a list; give a string, or None"):
+        metric.compute(predictions=[["a", "b"]], references=["a"])

@@ -36,24 +36,41 @@ _CITATION = """
 """
 
 
+def _prediction(row) -> list[str]:
+    if row is not None and not isinstance(row, str):
+        raise ValueError(f"a prediction is {row!r}, a {type(row).__name__}; give a string, or None for no answer")
+    return [] if row is None else [row]
+
+
+def _golden(row) -> list[str]:
+    return [row] if isinstance(row, str) else list(row)
+
+
 class RexRagQa(evaluate.Metric):
     """See the description."""
 
     def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
+        texts = datasets.List(datasets.Value("string"))
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_INPUTS,
-            features=[
-                datasets.Features({"predictions": text, "references": datasets.List(text)}),
-                datasets.Features({"predictions": text, "references": text}),
-            ],
+            features=datasets.Features({"predictions": texts, "references": texts}),
             reference_urls=["https://arxiv.org/abs/1606.05250"],
         )
 
+    # The library takes the form of the first row for the form of all, and a first row without an answer for none at
+    # all. So every input becomes a list here: of gold answers, and of the one prediction or nothing.
+
+    def add_batch(self, *, predictions=None, references=None) -> None:
+        """As in the library; rows may differ in form."""
+        super().add_batch(predictions=[*map(_prediction, predictions)], references=[*map(_golden, references)])
+
+    def add(self, *, prediction=None, reference=None) -> None:
+        """As in the library; rows may differ in form."""
+        super().add(prediction=_prediction(prediction), reference=_golden(reference))
+
     def _compute(self, predictions: list, references: list) -> dict:
-        golden = [[answers] if isinstance(answers, str) else answers for answers in references]
-        pairs = list(zip(predictions, golden, strict=True))
+        pairs = [(row[0] if row else None, golden) for row, golden in zip(predictions, references, strict=True)]
         scores = {"exact_match": exact_match, "f1": token_f1, "sub_match": sub_match}
         return {name: sum(float(score(*pair)) for pair in pairs) / len(pairs) for name, score in scores.items()}
