@@ -36,6 +36,8 @@ _LIBRARIES = (
 # Limits that mean nothing to a method that never searches.
 _SEARCH_LIMITS = ("max_turns", "max_observation_tokens", "top_k")
 _COMPARED_DECODING = ("temperature", "top_p", "samples")
+# What a card calls a server that has no health page, or says nothing there.
+_SILENT_SERVER = "a server that does not say what it searches"
 # Characters of a value that an error shows.
 _SHOWN = 80
 
@@ -88,12 +90,13 @@ def describe_retriever(
     """What the card says of a retriever: its kind, what it searches, and the settings that change what it finds.
 
     fingerprint: see `retriever_identity`; `None` where a server or an online engine tells none. With it, a retriever
-    is the same wherever it runs; without, servers are told apart by what they say they search.
+    is the same wherever it runs; without, a server is known by what it says it searches and, where `loaded` is given,
+    by what it finds for fixed queries (`answers_sha256`).
     """
     identity = retriever_identity(arguments, loaded)
     served = identity.pop("served", None)
     if arguments.kind == "remote":
-        description = served or "a server that does not say what it searches"
+        description = served or _SILENT_SERVER
     return {"kind": arguments.kind, "description": description, "fingerprint": None, **identity}
 
 
@@ -105,6 +108,10 @@ def comparable(
     Must agree: the questions of the benchmarks that both hold, scorer, token limits, decoding (temperature, samples);
     retriever and search limits where both methods search; prompts and the method's revision where the method is the
     same. May differ: model, method, seed, chunk size, versions.
+
+    Of two unknown retrievers nobody can say that they agree: servers that neither say what they search nor were known
+    by their answers, and online engines, whose answers change from one day to the next. Two runs that search with one
+    are not compared; the same run goes on with it (`differences`).
 
     Args:
         benchmarks: the sets that matter; default, all that both hold.
@@ -129,6 +136,8 @@ def comparable(
             (f"method.{part}", first["method"][part], second["method"][part]) for part in ("prompt_sha256", "revision")
         ]
     differences = [_difference(*pair) for pair in pairs if pair[1] != pair[2]]
+    if both_search and first["retriever"] == second["retriever"]:
+        differences += _unknown(first["retriever"])
     if not shared:
         names = [", ".join(card["benchmarks"]) for card in (first, second)]
         differences.insert(0, _difference("benchmarks", *names))
@@ -142,6 +151,15 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str
         for name, one, other in _paired(first, second, "")
         if one != other and _counts(name, first)
     ]
+
+
+def _unknown(retriever: Mapping[str, Any]) -> list[str]:
+    """Why two runs with this retriever need not have searched the same; empty where it is known."""
+    if retriever["kind"] == "online":
+        return [f"retriever: {retriever['description']}, an online engine, may have found other pages for each run"]
+    if retriever["description"] == _SILENT_SERVER and retriever.get("answers_sha256") is None:
+        return [f"retriever: {_SILENT_SERVER} may have been another one for each run"]
+    return []
 
 
 def _benchmark_row(benchmark: Benchmark) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -18,6 +20,20 @@ from rex_rag.retrieval.passages import passage_json
 from rex_rag.tables import one_line
 from rex_rag.types import Passage
 
+logger = logging.getLogger(__name__)
+
+# What servers without an identity are asked, to be known by their answers; another list would be another identity.
+FIXED_QUERIES = (
+    "Who wrote Hamlet?",
+    "capital city of Australia",
+    "When did the Second World War end?",
+    "chemical element with the highest melting point",
+    "the longest river in South America",
+    "film directed by a woman about a chess player",
+    "Who is the mother of the founder of the company?",
+    "population of the town where he was born",
+)
+FIXED_TOP_K = 3
 # An identity that a server tells is small and flat.
 _MOST_ENTRIES = 20
 _MOST_CHARACTERS = 200
@@ -31,8 +47,13 @@ def retriever_identity(arguments: RetrieverArguments, loaded: Retriever | None =
     fingerprint: of an index's manifest. BM25 over a corpus in this process has that of the index which `rex-rag index
     --kind bm25` would make of it, and finds the same. A server tells its own; `served` is what it says it searches.
 
+    answers_sha256: of a server that tells no fingerprint (Search-R1's own): the hash of the passages' texts, in order,
+    that it finds for `FIXED_QUERIES`. One other passage among them and it counts as another retriever; a change that
+    none of them shows goes unseen. An online engine has nothing of the kind: what it finds changes by the day.
+
     Args:
-        loaded: the retriever that the arguments name, where it is loaded: spares reading its corpus again.
+        loaded: the retriever that the arguments name, where it is loaded: spares reading its corpus again. Without
+            it, a server is not asked to search.
 
     Raises:
         CorpusError, RetrievalError: for a corpus or index that cannot be read, a re-ranker that is not there, and
@@ -51,7 +72,10 @@ def retriever_identity(arguments: RetrieverArguments, loaded: Retriever | None =
     known = {name: value for name, value in settings.items() if value is not None}
     if arguments.kind == "remote":
         # What the server does comes first; what is done here with its passages may come on top.
-        return {**_served(arguments.retriever), **known}
+        told = _served(arguments.retriever)
+        if loaded is not None and "fingerprint" not in told:
+            told |= _answers(arguments)
+        return {**told, **known}
     if arguments.kind == BM25:
         passages = loaded.passages if isinstance(loaded, IndexedRetriever) else read_corpus(arguments.corpus)
         return {**_in_process(passages), **known}
@@ -99,6 +123,33 @@ def _served(urls: Sequence[str]) -> dict[str, Any]:
             f"{listed}. Name servers of one index"
         )
     return next(iter(said.values()), {})
+
+
+def _answers(arguments: RetrieverArguments) -> dict[str, str]:
+    """The hash of what servers find for the fixed queries, each asked once; empty where none answers all of them."""
+    from rex_rag.retrieval.remote.client import RemoteRetriever
+
+    # One of several that is away must not hold up the others; the only one is worth waiting for.
+    attempts = arguments.retriever_max_attempts if len(arguments.retriever) == 1 else 1
+    found: dict[str, str] = {}
+    for url in arguments.retriever:
+        client = RemoteRetriever([url], timeout=arguments.retriever_timeout, max_attempts=attempts)
+        try:
+            rankings = client.search(FIXED_QUERIES, FIXED_TOP_K)
+        except RetrievalError as error:
+            logger.warning("what this retrieval server searches cannot be known by its answers: %s", error)
+            continue
+        finally:
+            client.close()
+        texts = [[[passage.title, passage.text] for passage in ranking] for ranking in rankings]
+        found[client.urls[0]] = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    if len(set(found.values())) > 1:
+        listed = "; ".join(f"{url}: {digest[:12]}" for url, digest in found.items())
+        raise RetrievalError(
+            "the retrieval servers find different passages for the same queries, so that figures would depend on "
+            f"which one answers (hashes of their answers: {listed}). Name servers of one index"
+        )
+    return {"answers_sha256": next(iter(found.values()))} if found else {}
 
 
 def _what_counts(found: Mapping[str, Any]) -> dict[str, Any]:

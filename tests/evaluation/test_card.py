@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from rex_rag.evaluation.benchmarks import Benchmark
 from rex_rag.evaluation.card import comparable, describe_retriever, differences, protocol_card, scorer_sha256
 from rex_rag.evaluation.methods import make_method
 from rex_rag.evaluation.records import Question
+from rex_rag.evaluation.run import RunError, prepare_directory
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
 from rex_rag.rollout import RolloutBudget
+from tests.retrieval.running import AppServer, search_r1_app
 
 MODEL = {"backend": "transformers", "name": "tiny", "revision": None, "weights_sha256": "00", "dtype": "float32"}
 BM25 = {"kind": "bm25", "description": "BM25 over 4 passages of a.jsonl", "fingerprint": "aa"}
@@ -115,6 +118,43 @@ def test_servers_are_told_apart_by_what_they_say_they_search():
     assert comparable(make_card(retriever=served), make_card(retriever=dict(served))) == []
     other = {**served, "description": "BM25 over wiki18, 21015324 passages"}
     assert len(comparable(make_card(retriever=served), make_card(retriever=other))) == 1
+
+
+def test_servers_without_a_health_page_are_neither_compared_nor_exchanged(tmp_path: Path):
+    cards = []
+    for name, word in (("a", "red"), ("b", "green")):
+        (tmp_path / name).write_text(json.dumps({"id": "0", "title": "Fox", "text": word}) + "\n")
+        server = AppServer(search_r1_app(load_retriever(RetrieverArguments(corpus=[str(tmp_path / name)]))))
+        arguments = RetrieverArguments(retriever=[server.url])
+        try:
+            loaded = load_retriever(arguments)
+            said = describe_retriever(arguments, loaded.description, loaded)
+        finally:
+            server.stop()
+        assert said["description"] == "a server that does not say what it searches" and said["fingerprint"] is None
+        cards += [make_card(retriever=said), make_card("rag", retriever=said)]
+    assert comparable(cards[0], cards[1]) == [] == comparable(cards[2], cards[3])
+    [found] = comparable(cards[0], cards[3])
+    assert found.startswith("retriever.answers_sha256: ")
+    prepare_directory(tmp_path / "run", cards[0])
+    prepare_directory(tmp_path / "run", cards[0])
+    with pytest.raises(RunError, match=r"holds another run.*answers_sha256"):
+        prepare_directory(tmp_path / "run", cards[2])
+
+
+@pytest.mark.parametrize(
+    ("unknown", "reason"),
+    [
+        ({"kind": "remote", "description": "a server that does not say what it searches"}, "another one for each run"),
+        ({"kind": "online", "description": "Google (record)"}, r"Google \(record\), an online engine, may have found"),
+    ],
+)
+def test_nobody_can_say_that_two_unknown_retrievers_agree(unknown, reason):
+    card, other = (make_card(method, retriever={**unknown, "fingerprint": None}) for method in ("rex_rag", "rag"))
+    [found] = comparable(card, other)
+    assert re.search(reason, found)
+    assert comparable(card, make_card("direct")) == []
+    assert differences(card, copy.deepcopy(card)) == [], "a run goes on"
 
 
 def test_another_scorer_is_another_protocol():

@@ -30,6 +30,33 @@ class AppServer:
         self._thread.join(timeout=10)
 
 
+def search_r1_app(retriever, asked=None):
+    """Search-R1's own server: /retrieve over `retriever` and nothing else, no health page; `asked` takes requests."""
+    from fastapi import FastAPI
+
+    app = FastAPI()
+
+    @app.post("/retrieve")
+    def retrieve(request: dict) -> dict:
+        if asked is not None:
+            asked.append(request)
+        rankings = retriever.search(request["queries"], request["topk"])
+        return {
+            "result": [
+                [
+                    {
+                        "document": {"id": passage.id, "contents": f'"{passage.title}"\n{passage.text}'},
+                        "score": passage.score,
+                    }
+                    for passage in ranking
+                ]
+                for ranking in rankings
+            ]
+        }
+
+    return app
+
+
 class Running(AppServer):
     """A retrieval server made from `load` and `options`, or any other `app` that is asked like one."""
 

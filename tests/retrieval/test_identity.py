@@ -9,12 +9,12 @@ import pytest
 
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
-from rex_rag.retrieval.identity import read_identity, retriever_identity
+from rex_rag.retrieval.identity import FIXED_QUERIES, read_identity, retriever_identity
 from rex_rag.retrieval.index.arguments import IndexArguments
 from rex_rag.retrieval.index.builder import build_index
 from rex_rag.retrieval.index.manifest import Manifest
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
-from tests.retrieval.running import Running
+from tests.retrieval.running import AppServer, Running, search_r1_app
 
 
 def write_corpus(path: Path, *texts: str) -> str:
@@ -96,6 +96,45 @@ def test_servers_of_different_indexes_are_refused(corpus, index):
     finally:
         for server in servers:
             server.stop()
+
+
+def test_servers_without_a_health_page_are_known_by_what_they_find(corpus, tmp_path):
+    """Two servers over one corpus, and one over a corpus in which one passage reads otherwise."""
+    other = [write_corpus(tmp_path / "a.jsonl", "red", "grey"), write_corpus(tmp_path / "b.jsonl", "black")]
+    asked: list[dict] = []
+    servers = [AppServer(search_r1_app(BM25Retriever.from_corpus(files), asked)) for files in (corpus, corpus, other)]
+    try:
+        given = [RetrieverArguments(retriever=[server.url]) for server in servers]
+        assert retriever_identity(given[0]) == {} and asked == [], "not asked before it is loaded"
+        first, again, unlike = (retriever_identity(arguments, load_retriever(arguments)) for arguments in given)
+        assert [(request["queries"], request["topk"]) for request in asked] == [(list(FIXED_QUERIES), 3)] * 3
+        assert list(first) == ["answers_sha256"] and len(first["answers_sha256"]) == 64
+        assert first == again != unlike
+        urls = [server.url for server in servers]
+        both = RetrieverArguments(retriever=urls[:2])
+        assert retriever_identity(both, load_retriever(both)) == first
+        # One that is away neither holds up the other nor counts.
+        gone = RetrieverArguments(retriever=[urls[0], "http://127.0.0.1:9"])
+        assert retriever_identity(gone, load_retriever(gone)) == first
+        mixed = RetrieverArguments(retriever=urls[1:])
+        with pytest.raises(RetrievalError, match=r"find different passages for the same queries.*one index"):
+            retriever_identity(mixed, load_retriever(mixed))
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def test_a_server_with_a_fingerprint_is_not_asked_to_search(index):
+    arguments = RetrieverArguments(retriever=[index])
+    server = serve(arguments)
+    try:
+        remote = RetrieverArguments(retriever=[server.url])
+        told = retriever_identity(remote, load_retriever(remote))
+        answered = server.metrics()["rexrag_retrieval_queries_total"]
+    finally:
+        server.stop()
+    assert "fingerprint" in told and "answers_sha256" not in told
+    assert answered == 0
 
 
 @pytest.mark.parametrize(
