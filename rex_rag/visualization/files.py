@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PICTURE_FORMATS = ("png", "svg")
+
+logger = logging.getLogger(__name__)
+
+_LACKING = r"Glyph (\d+) \("  # how matplotlib begins to warn of a character that its fonts lack
+_MOST_NAMED = 20
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
@@ -57,6 +65,8 @@ def new_figure(width: float, height: float, **settings) -> Figure:
 def write_figure(figure: Figure, path: str | os.PathLike, dpi: int) -> Path:
     """Save a figure as its name's suffix says, equal figures as equal bytes, and return its path.
 
+    What the font cannot draw is logged, for an image of pixels, in one line.
+
     Raises:
         ValueError: for a name that ends neither in .png nor in .svg.
     """
@@ -67,6 +77,23 @@ def write_figure(figure: Figure, path: str | os.PathLike, dpi: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Text stays text in an SVG: small, searchable, and drawn in the reader's own fonts.
     settings = {"svg.fonttype": "none", "svg.hashsalt": "rex_rag"}
-    with rc_context(settings), written_whole(path) as file:
-        figure.savefig(file, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
+    with warnings.catch_warnings(record=True) as caught:
+        # Once for each character, whatever else was warned of before and whatever the caller makes of warnings.
+        warnings.filterwarnings("always", message=_LACKING, category=UserWarning)
+        with rc_context(settings), written_whole(path) as file:
+            figure.savefig(file, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
+    lacking: set[str] = set()
+    for warning in caught:
+        if found := re.match(_LACKING, str(warning.message)):
+            lacking.add(chr(int(found[1])))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if lacking and kind != "svg":
+        named = [each if each.isprintable() else f"U+{ord(each):04X}" for each in sorted(lacking)]
+        logger.warning(
+            "%s: the font has no %s%s, drawn as boxes; a name ending in .svg keeps such text, for the reader's fonts",
+            path,
+            " ".join(named[:_MOST_NAMED]),
+            f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else "",
+        )
     return path

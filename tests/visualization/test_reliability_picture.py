@@ -9,9 +9,11 @@ import warnings
 from itertools import pairwise
 
 import pytest
+from matplotlib.figure import Figure
 
 from rex_rag.evaluation.reliability import TokenReliability
 from rex_rag.types import SegmentKind
+from rex_rag.visualization.files import write_figure
 from rex_rag.visualization.page import trajectory_page
 from rex_rag.visualization.reliability import (
     COLOURS,
@@ -152,9 +154,7 @@ def test_long_wide_and_strange_tokens_are_drawn_within_bounds(tmp_path):
 def test_a_question_in_wide_characters_and_a_long_name_stay_on_the_picture(tmp_path):
     question = "日本の首都はどこですか" * 20  # 220 characters, each as wide as two
     picture = reliability_record("m" * 100, [token("a", 0.1, 0.1)], 2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the font at hand may lack the characters
-        text = draw_reliability([picture], tmp_path / "a.svg", question).read_text()
+    text = draw_reliability([picture], tmp_path / "a.svg", question).read_text()
     lines = re.findall(r">([日本の首都はどこですか]+)</text>", text)
     assert "".join(lines) == question
     assert {len(line) for line in lines[:-1]} == {36}
@@ -165,6 +165,37 @@ def test_a_question_in_wide_characters_and_a_long_name_stay_on_the_picture(tmp_p
         "is it? Where is it? Where is it? Where is it? Where is it? Where is it?",
         "Where is it?",
     ]
+
+
+def test_what_the_font_lacks_is_said_in_one_line_and_of_pixels_alone(tmp_path, caplog):
+    # Private use: no font has them, whichever is installed. The second is in the question and in a token.
+    lacking = "\ue123 \ue124 \ue124"
+    picture = reliability_record("m", [token("\ue124", 0.1, 0.1)], 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        svg = draw_reliability([picture], tmp_path / "a.svg", lacking).read_text()
+        assert f">{lacking}</text>" in svg and caplog.messages == []
+        png = draw_reliability([picture], tmp_path / "a.png", lacking)
+    assert caplog.messages == [
+        f"{png}: the font has no U+E123 U+E124, drawn as boxes; a name ending in .svg keeps such text, for the "
+        "reader's fonts"
+    ]
+    caplog.clear()
+    draw_reliability([picture], tmp_path / "a.png", "".join(map(chr, range(0xE000, 0xE01A))))
+    assert " U+E013 and 7 more, drawn as boxes" in caplog.messages[0]
+    caplog.clear()
+    draw_reliability([reliability_record("m", [token("é", 0.1, 0.1)], 2)], tmp_path / "a.png", "Dvořák?")
+    assert caplog.messages == []
+
+
+def test_other_warnings_of_drawing_still_reach_the_caller(tmp_path):
+    class Warned(Figure):
+        def savefig(self, *args, **kwargs):
+            warnings.warn("something else", RuntimeWarning, stacklevel=1)
+            super().savefig(*args, **kwargs)
+
+    with pytest.warns(RuntimeWarning, match="something else"):
+        write_figure(Warned(), tmp_path / "a.svg", dpi=50)
 
 
 def test_nothing_to_draw_and_other_formats_are_refused(picture, tmp_path):
