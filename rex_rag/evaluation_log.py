@@ -9,6 +9,7 @@ from collections.abc import Sized
 from dataclasses import replace
 from typing import Any
 
+from datasets import Dataset
 from trl import GRPOTrainer
 
 from rex_rag.metrics import summarize
@@ -41,6 +42,11 @@ class EvaluationLog(GRPOTrainer):
         finally:
             self._evaluated_as, self._logs = outer, completions
             self._forget_evaluated()
+
+    def _evaluation_sets(self) -> dict[str, tuple[int, str]]:
+        """Questions of each set, "" for a nameless one, and what it says of itself; streams are left out."""
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        return {name: (len(part), part.info.description) for name, part in sets.items() if isinstance(part, Dataset)}
 
     def _forget_evaluated(self) -> None:
         self._evaluated.clear()

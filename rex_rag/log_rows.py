@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 
 EXACT_MATCH = "em/originals"
+# What people are told of a set without a name.
+UNNAMED_SET = "evaluation questions"
 _EVALUATED = re.compile(rf"(eval_(?:(.+)_)?){EXACT_MATCH}")
 
 

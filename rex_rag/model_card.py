@@ -8,12 +8,14 @@ import math
 import re
 import shlex
 import textwrap
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rex_rag.card_results import training_results, write_results
+from rex_rag.card_results import CardResult, training_results, write_results
 from rex_rag.data.jsonl import counted
-from rex_rag.log_rows import EXACT_MATCH, evaluated_sets
+from rex_rag.log_rows import EXACT_MATCH, UNNAMED_SET, evaluated_sets
 from rex_rag.tables import markdown_text
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ PAPER = {
             title  = {{REX-RAG: Reasoning Exploration with Policy Correction in Retrieval-Augmented Generation}},
             author = {Jiang and others},
             year   = 2025,
-            eprint = {arXiv:2508.08149},
+            eprint = {2508.08149},
+            archivePrefix = {arXiv},
         }"""),
 }
 
@@ -45,6 +48,7 @@ def write_card(
     retriever: str,
     recipe: str | None,
     log_history: list[dict],
+    evaluation_sets: Mapping[str, tuple[int, str]],
 ) -> None:
     """Keep the metadata of a card just written by TRL, with the last evaluation added, and describe a search agent.
 
@@ -53,10 +57,13 @@ def write_card(
     Args:
         name: of the model: its repository on the Hub, or its folder.
         prompt_template: the text that the model was trained with.
+        evaluation_sets: questions of each set that training evaluated on, "" for a nameless one, and which part of a
+            benchmark they are, if not all.
     """
     from huggingface_hub import ModelCard
 
     card = ModelCard.load(path)
+    card.data.pop("licence", None)  # TRL's placeholder, which names none
     base = card.data.base_model
     origin = f"[{base}](https://huggingface.co/{base})" if isinstance(base, str) else "a model that is not on the Hub"
     method = "REX-RAG" if args.num_probe_slots else "plain GRPO over searches (Search-R1)"
@@ -105,7 +112,7 @@ def write_card(
         *(f"- {setting}: {markdown_text(value)}" for setting, value in settings.items()),
         f"- Versions: {', '.join(_versions())}",
         "",
-        *_result_lines(log_history),
+        *_result_lines(log_history, evaluation_sets),
         "## Citation",
         "",
         "```bibtex",
@@ -114,17 +121,29 @@ def write_card(
     ]
     path.write_text(f"---\n{card.data}\n---\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
     if results := training_results(log_history):
-        write_results(path, results, model_name=name)
+        asked = {set_name or UNNAMED_SET: known for set_name, known in evaluation_sets.items()}
+        write_results(path, [_with_size(one, asked.get(one.dataset_name)) for one in results], model_name=name)
 
 
-def _result_lines(log_history: list[dict]) -> list[str]:
+def _with_size(result: CardResult, known: tuple[int, str] | None) -> CardResult:
+    """A figure of a part of a benchmark must not pass for one of the whole."""
+    if known is None:
+        return result
+    questions, part = known
+    name = result.metric_name if not part else f"{result.metric_name.removesuffix(')')}; {part})"
+    return replace(result, n=questions, metric_name=name)
+
+
+def _result_lines(log_history: list[dict], evaluation_sets: Mapping[str, tuple[int, str]]) -> list[str]:
     """The last logged values of each headline metric, of training questions and of each evaluation set."""
     last: dict[str, tuple[str, dict]] = {}
     for row in log_history:
         if EXACT_MATCH in row:
             last["training questions"] = "", row
         for name, prefix in evaluated_sets(row).items():
-            last[name or "evaluation questions"] = prefix, row
+            questions, part = evaluation_sets.get(name, (None, ""))
+            size = f" ({part or counted(questions, 'question')})" if questions else ""
+            last[(name or UNNAMED_SET) + size] = prefix, row
     lines = []
     for where, (prefix, row) in sorted(last.items()):
         lines += [f"Last logged of {markdown_text(where)}, sampled, at step {row.get('step')}:", ""]

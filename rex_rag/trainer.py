@@ -495,4 +495,5 @@ class REXRAGTrainer(EvaluationLog):
                 retriever=self.retriever.description,
                 recipe=self.recipe,
                 log_history=self._log_of_weights(),
+                evaluation_sets=self._evaluation_sets(),
             )

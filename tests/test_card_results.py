@@ -227,10 +227,22 @@ def test_a_card_of_training_holds_its_last_evaluation_as_the_hub_reads_it(card: 
     prompt = "Search.\n```\nQuestion: {question}\n"
     recipe = "/somewhere/of/mine/rex_rag.yaml"
     write_card(
-        card, name="me/agent", args=args, prompt_template=prompt, retriever="a|b", recipe=recipe, log_history=log
+        card,
+        name="me/agent",
+        args=args,
+        prompt_template=prompt,
+        retriever="a|b",
+        recipe=recipe,
+        log_history=log,
+        evaluation_sets={"nq": (20, "20 of 3610 questions, seed 0"), "hotpotqa": (7405, "")},
     )
-    results = [(result.dataset_name, result.metric_type, result.value) for result in read_results(card)]
-    assert sorted(results) == [("hotpotqa", "exact_match", 75.0), ("nq", "exact_match", 25.0)]
+    hotpotqa, nq = sorted(read_results(card), key=lambda result: result.dataset_name)
+    assert (hotpotqa.dataset_name, hotpotqa.metric_type, hotpotqa.value, hotpotqa.n) == (
+        *("hotpotqa", "exact_match", 75.0, 7405),
+    )
+    assert hotpotqa.metric_name == "Exact match, % (sampled, during training)"
+    assert (nq.value, nq.n) == (25.0, 20)
+    assert nq.metric_name == "Exact match, % (sampled, during training; 20 of 3610 questions, seed 0)"
     data, text = ModelCard.load(card).data, card.read_text(encoding="utf-8")
     assert (data.license, data.base_model) == ("apache-2.0", "Qwen/Qwen2.5-3B")  # TRL's metadata stays
     assert (
@@ -242,7 +254,11 @@ def test_a_card_of_training_holds_its_last_evaluation_as_the_hub_reads_it(card: 
     assert "- Rollouts per question: 5 originals, up to 5 probes\n" in text and "- Budgets: 1 search, 500 " in text
     assert "- Recipe: rex_rag.yaml\n" in text and "somewhere" not in text
     assert "Last logged of training questions, sampled, at step 5:" in text and "| dead_end/rate | 0.1250 |" in text
-    assert "Last logged of nq, sampled, at step 6:" in text and "| searches/mean | 1.5000 |" in text
+    assert "Last logged of hotpotqa (7,405 questions), sampled, at step 6:" in text
+    assert (
+        "Last logged of nq (20 of 3610 questions, seed 0), sampled, at step 6:" in text
+        and "| searches/mean | 1.5000 |" in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -268,6 +284,7 @@ def test_a_card_of_training_names_no_machine_and_its_command_can_be_copied(card,
         retriever=retriever,
         recipe="../../home/of-mine/rex_rag.yaml",
         log_history=[{"step": 6, "eval_<b>_em/originals": 0.25}],
+        evaluation_sets={},
     )
     text = card.read_text(encoding="utf-8")
     assert f"- Retriever: {shown} 3\n" in text and "://a" not in text and "corp" not in text

@@ -574,7 +574,7 @@ def test_the_card_of_the_best_weights_tells_their_figures_not_the_last_ones(mode
     assert trainer.state.best_global_step == 1
     trainer.create_model_card()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Last logged of own, sampled, at step 1:" in card and "step: 1\n" in card
+    assert "Last logged of own (4 questions), sampled, at step 1:" in card and "step: 1\n" in card
     assert "at step 2" not in card and "step: 2\n" not in card
 
 

@@ -77,6 +77,8 @@ def check_best_metric(names: Collection[str], metric: str | None) -> None:
 def load_evaluation_sets(arguments: EvaluationSetArguments, eval_strategy: str) -> dict[str, Dataset] | None:
     """The benchmarks by name, with the columns id, question, golden_answers, as `REXRAGTrainer` takes them.
 
+    A set's `info.description` says which part of the benchmark it is; nothing for all of it.
+
     Args:
         eval_strategy: of the trainer's arguments.
 
@@ -87,7 +89,7 @@ def load_evaluation_sets(arguments: EvaluationSetArguments, eval_strategy: str) 
         BenchmarkError: for a benchmark that cannot be loaded, is multiple choice (its reward is not exact match), or
             stands there twice; see also `check_strategy`.
     """
-    from datasets import Dataset
+    from datasets import Dataset, DatasetInfo
 
     check_strategy(arguments, eval_strategy)
     if not arguments.eval_benchmarks:
@@ -108,6 +110,7 @@ def load_evaluation_sets(arguments: EvaluationSetArguments, eval_strategy: str) 
             [
                 {"id": question.id, "question": question.question, "golden_answers": list(question.golden_answers)}
                 for question in benchmark.questions
-            ]
+            ],
+            info=DatasetInfo(description=benchmark.subset or ""),
         )
     return sets

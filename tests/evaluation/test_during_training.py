@@ -36,6 +36,8 @@ def test_benchmarks_become_sets_by_name_with_the_questions_that_evaluate_takes(q
     )
     assert list(sets) == ["ours", "other"]
     assert sets["ours"]["question"][:] == [row.question for row in subset(load_benchmark(ours), 4, 3).questions]
+    assert sets["ours"].info.description.startswith("4 of 9 questions, seed 3")
+    assert sets["other"].info.description == ""
     assert sets["other"][:] == {
         "id": ["q0", "q1"],
         "question": ["Where is 0?", "Where is 1?"],
