@@ -14,20 +14,23 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.bars import progress_bar
+from rex_rag.data.jsonl import counted
 from rex_rag.durable import locked, write_json, written_whole
 from rex_rag.evaluation.card import differences, read_card
 from rex_rag.evaluation.judge import judge_of, read_judge
 from rex_rag.evaluation.methods import Method, Toolbox
+from rex_rag.evaluation.prompts import question_text
 from rex_rag.evaluation.records import PREDICTIONS_FILE, RUN_FILE, TIMINGS_FILE, Prediction, Question, Sample
 from rex_rag.evaluation.scores import BenchmarkScores, macro_scores, read_predictions, read_seconds, score_benchmark
 from rex_rag.evaluation.stopwatch import Stopwatch
 from rex_rag.retrieval.base import Retriever
 from rex_rag.rollout import RolloutBudget
+from rex_rag.types import Truncation
 
 if TYPE_CHECKING:
     from rex_rag.evaluation.benchmarks import Benchmark
@@ -41,6 +44,9 @@ LOCK_FILE = ".run.lock"
 POLL_SECONDS = 0.5
 # Writing a card takes no time; a process that holds the lock longer is not writing one.
 _CARD_SECONDS = 60.0
+# So many of the shortest questions are tried before a run is refused because no prompt fits: passages found for one
+# question may be longer than those for another.
+_TRIED_QUESTIONS = 64
 
 
 class RunError(ValueError):
@@ -131,10 +137,13 @@ class EvaluationRun:
         """Run this process's part, then merge what is complete; returns whether the whole run is finished.
 
         Raises:
-            RunError: for a directory that holds another run, and when other processes have come to a standstill.
+            RunError: for a directory that holds another run, for prompts none of which fits, and when other processes
+                have come to a standstill.
             RetrievalError, OSError: when a search or an endpoint failed; finished chunks stay.
         """
         shard = shard or Shard()
+        if not all(chunk.is_done for chunk in self.chunks):
+            self._check_prompts_fit()
         prepare_directory(self.output, self.card)
         for benchmark in self.benchmarks:
             if not (self.output / benchmark.name / PREDICTIONS_FILE).is_file():
@@ -154,6 +163,33 @@ class EvaluationRun:
                 _show(bar, shown, chunk.benchmark)
             self._wait(awaited, bar)
         return self._merge_all()
+
+    def _check_prompts_fit(self) -> None:
+        """Raise a `RunError` if the model would be asked nothing; it is not asked anything here.
+
+        Otherwise such a run would end soon, as one in which every answer is wrong. Before the directory is made: with
+        another max_sequence_length it is another run, which the same directory would refuse.
+        """
+        questions = sorted(
+            (question for chunk in self.chunks for question in chunk.questions),
+            key=lambda question: len(question_text(question)),
+        )
+        toolbox = replace(self._toolbox, generator=lambda stop_strings: _FirstPrompt())
+        trajectories = []
+        try:
+            for tried in (questions[:1], questions[1:_TRIED_QUESTIONS]):
+                trajectories += self.method.run(tried, toolbox)
+        except _FirstPromptFits:
+            return
+        limit, shortest = self.budget.max_sequence_length, min(len(one.prompt_ids) for one in trajectories)
+        # Some methods put what they found behind a prompt that does fit.
+        length = f"{shortest} tokens" if shortest >= limit else f"{shortest} tokens and what was found for it"
+        raise RunError(
+            f"nothing could be generated: even the prompt of the shortest question takes {length}, and "
+            f"max_sequence_length={limit} is for prompt and completion together; raise it (to "
+            f"{max(shortest, limit) + self.budget.max_turn_tokens} at least, for a whole turn), or shorten the prompt "
+            f"of {self.method.name} (prompt_template)"
+        )
 
     def _cut(self) -> Iterator[Chunk]:
         number = 0
@@ -335,8 +371,24 @@ def _write_or_check_card(output: Path, card: Mapping[str, Any]) -> None:
     write_json(path, card)
 
 
+class _FirstPromptFits(Exception):
+    """Some prompt leaves room to generate."""
+
+
+class _FirstPrompt:
+    """A generator that says that it was asked, instead of generating."""
+
+    equal_rows = False
+
+    def generate(self, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int) -> list[Any]:
+        raise _FirstPromptFits
+
+
 def score_run(output: str | Path, card: Mapping[str, Any] | None = None) -> dict[str, BenchmarkScores]:
     """Benchmark -> scores of a finished run, in the order of its card. `results.json` is written beside them.
+
+    Questions for which nothing was generated, since their prompts were too long, count as wrong; a warning names their
+    number.
 
     Raises:
         ScoreError: for predictions that are missing or broken.
@@ -346,6 +398,7 @@ def score_run(output: str | Path, card: Mapping[str, Any] | None = None) -> dict
     scores = {}
     for name in card["benchmark_order"]:
         predictions = read_predictions(output / name)
+        _warn_of_long_prompts(name, predictions, card["budget"]["max_sequence_length"])
         judge = read_judge(output, name, predictions)
         scores[name] = score_benchmark(predictions, seconds=read_seconds(output / name), judge=judge)
     results: dict[str, Any] = {
@@ -357,6 +410,20 @@ def score_run(output: str | Path, card: Mapping[str, Any] | None = None) -> dict
     # Parts of a run that end together all score it.
     write_json(output / RESULTS_FILE, results, alone=False)
     return scores
+
+
+def _warn_of_long_prompts(name: str, predictions: Sequence[Prediction], limit: int) -> None:
+    long = sum(
+        all(sample.tokens == 0 and str(Truncation.SEQUENCE) in sample.truncations for sample in one.samples)
+        for one in predictions
+    )
+    if long:
+        logger.warning(
+            "%s: %d of %s longer than max_sequence_length=%d: nothing was generated for %s, which counts as wrong; "
+            "raise max_sequence_length in another output",
+            *(name, long, f"{counted(len(predictions), 'prompt')} {'is' if long == 1 else 'are'}", limit),
+            "it" if long == 1 else "them",
+        )
 
 
 def _check_chunk(chunk: Chunk) -> None:

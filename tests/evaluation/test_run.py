@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,15 +12,17 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from rex_rag.commands.evaluate import evaluate
 from rex_rag.durable import locked
+from rex_rag.evaluation.methods import make_method
 from rex_rag.evaluation.records import Prediction
 from rex_rag.evaluation.run import EvaluationRun, RunError, Shard, score_run
-from tests.evaluation.tiny_run import ROOT, TinyWorld, make_run, make_tiny_world
+from tests.evaluation.tiny_run import BUDGET, ROOT, TinyWorld, make_run, make_tiny_world
 
 SAMPLED = {"temperature": 1.0, "samples": 2}
 
@@ -267,3 +270,40 @@ def test_shards_that_do_not_exist_are_refused(text):
 
 def test_a_shard_is_read_as_it_is_written():
     assert Shard.parse("1/4") == Shard(1, 4, helps=False)
+
+
+@pytest.mark.parametrize("method", ["search_r1", "rag"])
+def test_a_run_whose_prompts_all_leave_no_room_is_refused_before_it_begins(world, tmp_path, method):
+    """It would end within seconds, with a score of 0 like any other."""
+    run = replace(
+        make_run(world, tmp_path / "run"),
+        method=make_method(method),
+        budget=replace(BUDGET, max_sequence_length=32),
+    )
+    with pytest.raises(RunError, match=r"shortest question takes \d+ tokens, and max_sequence_length=32 is") as raised:
+        run.run(show_progress=False)
+    length = int(re.search(r"takes (\d+) tokens", str(raised.value))[1])
+    assert length > 32 and f"raise it (to {length + BUDGET.max_turn_tokens} at least" in str(raised.value)
+    assert not (tmp_path / "run").exists(), "the same directory serves for another max_sequence_length"
+
+
+def test_prompts_that_leave_no_room_are_counted_at_the_end(world, tmp_path, caplog):
+    run = make_run(world, tmp_path / "run")
+    toolbox = run._toolbox
+    lengths = [len(toolbox.encode_chat(run.method.prompt_text(one))) for one in run.benchmarks[0].questions]
+    limit = sorted(lengths)[-7]
+    cut = sum(length >= limit for length in lengths)
+    assert 7 <= cut < 40 and min(lengths) < limit
+    budget = replace(BUDGET, max_sequence_length=limit)
+    run = replace(run, budget=budget, card={**run.card, "budget": asdict(budget)})
+    assert run.run(show_progress=False)
+    scores = score_run(tmp_path / "run")
+    [said] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert f"world: {cut} of 40 prompts are longer than max_sequence_length={limit}: nothing was generated" in said
+    assert scores["world"].n == 40
+
+
+def test_nothing_is_said_where_every_prompt_fits(reference, tmp_path, caplog):
+    shutil.copytree(reference, tmp_path / "run")
+    score_run(tmp_path / "run")
+    assert not caplog.records
