@@ -46,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, words = parser.parse_known_args(arguments)
     forwarded = options.command in _FORWARDED
-    if words and not forwarded:
+    if options.command == "check":
+        options.overrides = words
+    elif words and not forwarded:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
@@ -82,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check",
         help="check a training recipe and say what it would do",
-        description="Parse a recipe exactly as scripts/train.py does, unknown keys refused, and print what it "
-        "resolves to. Nothing is downloaded and no model is loaded.",
+        description="Parse a recipe exactly as scripts/train.py does, overrides (--key value) behind it included, "
+        "unknown keys refused, and print what it resolves to. Nothing is downloaded and no model is loaded.",
     )
     check.add_argument("recipe", metavar="RECIPE.yaml", type=Path)
     check.add_argument(
@@ -168,14 +170,17 @@ def _check(options: argparse.Namespace) -> None:
         usage=argparse.SUPPRESS,  # some two hundred options, shown before the one line that matters
     )
     # use_cpu: the recipe is checked, not whether this machine has the GPU that the recipe wants.
-    questions, evaluation, retriever, config, model, unknown, _ = parser.parse_args_and_config(
-        ["--config", str(options.recipe), "--use_cpu", "true"],
+    questions, evaluation, retriever, config, model, unknown, words = parser.parse_args_and_config(
+        ["--config", str(options.recipe), *options.overrides, "--use_cpu", "true"],
         return_remaining_strings=True,
         separate_remaining_strings=True,
     )
+    known = [action.dest for action in parser._actions]
     if unknown:
-        known = [action.dest for action in parser._actions]
         raise ValueError(describe_unknown([text[2:] for text in unknown[::2]], known))
+    if words:
+        options_given = [word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")]
+        raise ValueError(describe_unknown(options_given or words, known))
     sources = [" ".join(filter(None, (entry.path, entry.name, entry.split))) for entry in questions.datasets]
     lines = {
         "model": model.model_name_or_path or "MISSING: set model_name_or_path",

@@ -16,11 +16,14 @@ from typing import IO, Any
 def written_whole(path: Path, alone: bool = True) -> Iterator[IO[bytes]]:
     """Open a file for writing beside `path`; it takes that name, synced, when the block ends without an error.
 
+    The folder is made where it is missing.
+
     alone: nothing else writes this file at the same time, so the file beside it has a fixed name, and the next attempt
     overwrites what a killed one left. Otherwise every thread and process has its own, and the last one wins.
     """
     own = "" if alone else f".{os.getpid()}.{threading.get_ident()}"
     temporary = path.with_name(f".{path.name}{own}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temporary.open("wb") as file:
             yield file

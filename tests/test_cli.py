@@ -272,6 +272,18 @@ def test_check_of_another_commands_recipe_names_that_command(
     assert message in said
 
 
+def test_check_takes_overrides_as_training_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.chdir(ROOT)
+    recipe = "recipes/quickstart/rex_rag.yaml"
+    evaluation = ["--eval_benchmarks", "bamboogle", "--eval_strategy", "steps", "--eval_steps", "5"]
+    assert main(["check", recipe, "--max_steps", "2", *evaluation, "--processes", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "  training      2 updates = 2 generations" in printed
+    assert "  evaluation    bamboogle; every 5 steps" in printed
+    assert "'max_stps' (did you mean max_steps?)" in failure(capsys, "check", recipe, "--max_stps", "2")
+    assert "eval_strategy is 'no'" in failure(capsys, "check", recipe, *evaluation[:2])
+
+
 def test_check_of_a_missing_recipe(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert "there is no recipe at" in failure(capsys, "check", str(tmp_path / "none.yaml"))
 

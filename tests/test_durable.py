@@ -19,6 +19,12 @@ def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path, alon
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
 
 
+def test_a_folder_that_is_missing_is_made(tmp_path: Path):
+    with written_whole(tmp_path / "a" / "b" / "file") as file:
+        file.write(b"text")
+    assert (tmp_path / "a" / "b" / "file").read_bytes() == b"text"
+
+
 def test_writers_that_are_not_alone_do_not_meet(tmp_path: Path):
     """One begins while the other writes; with one file beside the target, the later rename would find it gone."""
     path, begun = tmp_path / "file", threading.Event()

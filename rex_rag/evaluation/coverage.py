@@ -28,6 +28,7 @@ from rex_rag.evaluation.bootstrap import Estimate, bootstrap
 from rex_rag.evaluation.records import Question
 from rex_rag.retrieval.base import Retriever, checked_search
 from rex_rag.retrieval.passages import PassageStore
+from rex_rag.tables import markdown_table, markdown_text
 from rex_rag.types import Passage
 
 DEFAULT_KS = (1, 3, 5, 10)
@@ -206,18 +207,19 @@ def open_corpus(sources: Sequence[str | Path]) -> tuple[Iterator[Passage], int |
 
 
 def coverage_table(measured: Sequence[Coverage]) -> str:
-    """A Markdown table, one row a benchmark and group of questions: per cent with the 95 % interval."""
+    """A Markdown table, one row a benchmark and group of questions, and a line that says what its figures are."""
     names = list(dict.fromkeys(name for one in measured for name in one.estimates()))
     titles = ["benchmark", "questions", "n", *(f"in {name}" for name in names)]
-    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * 2}{'---:|' * (len(titles) - 2)}"]
+    rows = []
     for one in measured:
         groups = [("all", len(one.ids), one.estimates())]
         if any(one.yes_no):
             groups.append(("without yes/no", one.yes_no.count(False), one.estimates(with_yes_no=False)))
         for group, n, estimates in groups:
             cells = [_cell(estimates.get(name)) for name in names]
-            lines.append(f"| {' | '.join([one.name, group, f'{n:,}', *cells])} |")
-    return "\n".join(lines)
+            rows.append([markdown_text(one.name), group, f"{n:,}", *cells])
+    table = markdown_table(titles, rows, text_columns=2)
+    return f"{table}\nPer cent of the questions, in brackets the 95 % bootstrap interval."
 
 
 def _cell(estimate: Estimate | None) -> str:

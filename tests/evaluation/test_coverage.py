@@ -122,12 +122,17 @@ def test_coverage_by_hand(questions):
     assert measured.estimates()["corpus"].mean == pytest.approx(4 / 6)
 
 
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
 def test_the_table_and_the_row_say_the_same(questions):
     measured = measure_coverage([questions], PASSAGES)
-    table = coverage_table(measured).splitlines()
-    assert table[0] == "| benchmark | questions | n | in corpus |"
-    assert table[2].startswith("| mine | all | 6 | 66.7 (")
-    assert table[3].startswith("| mine | without yes/no | 5 | 60.0 (")
+    head, _, everything, without, _, explained = map(cells, coverage_table(measured).splitlines())
+    assert head == ["benchmark", "questions", "n", "in corpus"]
+    assert everything[:3] == ["mine", "all", "6"] and everything[3].startswith("66.7 (")
+    assert without[:3] == ["mine", "without yes/no", "5"] and without[3].startswith("60.0 (")
+    assert explained == ["Per cent of the questions, in brackets the 95 % bootstrap interval."]
     row = json.loads(json.dumps(measured[0].as_row()))
     assert row["all"]["n"] == 6
     assert row["without_yes_no"]["corpus"]["mean"] == pytest.approx(0.6)
@@ -144,7 +149,8 @@ def test_several_benchmarks_take_one_pass(questions, tmp_path):
     assert second.in_corpus == (False,)
     assert second.estimates(with_yes_no=False) == {}
     assert second.estimates() == {"corpus": Estimate(0.0, 0.0, 0.0)}
-    assert "without yes/no | 0 | – |" in coverage_table([first, second])
+    rows = [cells(line) for line in coverage_table([first, second]).splitlines()]
+    assert ["other", "without yes/no", "0", "–"] in rows
 
 
 def test_of_choices_the_right_ones_text_is_looked_for(tmp_path):
@@ -190,14 +196,14 @@ def test_the_command_prints_a_table_and_writes_json(corpus, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "4 passages" in printed
     assert "BM25" in printed
-    assert "| benchmark | questions | n | in corpus | in top 1 | in top 2 |" in printed
+    assert ["benchmark", "questions", "n", "in corpus", "in top 1", "in top 2"] in map(cells, printed.splitlines())
     [row] = json.loads(out.read_text())
     assert row["benchmark"]["questions"] == row["all"]["n"] == 6
     assert row["all"]["corpus"]["mean"] == pytest.approx(4 / 6)
     coverage(["--benchmarks", f"mine={path}", "--corpus", str(corpus), "--no_search", "--subset", "2"])
     printed = capsys.readouterr().out
     assert "searched" not in printed
-    assert "| mine | all | 2 |" in printed
+    assert ["mine", "all", "2"] in [cells(line)[:3] for line in printed.splitlines()]
 
 
 def test_the_command_takes_a_recipe_with_a_described_set(corpus, tmp_path, capsys):
@@ -206,7 +212,8 @@ def test_the_command_takes_a_recipe_with_a_described_set(corpus, tmp_path, capsy
     described = {"path": str(tmp_path / "mine.jsonl"), "question_column": "q", "answers_column": "a"}
     recipe.write_text(json.dumps({"coverage": {"benchmarks": [described], "corpus": [str(corpus)], "top_k": [1]}}))
     coverage(["--config", str(recipe)])
-    assert "| mine | all | 1 | 100.0 (100.0–100.0) |" in capsys.readouterr().out
+    rows = [cells(line) for line in capsys.readouterr().out.splitlines()]
+    assert ["mine", "all", "1", "100.0 (100.0–100.0)"] in [row[:4] for row in rows]
 
 
 def test_a_recipe_may_name_one_rank(corpus, tmp_path, capsys):
@@ -215,7 +222,7 @@ def test_a_recipe_may_name_one_rank(corpus, tmp_path, capsys):
     section = {"benchmarks": str(tmp_path / "mine.jsonl"), "corpus": [str(corpus)], "top_k": 2}
     recipe.write_text(json.dumps({"coverage": section}))
     coverage(["--config", str(recipe)])
-    assert "| in corpus | in top 2 |" in capsys.readouterr().out
+    assert any(cells(line)[3:] == ["in corpus", "in top 2"] for line in capsys.readouterr().out.splitlines())
 
 
 def test_the_command_refuses_what_it_cannot_do(corpus, tmp_path):
