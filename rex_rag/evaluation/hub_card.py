@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from rex_rag.evaluation.bootstrap import Estimate
 from rex_rag.evaluation.finished import FinishedRun
 from rex_rag.evaluation.published import label
 from rex_rag.evaluation.scores import ACCURACY, EXACT_MATCH, F1, JUDGE
+
+logger = logging.getLogger(__name__)
 
 # In the Hub's names of metrics. Sub-match has none there.
 _METRICS = {EXACT_MATCH: "Exact match", F1: "F1", ACCURACY: "Accuracy"}
@@ -31,8 +34,9 @@ def write_model_card(path: str | Path, runs: Sequence[FinishedRun]) -> None:
     """Write the results of one model's runs into the card at `path`; what else it says stays.
 
     Raises:
-        ValueError: for runs of several models, runs that are not whole, or two that would have the same place in the
-            card; see `write_results` for cards that cannot be written into.
+        ValueError: for runs of several models or of other weights than lie beside the card, runs that are not whole,
+            or two that would have the same place in the card; see `write_results` for cards that cannot be written
+            into.
     """
     if not runs:
         raise ValueError(f"there is no run to write into {path}; name at least one directory")
@@ -41,6 +45,7 @@ def write_model_card(path: str | Path, runs: Sequence[FinishedRun]) -> None:
         listed = ", ".join(f"{run.path} ({run.model})" for run in runs)
         raise ValueError(f"a card is of one model, but these runs are of {len(identities)}: {listed}; name one's runs")
     results = [result for run in runs for result in card_results(run)]
+    _check_weights(Path(path), runs[0])
     replaced = set(map(_place, results))
     stale = [one for one in read_results(path) if _place(one) not in replaced and _is_of_other_weights(one, runs[0])]
     if stale:
@@ -50,6 +55,29 @@ def write_model_card(path: str | Path, runs: Sequence[FinishedRun]) -> None:
             "would pass for this model's; remove them there (model-index), or name another file"
         )
     write_results(path, results, model_name=runs[0].model)
+
+
+def _check_weights(path: Path, run: FinishedRun) -> None:
+    """A card in a model's folder speaks of the weights there."""
+    from rex_rag.evaluation.models import _WEIGHT_SUFFIXES, _folder_hash
+
+    folder = path.parent
+    if not any(file.suffix in _WEIGHT_SUFFIXES and "model" in file.name for file in folder.glob("*")):
+        return
+    there = _folder_hash(folder)
+    ours = run.card["model"].get("weights_sha256")
+    if ours is None:
+        logger.warning(
+            "%s lies beside model weights, and %s does not say which weights %s were; see that they are these",
+            path,
+            run.path,
+            run.model,
+        )
+    elif ours != there:
+        raise ValueError(
+            f"{path} lies beside weights with the hash {there[:12]}, but {run.path} evaluated {run.model} with "
+            f"{ours[:12]}; name the card in that model's folder, or evaluate the model in {folder}"
+        )
 
 
 def _place(result: CardResult) -> tuple[str | None, ...]:
@@ -99,6 +127,9 @@ def _results(run: FinishedRun) -> Iterator[CardResult]:
                     "corpus_sha256": (card["retriever"] or {}).get("corpus_sha256"),
                     "top_k": card["budget"]["top_k"] if card["retriever"] else None,
                     "temperature": card["decoding"]["temperature"],
+                    "samples": card["decoding"]["samples"],
+                    "seed": card["decoding"]["seed"],
+                    "subset": row.get("subset"),
                 },
             )
 

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from rex_rag.card_results import read_results
 from rex_rag.evaluation.finished import read_run
 from rex_rag.evaluation.hub_card import card_results, write_model_card
+from rex_rag.evaluation.models import _folder_hash as model_hash
 from tests.evaluation.run_parts import open_questions, write_run
 
 
@@ -51,6 +52,11 @@ def test_subsets_and_samples_are_said_in_the_metrics_name(tmp_path: Path):
     assert first.metric_name == "Exact match, % (Direct answer, mean of 2 samples, 2 of 1,200 questions)"
     assert first.value == 75.0
     assert first.details["retriever"] is None and first.details["top_k"] is None
+    assert {name: first.details[name] for name in ("samples", "seed", "subset")} == {
+        "samples": 2,
+        "seed": 0,
+        "subset": "2 of 1200",
+    }
 
 
 def test_runs_of_one_model_go_into_one_card(tmp_path: Path):
@@ -107,3 +113,27 @@ def test_results_of_other_weights_do_not_pass_for_this_models(tmp_path: Path):
     again.card["model"]["weights_sha256"] = "1"
     write_model_card(card, [again])  # in their place
     assert [one.value for one in read_results(card)] == [50.0, 50.0]
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "model-00001-of-00002.safetensors", "adapter_model.bin"])
+def test_figures_of_other_weights_than_lie_beside_the_card_are_refused(tmp_path: Path, caplog, weights: str):
+    run = read_run(write_run(tmp_path / "a", {"nq": [1, 1]}))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / weights).write_bytes(b"weights")
+    (folder / "config.json").write_text("{}")
+    card = folder / "README.md"
+    card.write_text("# Mine\n")
+    run.card["model"]["weights_sha256"] = "0" * 64
+    with pytest.raises(
+        ValueError, match=r"README\.md lies beside weights with the hash \w{12}, but \S+a evaluated"
+    ) as no:
+        write_model_card(card, [run])
+    assert "000000000000; name the card in that model's folder, or evaluate the model in" in str(no.value)
+    assert card.read_text() == "# Mine\n"
+    run.card["model"]["weights_sha256"] = model_hash(folder)
+    write_model_card(card, [run])
+    assert len(read_results(card)) == 2 and caplog.text == ""
+    run.card["model"]["weights_sha256"] = None  # of the Hub, or behind an endpoint
+    write_model_card(card, [run])
+    assert "does not say which weights me/model-3B were" in caplog.text
