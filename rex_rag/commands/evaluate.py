@@ -15,9 +15,10 @@ from rex_rag.commands.sections import parse_section
 if TYPE_CHECKING:
     from rex_rag.evaluation.arguments import EvaluationArguments, SearchArguments
     from rex_rag.evaluation.benchmarks import Benchmark
-    from rex_rag.evaluation.models import LanguageModel, ModelOptions
+    from rex_rag.evaluation.models import ModelOptions
     from rex_rag.evaluation.run import Shard
     from rex_rag.evaluation.scores import BenchmarkScores
+    from rex_rag.retrieval.base import Retriever
 
 DESCRIPTION = (
     "Run a method with a model over benchmarks and score what it answers. The output directory holds the protocol "
@@ -75,9 +76,8 @@ def run_evaluation(
     """
     from rex_rag.evaluation.card import describe_retriever, protocol_card
     from rex_rag.evaluation.methods import make_method
-    from rex_rag.evaluation.models import open_model
+    from rex_rag.evaluation.models import check_name, open_model, stored_max_length
     from rex_rag.evaluation.run import EvaluationRun
-    from rex_rag.retrieval.load import load_retriever
 
     method = make_method(arguments.method, arguments.prompt_text())
     if method.uses_retriever and not search.is_given:
@@ -85,6 +85,8 @@ def run_evaluation(
             f"the method {method.name} searches, but no retriever is named; set retriever (an index directory, a "
             "server's URL) or corpus (JSON lines files, searched with BM25)"
         )
+    options = arguments.model_options(process)
+    check_name(options)
     is_first = shard.index == 0
     benchmarks = load_benchmarks(arguments, say if is_first else lambda line: None)
     output = Path(arguments.output)
@@ -99,20 +101,21 @@ def run_evaluation(
         chunk_size=arguments.batch_size,
     )
     # What would be refused, and what is finished, needs no model: loading one may take minutes.
-    found = _finished_card(output, arguments.model_options(process), search, make_card)
+    found = _finished_card(output, options, search, make_card)
     if found is not None:
         if shard.helps and not is_first:
             return None
         say(f"{output} holds this run, finished: all {sum(map(len, benchmarks)):,} questions were answered before")
         return _scored(output, found, arguments, say)
-    # The model first: vLLM's CPU build cannot start once bm25s is loaded.
-    model = open_model(arguments.model_options(process))
-    _check_length(model, arguments)
-    retriever, description = None, None
-    if method.uses_retriever:
-        retriever = load_retriever(search)
-        retriever.check()
-        description = describe_retriever(search, retriever.description, retriever)
+    # Weights take minutes to load, so what they are not needed for comes before them.
+    _check_length(stored_max_length(options), arguments)
+    goes_first = method.uses_retriever and _may_go_first(search, options)
+    retriever = _checked_retriever(search) if goes_first else None
+    model = open_model(options)
+    _check_length(model.max_length, arguments)
+    if method.uses_retriever and retriever is None:
+        retriever = _checked_retriever(search)
+    description = None if retriever is None else describe_retriever(search, retriever.description, retriever)
     card = make_card(model=model.describe(), retriever=description)
     run = EvaluationRun(
         output,
@@ -268,9 +271,27 @@ def score_table(scores: Mapping[str, BenchmarkScores]) -> str:
     return "\n".join(lines)
 
 
-def _check_length(model: LanguageModel, arguments: EvaluationArguments) -> None:
-    if model.max_length is not None and arguments.max_sequence_length > model.max_length:
+def _may_go_first(search: SearchArguments, options: ModelOptions) -> bool:
+    """Whether a retriever may be opened before the model; of those beside vLLM, only what loads no engine here.
+
+    vLLM's CPU build cannot start once bm25s is loaded, and its GPUs are chosen before torch has looked at them.
+    """
+    from rex_rag.evaluation.models import VLLM
+
+    return options.backend != VLLM or (search.kind in ("remote", "online") and search.rerank_model is None)
+
+
+def _checked_retriever(search: SearchArguments) -> Retriever:
+    from rex_rag.retrieval.load import load_retriever
+
+    retriever = load_retriever(search)
+    retriever.check()
+    return retriever
+
+
+def _check_length(longest: int | None, arguments: EvaluationArguments) -> None:
+    if longest is not None and arguments.max_sequence_length > longest:
         raise ValueError(
-            f"max_sequence_length={arguments.max_sequence_length} is more than the {model.max_length} tokens that "
+            f"max_sequence_length={arguments.max_sequence_length} is more than the {longest} tokens that "
             f"{arguments.model} takes; lower it"
         )

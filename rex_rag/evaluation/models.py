@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ TRANSFORMERS, VLLM, ENDPOINT = "transformers", "vllm", "endpoint"
 BACKENDS = (TRANSFORMERS, VLLM, ENDPOINT)
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _ADAPTER_FILE = "adapter_config.json"
+# The Hub's own rule, save for the few names that it keeps for itself.
+_HUB_NAME = re.compile(r"(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]{0,95}", re.ASCII)
 _BLOCK_BYTES = 1 << 24
 # Both engines and servers take seeds of 32 bits with a sign.
 _SEED_BITS = 31
@@ -312,6 +315,47 @@ def open_model(options: ModelOptions) -> LanguageModel:
     return kinds[options.backend](options)
 
 
+def check_name(options: ModelOptions) -> None:
+    """Refuse a model, or its tokenizer, that is neither a folder here nor can be a name on the Hub; loads nothing.
+
+    An endpoint may serve its model under any name, of which the tokenizer's place alone is looked at.
+
+    Raises:
+        ModelError: naming the setting.
+    """
+    named = {"tokenizer": options.tokenizer, "model": options.name}
+    if options.backend == ENDPOINT:
+        named = {"tokenizer": options.tokenizer or options.name}
+    for setting, name in named.items():
+        if name is None or Path(name).is_dir() or _HUB_NAME.fullmatch(name):
+            continue
+        if Path(name).is_file():
+            raise ModelError(f"{setting}={name!r} is a file; name the folder that holds it")
+        raise ModelError(
+            f"{setting}={name!r}: there is no such folder here ({Path.cwd()}), and it is no Hub name either, which is "
+            f"of the form OWNER/NAME; {'set' if setting == 'tokenizer' else 'correct'} {setting}"
+        )
+
+
+def stored_max_length(options: ModelOptions) -> int | None:
+    """`LanguageModel.max_length` as far as a model's settings tell it, without its weights.
+
+    vLLM, which may stretch positions, and endpoints look for themselves.
+    """
+    if options.backend != TRANSFORMERS:
+        return None
+    from transformers import AutoConfig
+
+    name, revision = options.name, options.revision
+    try:
+        if (adapter := Path(name) / _ADAPTER_FILE).is_file():
+            base = json.loads(adapter.read_text(encoding="utf-8"))
+            name, revision = base["base_model_name_or_path"], base.get("revision")
+        return getattr(AutoConfig.from_pretrained(name, revision=revision), "max_position_embeddings", None)
+    except Exception:  # of many kinds, as below; what is wrong there, opening the model says
+        return None
+
+
 def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, padding on the left.
 
@@ -327,8 +371,16 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
         )
     # Libraries below raise KeyError, TypeError and errors of their own for a tokenizer that is not there or broken.
     except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if not Path(where).is_dir():
+            setting = "tokenizer" if options.tokenizer or options.backend == ENDPOINT else "model"
+            raise ModelError(
+                f"{setting}={where!r}: there is no such folder here ({Path.cwd()}), and under that name the Hub gives "
+                f"no tokenizer ({reason}); "
+                f"{'set' if setting == 'tokenizer' else 'correct'} {setting}"
+            ) from error
         raise ModelError(
-            f"no tokenizer can be loaded from {where!r} ({type(error).__name__}: {error}); set `tokenizer` to a "
+            f"no tokenizer can be loaded from {where!r} ({reason}); set `tokenizer` to a "
             "folder or a Hub name that holds the model's"
         ) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rex_rag.commands.evaluate import evaluate, launched_shard
+from rex_rag.commands.evaluate import _may_go_first, evaluate, launched_shard
 from rex_rag.commands.sections import parse_section
 from rex_rag.evaluation import models
 from rex_rag.evaluation.arguments import EvaluationArguments, SearchArguments
 from rex_rag.evaluation.benchmarks import FLASHRAG_SETS
 from rex_rag.evaluation.methods import METHODS
 from rex_rag.evaluation.run import RunError, Shard
+from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.identity import retriever_identity
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
 from tests.evaluation.test_judge import JudgeServer
@@ -257,10 +259,65 @@ def test_a_method_without_search_needs_no_retriever(world, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_budgets_beyond_the_model_are_refused(world, tmp_path):
+def test_budgets_beyond_the_model_are_refused_before_its_weights_are_loaded(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "open_model", lambda options: pytest.fail("a model is loaded"))
     with pytest.raises(ValueError, match="max_sequence_length=4096 is more than the 2048 tokens"):
         evaluate(world.words(tmp_path / "run", max_sequence_length=4096))
     assert not Path(tmp_path / "run").exists()
+
+
+def test_a_retriever_that_is_away_is_found_before_the_model_is_loaded(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "open_model", lambda options: pytest.fail("a model is loaded"))
+    words = world.words(tmp_path / "run", retriever_max_attempts=1)
+    place = words.index("--corpus")
+    with socket.socket() as held:  # bound, so that nobody else listens there, but not listening
+        held.bind(("127.0.0.1", 0))
+        words[place : place + 2] = ["--retriever", f"http://127.0.0.1:{held.getsockname()[1]}"]
+        with pytest.raises(RetrievalError, match=r"http://127\.0\.0\.1:\d+"):
+            evaluate(words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("backend", "words", "first"),
+    [
+        ("transformers", ["--corpus", "c.jsonl"], True),
+        ("vllm", ["--corpus", "c.jsonl"], False),  # llvmlite, which bm25s loads, keeps vLLM's CPU build from starting
+        ("vllm", ["--retriever", "some/index"], False),
+        ("vllm", ["--retriever", "http://127.0.0.1:1"], True),
+        ("vllm", ["--retriever", "http://127.0.0.1:1", "--rerank_model", "m"], False),
+    ],
+)
+def test_beside_vllm_only_a_retriever_without_an_engine_here_is_opened_first(backend, words, first):
+    arguments, search, _ = parse("--model", "m", "--benchmarks", "nq", "--output", "o", "--backend", backend, *words)
+    assert _may_go_first(search, arguments.model_options()) == first
+
+
+def test_a_remote_retriever_loads_no_llvmlite():
+    code = (
+        "import sys\n"
+        "from rex_rag.retrieval.load import RetrieverArguments, load_retriever\n"
+        "load_retriever(RetrieverArguments(retriever=['http://127.0.0.1:1']))\n"
+        "assert not {'llvmlite', 'bm25s', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+def test_a_model_that_is_not_here_is_said_before_anything_is_loaded(world, tmp_path):
+    words = world.words(tmp_path / "run", model=tmp_path / "nope")
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", "scripts/evaluate.py", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 2
+    said = ended.stderr.splitlines()[-1]
+    assert said.startswith(f"error: model='{tmp_path / 'nope'}': there is no such folder here ({ROOT}), and it is no")
+    assert said.endswith("OWNER/NAME; correct model")
+    assert "sklearn" not in ended.stderr and "bm25s" not in ended.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_script_says_in_one_line_what_a_user_can_mend(tmp_path):

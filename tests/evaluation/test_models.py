@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import threading
 import time
@@ -19,10 +20,13 @@ from rex_rag.evaluation.methods import Toolbox, make_method
 from rex_rag.evaluation.models import (
     ModelError,
     ModelOptions,
+    check_name,
     derived_seed,
     end_token_ids,
+    load_tokenizer,
     model_identity,
     open_model,
+    stored_max_length,
     tokenizer_sha256,
 )
 from rex_rag.evaluation.records import Question
@@ -224,6 +228,65 @@ def test_rows_end_at_every_end_token_of_tokenizer_and_model(greedy):
     config = GenerationConfig(eos_token_id=[7, greedy.tokenizer.eos_token_id])
     assert end_token_ids(greedy.tokenizer, config) == sorted({7, greedy.tokenizer.eos_token_id})
     assert end_token_ids(greedy.tokenizer, None) == [greedy.tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        ("gpt2", True),
+        ("Qwen/Qwen2.5-3B", True),
+        ("outputs/quickstart/nope", False),
+        ("./nope", False),
+        ("/nope", False),
+        ("~/nope", False),
+        ("nope/", False),
+        ("owner/a--b", False),
+        ("a name", False),
+    ],
+)
+def test_a_name_that_is_no_folder_must_be_able_to_be_a_hub_name(name, is_one, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for options, setting in (
+        (ModelOptions(name), "model"),
+        (ModelOptions("gpt2", tokenizer=name), "tokenizer"),
+        (ModelOptions("any model of/this/server", backend="endpoint", tokenizer=name), "tokenizer"),
+        (ModelOptions(name, backend="endpoint"), "tokenizer"),
+    ):
+        if is_one:
+            check_name(options)
+            continue
+        with pytest.raises(ModelError, match=f"^{setting}={re.escape(repr(name))}: there is no such folder here"):
+            check_name(options)
+    if not is_one and "~" not in name and not name.startswith("/"):
+        (tmp_path / name).mkdir(parents=True)
+        check_name(ModelOptions(name))
+
+
+def test_a_file_is_no_model(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ModelError, match="is a file; name the folder"):
+        check_name(ModelOptions(str(tmp_path / "model.safetensors")))
+
+
+def test_a_hub_name_that_is_not_there_is_not_blamed_on_the_tokenizer():
+    with pytest.raises(ModelError, match=r"^model='some/nope': there is no such folder here.*; correct model$"):
+        load_tokenizer(ModelOptions("some/nope"))
+    with pytest.raises(ModelError, match=r"^tokenizer='some/nope': there is no such folder here.*; set tokenizer$"):
+        load_tokenizer(ModelOptions("m", tokenizer="some/nope"))
+
+
+def test_a_models_length_is_known_without_its_weights(greedy, world, tmp_path):
+    for path in world.model.iterdir():
+        if "safetensors" not in path.name:
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert stored_max_length(ModelOptions(str(tmp_path))) == greedy.max_length == 2048
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    assert stored_max_length(ModelOptions(str(adapter))) == 2048
+    assert stored_max_length(ModelOptions(str(tmp_path), backend="vllm")) is None
+    (tmp_path / "config.json").write_text("{")
+    assert stored_max_length(ModelOptions(str(tmp_path))) is None
 
 
 def test_models_that_cannot_be_opened_are_named(world, tmp_path):
