@@ -61,14 +61,17 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], text_co
 def latex_table(
     header: Sequence[str],
     groups: Sequence[Sequence[Sequence[str]]],
-    caption: Sequence[str] = (),
+    caption: str = "",
     text_columns: int = 1,
+    *,
+    label: str = "",
+    notes: Sequence[str] = (),
 ) -> str:
     r"""A `table*` in the style of booktabs, of cells that are LaTeX already; needs `\usepackage{booktabs}`.
 
     Args:
         groups: rows between which a rule is drawn.
-        caption: sentences, LaTeX already.
+        caption: above the table. label: what `\ref` names it by. notes: sentences below it. All are LaTeX already.
     """
     columns = "l" * text_columns + "r" * (len(header) - text_columns)
     body = "\n\\midrule\n".join("\n".join(" & ".join(row) + r" \\" for row in group) for group in groups if group)
@@ -76,6 +79,8 @@ def latex_table(
         r"% \usepackage{booktabs}",
         r"\begin{table*}",
         r"\centering",
+        *([rf"\caption{{{caption}}}"] if caption else []),
+        *([rf"\label{{{label}}}"] if label else []),
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
         " & ".join(header) + r" \\",
@@ -84,8 +89,8 @@ def latex_table(
         r"\bottomrule",
         r"\end{tabular}",
     ]
-    if caption:
-        lines.append(rf"\caption{{{' '.join(caption)}}}")
+    if notes:
+        lines += ["", r"\smallskip", rf"\parbox{{\linewidth}}{{\footnotesize {' '.join(notes)}}}"]
     return "\n".join([*lines, r"\end{table*}"]) + "\n"
 
 

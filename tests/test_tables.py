@@ -54,12 +54,16 @@ def test_markdown_table_reads_well_as_text_too():
 
 
 def test_latex_table():
-    text = latex_table(("method", "EM"), [[("a", "1.0")], [("b", "2.0"), ("c", "3.0")], []], ["One.", "Two."])
+    groups = [[("a", "1.0")], [("b", "2.0"), ("c", "3.0")], []]
+    text = latex_table(("method", "EM"), groups, "What.", label="tab:a", notes=["One.", "Two."])
     assert text == (
-        "% \\usepackage{booktabs}\n\\begin{table*}\n\\centering\n\\begin{tabular}{lr}\n\\toprule\n"
+        "% \\usepackage{booktabs}\n\\begin{table*}\n\\centering\n\\caption{What.}\n\\label{tab:a}\n"
+        "\\begin{tabular}{lr}\n\\toprule\n"
         "method & EM \\\\\n\\midrule\na & 1.0 \\\\\n\\midrule\nb & 2.0 \\\\\nc & 3.0 \\\\\n\\bottomrule\n"
-        "\\end{tabular}\n\\caption{One. Two.}\n\\end{table*}\n"
+        "\\end{tabular}\n\n\\smallskip\n\\parbox{\\linewidth}{\\footnotesize One. Two.}\n\\end{table*}\n"
     )
+    bare = latex_table(("a", "b"), [[("1", "2")]])
+    assert "caption" not in bare and "label" not in bare and "parbox" not in bare
 
 
 def test_csv_table_comes_back_as_it_went():

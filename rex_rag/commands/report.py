@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
+
+from rex_rag.commands.terminal import printable
 
 
 def add_report(commands: argparse._SubParsersAction) -> None:
@@ -16,7 +19,12 @@ def add_report(commands: argparse._SubParsersAction) -> None:
         "published rows stand below, marked. Runs of different protocols and runs that are not whole are refused "
         "unless --mark is given.",
     )
-    parser.add_argument("runs", nargs="+", metavar="DIR", help="a run's directory, or one that holds several runs")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="DIR",
+        help="a run's directory, or one that holds several runs; whatever else outputs/* finds is left out",
+    )
     parser.add_argument(
         "--format", choices=("markdown", "csv", "latex"), default="markdown", help="default: %(default)s"
     )
@@ -55,7 +63,12 @@ def report(options: argparse.Namespace) -> None:
     from rex_rag.evaluation.report_formats import FORMATS
 
     check_choices(options.columns, options.published)  # before runs are read, which takes a while
-    runs = load_runs(options.runs, resamples=options.resamples, seed=options.seed)
+    runs = load_runs(
+        options.runs,
+        resamples=options.resamples,
+        seed=options.seed,
+        say=lambda line: print(f"note: {printable(line)}", file=sys.stderr),
+    )
     table = build_report(
         runs,
         extras=options.columns,

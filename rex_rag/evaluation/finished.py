@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from rex_rag.evaluation.benchmarks import Benchmark
 from rex_rag.evaluation.bootstrap import RESAMPLES, Estimate
 from rex_rag.evaluation.card import read_card, scorer_row, shared_protocol
-from rex_rag.evaluation.judge import judge_of, read_judge
+from rex_rag.evaluation.judge import count_verdicts, judge_of, read_judge
 from rex_rag.evaluation.records import PREDICTIONS_FILE, RUN_FILE, Prediction, Question
 from rex_rag.evaluation.scores import BenchmarkScores, macro_scores, read_predictions, read_seconds, score_benchmark
 
@@ -32,7 +32,7 @@ class FinishedRun:
     card: as it was written, but with the scorer that scored the predictions here. benchmarks: set -> its row of the
     card (`Benchmark.as_row`), in the card's order. scores: of the sets that are whole; a part of a set says little of
     the rest. missing: set -> questions without a prediction, of the other sets. judge: who judged the answers, if
-    anybody did.
+    anybody did. verdicts: how many came of that, and how many of them could not be read.
     """
 
     path: Path
@@ -41,6 +41,7 @@ class FinishedRun:
     scores: dict[str, BenchmarkScores]
     missing: dict[str, int]
     judge: dict[str, Any] | None = None
+    verdicts: tuple[int, int] = (0, 0)
 
     @property
     def method(self) -> str:
@@ -72,23 +73,39 @@ class FinishedRun:
         return macro_scores([self.scores[name] for name in sets], resamples=resamples, seed=seed)
 
 
-def run_directories(paths: Sequence[str | Path]) -> list[Path]:
+def run_directories(paths: Sequence[str | Path], say: Callable[[str], object] | None = None) -> list[Path]:
     """The runs that `paths` name: each is a run's directory, or one that holds runs, then all of them by name.
 
+    Args:
+        say: takes a line that names what is neither, as a shell's `outputs/*` finds beside runs; it is left out then,
+            as long as one run is there. Without it, it is refused.
+
     Raises:
-        ReportError: for a path that is neither, or a run named twice.
+        ReportError: for a path that is neither, or not there at all, or a run named twice.
     """
     found: list[Path] = []
+    others: list[Path] = []
     for path in map(Path, paths):
         inside = [path] if (path / RUN_FILE).is_file() else sorted(file.parent for file in path.glob(f"*/{RUN_FILE}"))
-        if not inside:
+        if not inside and (say is None or not path.exists()):
             raise ReportError(f"{path} holds no {RUN_FILE}; name the directory that an evaluation wrote (--output)")
         found += inside
+        others += [] if inside else [path]
+    if others and not found:
+        raise ReportError(
+            f"{_listed(others)} hold no {RUN_FILE}; name at least one directory that an evaluation wrote (--output)"
+        )
+    if others:
+        say(f"left out, since no run is there (no {RUN_FILE}): {_listed(others)}")
     resolved = [path.resolve() for path in found]
     twice = sorted({str(path) for path, real in zip(found, resolved, strict=True) if resolved.count(real) > 1})
     if twice:
         raise ReportError(f"{', '.join(twice)} is named twice; name each run once")
     return found
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return f"{', '.join(map(str, paths[:5]))}{f' and {len(paths) - 5:,} more' if len(paths) > 5 else ''}"
 
 
 def read_run(path: str | Path, *, resamples: int = RESAMPLES, seed: int = 0) -> FinishedRun:
@@ -122,7 +139,9 @@ def read_run(path: str | Path, *, resamples: int = RESAMPLES, seed: int = 0) -> 
             seed=seed,
             judge=read_judge(path, name, predictions),
         )
-    return FinishedRun(path, card, card["benchmarks"], scores, missing, judge_of(path))
+    judge = judge_of(path)
+    verdicts = (0, 0) if judge is None else count_verdicts(path, list(scores))
+    return FinishedRun(path, card, card["benchmarks"], scores, missing, judge, verdicts)
 
 
 def unlike_judges(first: FinishedRun, second: FinishedRun) -> list[str]:
@@ -132,6 +151,15 @@ def unlike_judges(first: FinishedRun, second: FinishedRun) -> list[str]:
         return []
     names = [f"{judge['model']} (prompt {judge['prompt_sha256'][:12]})" for judge in judges]
     return [f"judge: {names[0]} against {names[1]}"]
+
+
+def unread_verdicts(runs: Sequence[FinishedRun]) -> str:
+    """A sentence on verdicts that could not be read, which say nothing of the answer and yet count against it."""
+    found = [
+        f"{unread:,} of {count:,} ({run.path.name})" for run in runs for count, unread in [run.verdicts] if unread
+    ]
+    said = f"{', '.join(found)}; they count as incorrect" if found else "none"
+    return f"Verdicts that could not be read: {said}."
 
 
 def _finished_questions(folder: Path) -> int:

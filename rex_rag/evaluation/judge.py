@@ -108,8 +108,7 @@ def judge_run(output: Path, benchmarks: Sequence[str], options: EndpointOptions,
         finally:
             client.close()
             (output / LOCK_FILE).unlink(missing_ok=True)
-    verdicts = [verdict for name in benchmarks for verdict in _verdicts(output / name).values()]
-    return sum(score is None for score in verdicts)
+    return count_verdicts(output, benchmarks)[1]
 
 
 def _judge_all(output: Path, benchmarks: Sequence[str], client: _ChatClient, show_progress: bool) -> None:
@@ -241,6 +240,12 @@ def read_judge(output: str | Path, benchmark: str, predictions: Sequence[Predict
     if any((case.id, case.answer) not in verdicts for case in _cases(predictions)):
         return None
     return lambda prediction, answer: verdicts[prediction.id, answer] or 0.0
+
+
+def count_verdicts(output: Path, benchmarks: Sequence[str]) -> tuple[int, int]:
+    """How many verdicts there are on a run's answers, and how many of them could not be read."""
+    verdicts = [verdict for name in benchmarks for verdict in _verdicts(output / name).values()]
+    return len(verdicts), sum(score is None for score in verdicts)
 
 
 def _verdicts(folder: Path) -> dict[tuple[str, str], float | None]:

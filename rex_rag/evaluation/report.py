@@ -8,13 +8,13 @@ them. Published rows always carry a footnote.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rex_rag.evaluation.bootstrap import RESAMPLES, Estimate, macro_mean
 from rex_rag.evaluation.card import comparable
-from rex_rag.evaluation.finished import FinishedRun, read_run, run_directories, unlike_judges
+from rex_rag.evaluation.finished import FinishedRun, read_run, run_directories, unlike_judges, unread_verdicts
 from rex_rag.evaluation.published import (
     BENCHMARKS,
     SETTING,
@@ -42,6 +42,8 @@ COLUMNS = {
     "unanswered": "unanswered",
     "unreadable": "unreadable",
 }
+# Those that are means over questions.
+WITH_INTERVAL = ("f1", "sub_match", "judge")
 _EXPLAINED = {
     "f1": "F1: token F1, per cent, mean over sets",
     "sub_match": "sub-match: a gold answer stands in the answer, per cent, mean over sets",
@@ -81,10 +83,14 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Extra:
-    """What an extra column says of a run: a number in the unit of `COLUMNS`, or text, and how a table shows it."""
+    """What an extra column says of a run: a number in the unit of `COLUMNS`, or text, and how a table shows it.
+
+    interval: 95 %, in the same unit, for those of `WITH_INTERVAL`.
+    """
 
     value: float | str
     text: str
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +110,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A table, its footnotes (mark -> text) and the sentences below it."""
+    """A table, its footnotes (mark -> text) and the sentences below it; the first says what the figures are."""
 
     columns: tuple[Column, ...]
     extras: tuple[str, ...]
@@ -113,13 +119,22 @@ class Report:
     remarks: tuple[str, ...]
 
 
-def load_runs(paths: Sequence[str | Path], *, resamples: int = RESAMPLES, seed: int = 0) -> list[FinishedRun]:
+def load_runs(
+    paths: Sequence[str | Path],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    say: Callable[[str], object] | None = None,
+) -> list[FinishedRun]:
     """Read and score the runs that `paths` name.
+
+    Args:
+        say: see `run_directories`.
 
     Raises:
         ReportError, ScoreError: see `run_directories` and `read_run`.
     """
-    return [read_run(path, resamples=resamples, seed=seed) for path in run_directories(paths)]
+    return [read_run(path, resamples=resamples, seed=seed) for path in run_directories(paths, say)]
 
 
 def build_report(
@@ -151,19 +166,19 @@ def build_report(
     names = ordered(name for run in runs for name in run.benchmarks)
     notes = _Notes()
     rows = []
-    unmarked: list[tuple[int, FinishedRun]] = []
-    for number, run in enumerate(runs, start=1):
-        # The first row sets the protocol; where it never searches, the first that does sets the rest of it.
-        obstacles = ((row, _obstacles(other, run, extras)) for row, other in unmarked)
-        row, found = next(((row, found) for row, found in obstacles if found), (0, []))
-        marks = [notes.mark(f"not comparable with row {row}: {'; '.join(found)}")] if found else []
+    unmarked: list[FinishedRun] = []
+    for run, row, found in _against_others(runs, extras):
+        marks = [notes.mark(f"not comparable with row {row + 1}: {'; '.join(found)}")] if found else []
         if not found:
-            unmarked.append((number, run))
+            unmarked.append(run)
         rows.append(_row(run, marks, names, extras, notes, resamples, seed))
     shown = _published_sizes(runs, names) if published is None else published
-    rows += [_published(row, names, notes) for row in published_rows(shown)]
+    theirs = [row for row in published_rows(shown) if not row.em.keys().isdisjoint(names)]
+    rows += [_published(row, names, notes) for row in theirs]
     columns = tuple(_column(name, runs) for name in names)
-    remarks = _remarks(columns, runs, extras, [run for _, run in unmarked])
+    remarks = _remarks(columns, runs, extras, unmarked)
+    if theirs:
+        remarks.append(f"Published rows: {SETTING}.")
     return Report(columns, tuple(extras), tuple(rows), notes.texts, tuple(remarks))
 
 
@@ -177,9 +192,11 @@ def check_choices(extras: Sequence[str], published: Sequence[str] | None) -> Non
 
 def _check_comparable(runs: Sequence[FinishedRun], extras: Sequence[str]) -> None:
     problems = [f"{run.path} is not whole: {run.missing_text}" for run in runs if run.missing]
-    for position, run in enumerate(runs):
-        for found, others in _against(run, runs[:position], extras).items():
-            problems.append(f"{run.path} is not comparable with {', '.join(others)}: {found}")
+    problems += [
+        f"{run.path} is not comparable with {runs[row].path}: {'; '.join(found)}"
+        for run, row, found in _against_others(runs, extras)
+        if found
+    ]
     if problems:
         listed = "\n  ".join(problems)
         raise ValueError(
@@ -193,17 +210,21 @@ def _obstacles(first: FinishedRun, second: FinishedRun, extras: Sequence[str]) -
     return comparable(first.card, second.card) + (unlike_judges(first, second) if "judge" in extras else [])
 
 
-def _against(run: FinishedRun, others: Sequence[FinishedRun], extras: Sequence[str]) -> dict[str, list[str]]:
-    """What keeps a run from being compared with others: obstacles -> paths of those they concern.
+def _against_others(
+    runs: Sequence[FinishedRun], extras: Sequence[str]
+) -> Iterator[tuple[FinishedRun, int, list[str]]]:
+    """Each run, with the place of the first that it cannot be compared with, and what keeps it from that.
 
-    Every pair counts: two searches with unlike retrievers may both be comparable with a method that never searches.
+    The first run sets the protocol; where it never searches, the first that does sets the rest of it. A run that
+    differs is no measure for those after it.
     """
-    concerned: dict[str, list[str]] = {}
-    for other in others:
-        found = _obstacles(other, run, extras)
-        if found:
-            concerned.setdefault("; ".join(found), []).append(str(other.path))
-    return concerned
+    alike: list[int] = []
+    for place, run in enumerate(runs):
+        obstacles = ((other, _obstacles(runs[other], run, extras)) for other in alike)
+        other, found = next(((other, found) for other, found in obstacles if found), (place, []))
+        if not found:
+            alike.append(place)
+        yield run, other, found
 
 
 class _Notes:
@@ -257,9 +278,10 @@ def _extras(names: Sequence[str], scores: Sequence[BenchmarkScores], resamples: 
 
 def _quality(name: str, scores: Sequence[BenchmarkScores], resamples: int, seed: int) -> Extra | None:
     """Means over sets."""
-    if name in ("f1", "sub_match", "judge") and all(name in one.values for one in scores):
+    if name in WITH_INTERVAL and all(name in one.values for one in scores):
         mean = macro_mean([one.values[name] for one in scores], resamples=resamples, seed=seed)
-        return Extra(100 * mean.mean, f"{100 * mean.mean:.1f} [{100 * mean.low:.1f}, {100 * mean.high:.1f}]")
+        value, low, high = (100 * share for share in (mean.mean, mean.low, mean.high))
+        return Extra(value, f"{value:.1f} [{low:.1f}, {high:.1f}]", (low, high))
     if name == "pass_at_k" and all(one.pass_at_k for one in scores):
         k = max(set.intersection(*(set(one.pass_at_k) for one in scores)))
         share = 100 * sum(one.pass_at_k[k].mean for one in scores) / len(scores)
@@ -310,7 +332,7 @@ def _published_sizes(runs: Sequence[FinishedRun], names: Sequence[str]) -> list[
 
 
 def _published(row: PublishedRow, names: Sequence[str], notes: _Notes) -> Row:
-    marks = [notes.mark(f"as published in {SOURCE}; not produced under the protocol of the other rows ({SETTING})")]
+    marks = [notes.mark(f"as published in {SOURCE}; not produced under the protocol of the other rows")]
     cells = {name: Cell(row.em[name] / 100) for name in names if name in row.em}
     mean = None
     if list(names) == list(BENCHMARKS):
@@ -339,8 +361,8 @@ def _remarks(
     choice = [column.label for column in columns if column.kind == "multiple_choice"]
     accuracy = f" ({', '.join(choice)}: accuracy of the letter)" if choice else ""
     remarks = [
-        f"Exact match in per cent{accuracy}, in brackets the 95 % bootstrap interval over questions; mean: over sets, "
-        "each counting alike, only where a row has all of them."
+        f"Exact match in per cent{accuracy}, in brackets the 95 % bootstrap interval over questions.",
+        *(["Mean: over sets, each counting alike, only where a row has all of them."] if len(columns) > 1 else []),
     ]
     samples = sorted({scores.samples for run in runs for scores in run.scores.values()})
     if samples not in ([], [1]):
@@ -353,7 +375,7 @@ def _remarks(
     if extras:
         remarks.append("; ".join(_EXPLAINED[name] for name in extras) + ".")
     if "judge" in extras and (judges := sorted({run.judge["model"] for run in runs if run.judge})):
-        remarks.append(f"Judged by {', '.join(judges)}.")
+        remarks.append(f"Judged by {', '.join(judges)}. {unread_verdicts(runs)}")
     return [*remarks, _protocol(unmarked)]
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rex_rag.evaluation.bootstrap import Estimate
-from rex_rag.evaluation.report import COLUMNS, Cell, Column, Report, Row
+from rex_rag.evaluation.report import COLUMNS, WITH_INTERVAL, Cell, Column, Extra, Report, Row
 from rex_rag.tables import csv_table, latex_table, latex_text, markdown_table, markdown_text
 
 _NOTHING = "–"
+_LABEL = "tab:results"
 
 
 def as_markdown(report: Report) -> str:
@@ -34,7 +35,7 @@ def as_markdown(report: Report) -> str:
 
 
 def as_latex(report: Report) -> str:
-    """A booktabs table; a rule parts the published rows from the others."""
+    """A booktabs table; a rule parts the published rows from the others, and footnotes and remarks stand below it."""
 
     def show(row: Row) -> list[str]:
         method = latex_text(row.method) + (" (published)" if row.published else "")
@@ -47,9 +48,9 @@ def as_latex(report: Report) -> str:
         return [method + marks, latex_text(_model(row, report)), *cells, *extras]
 
     groups = [[show(row) for row in report.rows if row.published is published] for published in (False, True)]
-    caption = [latex_text(remark) for remark in report.remarks]
-    caption += [f"$^{{{mark}}}${latex_text(text)}." for mark, text in report.notes.items()]
-    return latex_table(_header(report, latex_text), groups, caption, 2)
+    caption, *remarks = map(latex_text, report.remarks)
+    notes = [f"$^{{{mark}}}${latex_text(text)}." for mark, text in report.notes.items()]
+    return latex_table(_header(report, latex_text), groups, caption, 2, label=_LABEL, notes=[*notes, *remarks])
 
 
 def as_csv(report: Report) -> str:
@@ -57,7 +58,10 @@ def as_csv(report: Report) -> str:
     header = ["method", "model", "source", "protocol"]
     for column in report.columns:
         header += [f"{column.name}_{name}" for name in ("n", _metric(column), "low", "high")]
-    header += ["mean", "mean_low", "mean_high", *report.extras, "notes"]
+    header += ["mean", "mean_low", "mean_high"]
+    for name in report.extras:
+        header += [name, *([f"{name}_low", f"{name}_high"] if name in WITH_INTERVAL else [])]
+    header += ["notes"]
     lines = []
     for row in report.rows:
         line: list[object] = [row.method, row.model, "published" if row.published else row.run, row.protocol]
@@ -66,7 +70,7 @@ def as_csv(report: Report) -> str:
             line += [None if cell is None else cell.n, *_ends(cell)]
         marks = [*row.marks, *filter(None, [row.mean.mark if row.mean else ""])]
         notes = "; ".join(report.notes[mark] for mark in marks)
-        extras = [row.extras[name].value if name in row.extras else None for name in report.extras]
+        extras = [value for name in report.extras for value in _values(name, row.extras.get(name))]
         rounded = [round(value, 4) if isinstance(value, float) else value for value in extras]
         lines.append([*line, *_ends(row.mean), *rounded, notes])
     return csv_table(header, lines)
@@ -121,6 +125,13 @@ def _extra(row: Row, name: str, escape: Callable[[str], str]) -> str:
         return ""
     extra = row.extras[name]
     return escape(extra.text) if isinstance(extra.value, str) else extra.text
+
+
+def _values(name: str, extra: Extra | None) -> list[float | str | None]:
+    """What the CSV says of an extra column, its interval's ends included."""
+    value = None if extra is None else extra.value
+    ends = (None, None) if extra is None or extra.interval is None else extra.interval
+    return [value, *ends] if name in WITH_INTERVAL else [value]
 
 
 def _ends(cell: Cell | None) -> list[float | None]:

@@ -92,6 +92,22 @@ def test_a_directory_of_runs_names_them_all(tmp_path: Path):
         run_directories([tmp_path / "all", tmp_path / "all" / "a"])
 
 
+def test_what_else_a_pattern_finds_is_left_out_with_a_note_as_long_as_one_run_is_there(tmp_path: Path):
+    run = write_run(tmp_path / "a", {"nq": [1]})
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "table.csv").write_text("")
+    said: list[str] = []
+    assert run_directories(sorted(tmp_path.iterdir()), said.append) == [run]
+    assert said == [f"left out, since no run is there (no run.json): {tmp_path}/pictures, {tmp_path}/table.csv"]
+    assert run_directories([run], said.append) == [run] and len(said) == 1
+    with pytest.raises(ReportError, match=r"pictures holds no run\.json"):
+        run_directories([run, tmp_path / "pictures"])
+    with pytest.raises(ReportError, match=r"pictures, \S+table\.csv hold no run\.json; name at least one"):
+        run_directories([tmp_path / "pictures", tmp_path / "table.csv"], said.append)
+    with pytest.raises(ReportError, match=r"nowhere holds no run\.json"):  # mistyped: no pattern finds it
+        run_directories([run, tmp_path / "nowhere"], said.append)
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path):
     with pytest.raises(ReportError, match=r"holds no run\.json; name the directory that an evaluation wrote"):
         run_directories([tmp_path])

@@ -127,6 +127,21 @@ def test_rows_of_different_protocols_are_refused_naming_what_differs(unlike: lis
     assert len(build_report(load_runs(unlike[:2])).rows) == 2
 
 
+def test_each_run_that_differs_is_named_once(tmp_path: Path):
+    """The third is like the first: it is not held against the second, which differs."""
+    wide = RolloutBudget(top_k=5)
+    runs = [
+        write_run(tmp_path / "a", {"own": [1, 0]}),
+        write_run(tmp_path / "b", {"own": [1, 1]}, method="rag", budget=wide),
+        write_run(tmp_path / "c", {"own": [0, 0]}, method="ircot"),
+        write_run(tmp_path / "d", {"own": [0, 0]}, method="search_r1", budget=wide),
+    ]
+    with pytest.raises(ValueError) as refused:
+        build_report(load_runs(runs))
+    named = [line.split(":")[0] for line in str(refused.value).splitlines()[1:-1]]
+    assert named == [f"  {tmp_path}/{name} is not comparable with {tmp_path}/a" for name in "bd"]
+
+
 def test_rows_of_different_protocols_get_a_footnote_when_asked(unlike: list[Path]):
     text = as_markdown(build_report(load_runs(unlike), mark=True))
     assert [line[0] for line in lines_of(text)[2:]] == ["REX-RAG", "Direct answer", "RAG (a)"]
@@ -266,6 +281,11 @@ def test_names_are_escaped_in_every_form(tmp_path: Path):
     assert list(csv.reader(io.StringIO(as_csv(report))))[1][1] == HOSTILE
 
 
+def test_published_rows_that_share_no_column_are_left_out(tmp_path: Path):
+    runs = load_runs([write_run(tmp_path / "a", {"own": [1]})])
+    assert len(build_report(runs, published=["3B", "7B"]).rows) == 1
+
+
 def test_every_line_of_the_markdown_table_has_as_many_cells_as_its_head(tmp_path: Path):
     write_run(tmp_path / "a", seven(1), model=HOSTILE)
     text = as_markdown(build_report(load_runs([tmp_path / "a"]), extras=["f1", "truncations"]))
@@ -288,7 +308,24 @@ def test_the_csv_holds_numbers(tmp_path: Path):
     )
     assert (ours["own_em"], ours["mean"], ours["tokens"], ours["truncations"]) == ("0.0", "50.0", "10.0", "none")
     assert (theirs["source"], theirs["nq_n"], theirs["nq_em"], theirs["nq_low"]) == ("published", "", "43.9", "")
-    assert theirs["notes"].startswith("as published in arXiv:2508.08149v2")
+    assert theirs["notes"] == (
+        "as published in arXiv:2508.08149v2, table 1; not produced under the protocol of the other rows"
+    )
+    assert report.remarks[-1].startswith("Published rows: Qwen2.5 of the size named, E5-base-v2"), "said once, below"
+
+
+def test_the_csv_holds_the_intervals_that_markdown_shows(tmp_path: Path):
+    report = build_report(load_runs([write_run(tmp_path / "a", {"own": [1, 1, 0, 0]})]), extras=["f1", "tokens"])
+    head, row = csv.reader(io.StringIO(as_csv(report)))
+    assert head[-5:] == ["f1", "f1_low", "f1_high", "tokens", "notes"]
+    shown = "{:.1f} [{:.1f}, {:.1f}]".format(*map(float, row[-5:-2]))
+    assert shown == lines_of(as_markdown(report))[2][3] == "50.0 [0.0, 100.0]"
+    # Where a run has no such figure, the columns stay.
+    question = Question("m0", "Which?", ("B",), {"A": "one", "B": "two"})
+    choice = Benchmark("choice", "multiple_choice", (question,), "choice.jsonl", 1)
+    path = write_run(tmp_path / "b", {"choice": [sample("B")]}, benchmarks={"choice": choice})
+    head, row = csv.reader(io.StringIO(as_csv(build_report(load_runs([path]), extras=["f1"]))))
+    assert len(head) == len(row) and row[-4:-1] == ["", "", ""]
 
 
 def test_the_latex_table(tmp_path: Path):
@@ -300,7 +337,13 @@ def test_the_latex_table(tmp_path: Path):
     assert r"REX-RAG (published)$^{a}$ & Qwen2.5-3B & 43.9 & -- & -- \\" in text
     assert text.count(r"\midrule") == 2
     assert text.count("{") == text.count("}")
-    assert r"\caption{Exact match in per cent, in brackets the 95 \% bootstrap interval" in text
+    caption, label = (
+        r"\caption{Exact match in per cent, in brackets the 95 \% bootstrap interval over questions.}",
+        "\\label",
+    )
+    assert f"{caption}\n{label}{{tab:results}}\n\\begin{{tabular}}" in text
+    [note] = [line for line in text.splitlines() if line.startswith(r"\parbox")]
+    assert r"$^{a}$as published in arXiv:2508.08149v2" in note and "Protocol (" in note
 
 
 def test_two_runs_of_one_method_and_model_are_told_apart(tmp_path: Path):
@@ -334,6 +377,15 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     run_command(path, "--format", "csv", "--output", str(tmp_path / "t.csv"), "--resamples", "200")
     assert capsys.readouterr().out == ""
     assert (tmp_path / "t.csv").read_text().startswith("method,model,source,protocol,nq_n,")
+
+
+def test_the_command_leaves_out_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture):
+    write_run(tmp_path / "a", {"nq": [1, 1]})
+    (tmp_path / "notes\x1b[2J").mkdir()
+    run_command(*map(str, sorted(tmp_path.iterdir())), "--published", "none")
+    printed = capsys.readouterr()
+    assert len(lines_of(printed.out)) == 3
+    assert printed.err == f"note: left out, since no run is there (no run.json): {tmp_path}/notes [2J\n"
 
 
 def test_the_command_writes_the_model_card(tmp_path: Path, capsys: pytest.CaptureFixture):
