@@ -11,16 +11,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rex_rag.evaluation.benchmarks import OPEN
 from rex_rag.evaluation.bootstrap import RESAMPLES
 from rex_rag.evaluation.card import comparable
-from rex_rag.evaluation.finished import FinishedRun, unlike_judges
+from rex_rag.evaluation.finished import FinishedRun, unlike_judges, unread_verdicts
 from rex_rag.evaluation.paired import Paired, compare_scores
 from rex_rag.evaluation.published import label, ordered
-from rex_rag.evaluation.scores import main_metric, read_predictions
+from rex_rag.evaluation.scores import JUDGE, main_metric, read_predictions
 from rex_rag.tables import markdown_table, markdown_text, one_line
 
 MAIN = "main"
-METRICS = (MAIN, "f1", "sub_match", "judge")
+METRICS = (MAIN, "f1", "sub_match", JUDGE)
 _IDS_SHOWN = 10
 
 
@@ -78,7 +79,7 @@ def compare_runs(
     names = _shared_sets(a, b, benchmarks)
     for name in names:
         _check_pairs(a, b, name)
-    obstacles = comparable(a.card, b.card, names) + (unlike_judges(a, b) if metric == "judge" else [])
+    obstacles = comparable(a.card, b.card, names) + (unlike_judges(a, b) if metric == JUDGE else [])
     if obstacles and not mark:
         raise ValueError(
             f"{a.path} and {b.path} were made under different protocols: {'; '.join(obstacles)}. Evaluate one of them "
@@ -140,7 +141,14 @@ def _values(run: FinishedRun, name: str, metric: str) -> list[float]:
     scores = run.scores[name]
     wanted = main_metric(scores.kind) if metric == MAIN else metric
     if wanted not in scores.values:
-        raise ValueError(f"{name} has no {wanted}, only {', '.join(scores.values)}; leave it out (--benchmarks)")
+        if wanted == JUDGE and scores.kind == OPEN:
+            raise ValueError(
+                f"the answers to {name} in {run.path} are not {'all ' if run.judge else ''}judged; judge them with the "
+                "run's own command and a judge beside it: rex-rag evaluate … --judge_endpoint URL --judge_model "
+                "NAME"
+            )
+        offered = [MAIN, *(one for one in METRICS if one in scores.values)]
+        raise ValueError(f"{name} has no {wanted}, only {', '.join(offered)} (--metric); leave it out (--benchmarks)")
     return scores.values[wanted].tolist()
 
 
@@ -159,13 +167,15 @@ def as_markdown(comparison: Comparison, ids_shown: int = _IDS_SHOWN) -> str:
         MAIN: "exact match (accuracy for multiple choice)",
         "f1": "F1",
         "sub_match": "sub-match",
-        "judge": markdown_text(f"judged right by {(a.judge or {}).get('model')}"),
+        JUDGE: markdown_text(f"judged right by {(a.judge or {}).get('model')}"),
     }[comparison.metric]
     remark = (
         f"Per cent {what}; in brackets the 95 % interval of the paired bootstrap over questions. p: exact two-sided "
         "sign test (McNemar) over the questions that one run alone gets right, or gets more right. all: means over "
         "sets, each counting alike; counts and p over all questions."
     )
+    if comparison.metric == JUDGE:
+        remark += f" {markdown_text(unread_verdicts([a, b]))}"
     shown = [text for name in comparison.changed for text in _ids(comparison, name, ids_shown)]
     parts = ["\n".join(lines), markdown_table(head, rows).rstrip("\n"), remark, "\n".join(shown)]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from rex_rag.commands.report import add_compare
+from rex_rag.evaluation.benchmarks import Benchmark
 from rex_rag.evaluation.compare import as_markdown, changed_rows, compare_runs
 from rex_rag.evaluation.finished import read_run
+from rex_rag.evaluation.records import Question
 from rex_rag.rollout import RolloutBudget
 from tests.evaluation.run_parts import open_questions, sample, write_run
 
@@ -87,6 +89,20 @@ def test_another_metric(tmp_path: Path):
     assert "Per cent F1;" in as_markdown(compare_runs(a, b, metric="f1"))
     with pytest.raises(ValueError, match="there is no metric 'bleu'"):
         compare_runs(a, b, metric="bleu")
+
+
+def test_what_a_metric_lacks_is_said_with_what_to_do(tmp_path: Path):
+    a, b = pair(tmp_path, {"nq": A}, {"nq": B})
+    with pytest.raises(
+        ValueError, match=r"nq in \S+a are not judged; .*rex-rag evaluate … --judge_endpoint URL --judge"
+    ):
+        compare_runs(a, b, metric="judge")
+    question = Question("m0", "Which?", ("B",), {"A": "one", "B": "two"})
+    choice = {"choice": Benchmark("choice", "multiple_choice", (question,), "choice.jsonl", 1)}
+    paths = [write_run(tmp_path / name, {"choice": [sample("B")]}, benchmarks=choice) for name in ("c", "d")]
+    for metric in ("f1", "judge"):
+        with pytest.raises(ValueError, match=rf"choice has no {metric}, only main \(--metric\); leave it out"):
+            compare_runs(*map(read_run, paths), metric=metric)
 
 
 def test_unpaired_questions_are_refused_even_when_marked(tmp_path: Path):

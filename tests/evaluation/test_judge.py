@@ -185,6 +185,24 @@ def test_a_question_with_half_a_surrogate_pair_can_be_sent():
     assert json.loads(prompt[prompt.index("{") : prompt.rindex("}") + 1])["question"] == "Who? \ud83d"
 
 
+def test_reports_say_how_many_verdicts_could_not_be_read(run, judge, tmp_path):
+    judge_run(run, ["nq", "own"], options(judge), show_progress=False)
+    read = read_run(run)
+    assert (
+        "Judged by judge-1. Verdicts that could not be read: none." in build_report([read], extras=["judge"]).remarks
+    )
+    other = write_run(tmp_path / "other", ANSWERS, temperature=1.0, method="rag")
+    judge.reply = "I would rather not say."
+    judge_run(other, ["nq"], options(judge), show_progress=False)
+    judge.reply = "{}"
+    judge_run(other, ["own"], options(judge), show_progress=False)
+    said = "Verdicts that could not be read: 5 of 7 (other); they count as incorrect."
+    both = [read, read_run(other)]
+    assert f"Judged by judge-1. {said}" in build_report(both, extras=["judge"]).remarks
+    assert said in compared(compare_runs(*both, metric="judge"))
+    assert "Verdicts" not in compared(compare_runs(*both))
+
+
 def test_reports_and_comparisons_name_the_judge_and_refuse_unlike_ones(tmp_path, judge):
     paths = [
         write_run(tmp_path / name, {"own": [1, 0]}, method=method) for name, method in (("a", "rex_rag"), ("b", "rag"))
