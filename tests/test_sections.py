@@ -60,3 +60,32 @@ def test_an_unknown_key_of_a_recipe_is_named_with_the_one_that_was_meant(recipe)
     recipe.write_text("part:\n  no: 3\n  1: 4\n  corpora: a\n")
     with pytest.raises(ValueError, match=r"unknown keys: '1', 'False', 'corpora' \(did you mean corpus\?\)"):
         parse(["--config", recipe])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--stemer", "none"], r"^unknown option --stemer \(did you mean --stemmer\?\)$"),
+        (["--stemer=english", "--corpus", "a"], r"^unknown option --stemer \(did you mean --stemmer\?\)$"),
+        (
+            ["--corpus", "a", "--subsets", "5", "--zzz"],
+            r"^unknown options --subsets \(did you mean --subset\?\), --zzz",
+        ),
+        (["--sub", "5"], r"^unknown option --sub"),  # not taken for a beginning of another
+        (["--name", "a", "b"], r"^unexpected 'b': options begin with --"),
+    ],
+)
+def test_an_unknown_option_is_named_with_the_one_that_was_meant(words, said):
+    with pytest.raises(ValueError, match=said):
+        parse(words)
+
+
+def test_options_that_a_command_adds_are_known(recipe):
+    def switches(parser):
+        parser.add_argument("--dry-run", action="store_true")
+
+    words = ["--config", str(recipe)]
+    _, options = parse_section("c", "", "part", (Settings,), [*words, "--dry-run"], switches)
+    assert options.dry_run
+    with pytest.raises(ValueError, match=r"unknown option --dry-rum \(did you mean --dry-run\?\)"):
+        parse_section("c", "", "part", (Settings,), [*words, "--dry-rum"], switches)

@@ -27,7 +27,7 @@ def parse_section(
     `--key none` unsets a setting that may be left out: a command line has no other word for YAML's `null`.
 
     Raises:
-        ValueError: for a file without that section or with keys that no dataclass has.
+        ValueError: for a file without that section or with keys that no dataclass has, and for unknown options.
     """
     from transformers import HfArgumentParser
 
@@ -47,7 +47,23 @@ def parse_section(
         )
     words, unset = _without_unset(words, optional)
     parser.set_defaults(**dict.fromkeys(unset))
+    _, unread = parser.parse_known_args(words)
+    if unread:
+        raise ValueError(_describe_unread(unread, parser))
     return parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+
+
+def _describe_unread(words: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """An error text for words that no option reads; what stands behind an unknown option is its value."""
+    unknown = [word.partition("=")[0] for word in words if word.startswith("-")]
+    if not unknown:
+        return f"unexpected {', '.join(map(repr, words))}: options begin with --, see --help"
+    known = [option for action in parser._actions for option in action.option_strings]
+    described = []
+    for option in dict.fromkeys(unknown):
+        [near] = difflib.get_close_matches(option, known, n=1) or [None]
+        described.append(f"{option} (did you mean {near}?)" if near else f"{option} (see --help)")
+    return f"unknown option{'s' if len(described) > 1 else ''} {', '.join(described)}"
 
 
 def _optional_fields(kind: type) -> set[str]:
