@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,8 @@ def add_view(commands: argparse._SubParsersAction) -> None:
         "view",
         help="show a run's trajectories as a page",
         description="Turn what a run left behind into one HTML page in which segment kinds can be told apart: the "
-        "completion tables of training (log_completions: true), the predictions of an evaluation, or both.",
+        "completion tables of training (log_completions: true), the predictions of an evaluation, finished or under "
+        "way, or both.",
     )
     view.add_argument(
         "source",
@@ -45,19 +48,39 @@ def add_view(commands: argparse._SubParsersAction) -> None:
 
 
 def _view(options: argparse.Namespace) -> None:
+    from rex_rag.evaluation.judge import judge_of, read_judge
     from rex_rag.visualization.page import write_trajectory_page
+    from rex_rag.visualization.predictions import UNFINISHED, run_facts
     from rex_rag.visualization.records import read_records
 
-    records, total = read_records(options.source, options.step, options.benchmark, options.limit)
+    # Before the predictions: a chunk that is finished meanwhile may be shown and not said, never said and not shown.
+    known = run_facts(options.source, options.benchmark, judge_of) if options.step is None else []
+    records, total = read_records(options.source, options.step, options.benchmark, options.limit, read_judge)
     folder = options.source if options.source.is_dir() else options.source.parent
     output = options.output or folder / "trajectories.html"
     # Pages are passed on: of the path, only the end says what they show.
     source = options.source.resolve()
     title = f"Trajectories of {source.name if source.is_dir() else f'{source.parent.name}/{source.name}'}"
-    page = write_trajectory_page(records, output, title, total)
-    probes = sum(record["kind"] == "probe" for record in records)
+    page = write_trajectory_page(records, output, title, total, known)
     more = f"; --limit {total} shows all" if total > len(records) else ""
-    print(f"{page}: {len(records)} of {total} trajectories, {probes} of them probes{more}")
+    print(f"{page}: {len(records)} of {total} trajectories{_counted(records)}{more}")
+    if missing := dict(known).get(UNFINISHED):
+        print(f"the evaluation is {UNFINISHED}, {printable(missing)}")
+
+
+def _counted(records: Sequence[Mapping[str, Any]]) -> str:
+    """What a page's records are: of training, how many are probes; of an evaluation, how many are right."""
+    from rex_rag.visualization.records import headline
+
+    trained = [record for record in records if not record.get("metric")]
+    probes = f"{sum(record['kind'] == 'probe' for record in trained)} of them probes"
+    ended = Counter(headline(record) for record in records if record.get("metric"))
+    if not ended:
+        return f", {probes}"
+    answered = f"{ended['right']} right, {ended['wrong']} wrong, {ended['no answer']} without an answer"
+    if not trained:
+        return f", {answered}"
+    return f": {len(trained)} of training, {probes}; {ended.total()} of an evaluation, {answered}"
 
 
 def add_curves(commands: argparse._SubParsersAction) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from rex_rag.types import SegmentKind
-from rex_rag.visualization.escape import escape, escape_visibly
+from rex_rag.visualization.escape import escape, escape_visibly, without_invisible
 from rex_rag.visualization.files import write_text
 from rex_rag.visualization.records import (
     OUTCOMES,
@@ -35,11 +36,22 @@ KIND_MEANING = {
     SegmentKind.FEEDBACK: "correction after an invalid action, inserted",
     SegmentKind.PROBE: "exploration prompt, inserted",
 }
-_FILTER_LABEL = {"wrong": "wrong answer", "right": "right", "rescued": "rescued", "unanswered": "no answer"}
+_FILTER_LABEL = {
+    "wrong": "wrong answer",
+    "right": "right",
+    "rescued": "rescued",
+    "unanswered": "no answer",
+    "disputed": "judge disagrees",
+}
+_TRAINING = "/training"  # no benchmark's name, which is a folder's
 
 
 def write_trajectory_page(
-    records: Iterable[Mapping[str, Any]], path: str | os.PathLike, title: str, total: int | None = None
+    records: Iterable[Mapping[str, Any]],
+    path: str | os.PathLike,
+    title: str,
+    total: int | None = None,
+    run_facts: Sequence[tuple[str, str]] = (),
 ) -> Path:
     """Write trajectory records (`rex_rag.visualization.records`) as one self-contained HTML page; return its path.
 
@@ -51,14 +63,20 @@ def write_trajectory_page(
         path: the page.
         title: above all.
         total: how many there were to choose from, if more than are shown.
+        run_facts: what is to be said of the evaluation they come from, as (name, text).
 
     Raises:
         ValueError: for a record without segments list or with an unknown segment kind, by its index.
     """
-    return write_text(path, trajectory_page(list(records), title, total))
+    return write_text(path, trajectory_page(list(records), title, total, run_facts))
 
 
-def trajectory_page(records: Sequence[Mapping[str, Any]], title: str, total: int | None = None) -> str:
+def trajectory_page(
+    records: Sequence[Mapping[str, Any]],
+    title: str,
+    total: int | None = None,
+    run_facts: Sequence[tuple[str, str]] = (),
+) -> str:
     """The page of `write_trajectory_page` as a string."""
     body = "".join(_family_html(family, records) for family in families(records))
     if total is not None and total > len(records):
@@ -69,8 +87,10 @@ def trajectory_page(records: Sequence[Mapping[str, Any]], title: str, total: int
     parts = {
         "POLICY": escape(_policy(template)),
         "TITLE": escape(title),
-        "LEGEND": _legend(),
+        "RUN": _run_html(run_facts, records),
+        "LEGEND": _legend(records),
         "FILTERS": _filters(records),
+        "BENCHMARKS": _benchmark_filter(records),
         "BODY": body or "<p>No trajectories were recorded.</p>",
     }
     pieces = template.split("{{")
@@ -105,23 +125,59 @@ def _hash_of(template: str, element: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(content.encode("utf-8")).digest()).decode("ascii")
 
 
-def _legend() -> str:
+def _legend(records: Sequence[Mapping[str, Any]]) -> str:
+    """The kinds of text that occur."""
+    kinds = {kind for index, record in enumerate(records) for kind, _ in checked_segments(index, record)}
     entries = "".join(
         f'<li class="{kind.name.lower()}"><span class="label">{kind.name}</span> {escape(meaning)}</li>'
         for kind, meaning in KIND_MEANING.items()
+        if kind in kinds
     )
-    return f'<ul class="key" aria-label="Kinds of text">{entries}</ul>'
+    return f'<ul class="key" aria-label="Kinds of text">{entries}</ul>' if entries else ""
 
 
 def _filters(records: Sequence[Mapping[str, Any]]) -> str:
     found = [outcomes(record) for record in records]
     choices = [("all", "all", len(records))]
     choices += [(name, _FILTER_LABEL[name], sum(name in each for each in found)) for name in OUTCOMES]
+    never = set()
+    if records and all(record.get("metric") for record in records):
+        never.add("rescued")
+    if all(record.get("judged") is None for record in records):
+        never.add("disputed")
     return "".join(
         f'<label><input type="radio" name="show" value="{name}"{" checked" if name == "all" else ""}'
         f"{'' if number or name == 'all' else ' disabled'}> {label} ({number})</label>"
         for name, label, number in choices
+        if name not in never
     )
+
+
+def _benchmark_filter(records: Sequence[Mapping[str, Any]]) -> str:
+    """A control to choose a benchmark, where there are several or training as well."""
+    counts = Counter(map(_benchmark_of, records))
+    if len(counts) < 2:
+        return ""
+    options = "".join(
+        f'<option value="{escape(name)}">{escape(without_invisible(name.removeprefix("/")))} ({number})</option>'
+        for name, number in counts.items()
+    )
+    return f'<label>Benchmark <select id="benchmark"><option value="">all</option>{options}</select></label>'
+
+
+def _benchmark_of(record: Mapping[str, Any]) -> str:
+    return str(record.get("benchmark") or _TRAINING)
+
+
+def _run_html(run_facts: Sequence[tuple[str, str]], records: Sequence[Mapping[str, Any]]) -> str:
+    if not run_facts:
+        return ""
+    is_mixed = any(not record.get("metric") for record in records)
+    return f'{"<p>The evaluation:</p>" if is_mixed else ""}<dl class="run">{_facts_html(run_facts)}</dl>'
+
+
+def _facts_html(facts: Iterable[tuple[str, str]]) -> str:
+    return "".join(f"<dt>{escape_visibly(name)}</dt><dd>{escape_visibly(text)}</dd>" for name, text in facts)
 
 
 def _family_html(family: Sequence[int], records: Sequence[Mapping[str, Any]]) -> str:
@@ -140,19 +196,20 @@ def _record_html(index: int, record: Mapping[str, Any], count: int) -> str:
         else:
             body += _segment_html(kind, text, place < copied)
     found = outcomes(record)
-    known = "".join(
-        f"<dt>{escape_visibly(name)}</dt><dd>{escape_visibly(value)}</dd>" for name, value in facts(record)
-    )
+    known = _facts_html(facts(record))
     parent = record.get("parent")
     if isinstance(parent, int) and 0 <= parent < count:
         known += f'<dt>original</dt><dd><a href="#t{parent}">#{parent}</a>; pale: copied from it</dd>'
     badges = "".join(
-        f' <span class="{name}">{_FILTER_LABEL[name]}</span>' for name in ("rescued", "unanswered") if name in found
+        f' <span class="{name}">{_FILTER_LABEL[name]}</span>'
+        for name in ("rescued", "unanswered", "disputed")
+        if name in found and _FILTER_LABEL[name] != headline(record)
     )
     verdict = "unscored" if record.get("reward") is None else "right" if "right" in found else "wrong"
     picture = record.get("reliability")
     return (
-        f'<article id="t{index}" tabindex="-1" data-outcome="{" ".join(sorted(found))}">'
+        f'<article id="t{index}" tabindex="-1" data-outcome="{" ".join(sorted(found))}" '
+        f'data-benchmark="{escape(_benchmark_of(record))}">'
         f'<h2>#{index} <span class="{verdict}">{escape(headline(record))}</span>'
         f"{badges}</h2>\n<dl>{known}</dl>\n{body}"
         f"{reliability_html(picture) if picture else ''}</article>\n"

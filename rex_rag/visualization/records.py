@@ -1,7 +1,8 @@
 """Trajectory records: the plain data that pages and text files show, and where it is read from.
 
 A record is a dictionary that JSON can hold (`trajectory_record` names the keys). Training leaves its trajectories in
-completion tables, evaluation in `predictions.jsonl`; `read_records` takes either, or a folder with both.
+completion tables, evaluation in predictions (`rex_rag.visualization.predictions`); `read_records` takes either, or a
+folder with both.
 """
 
 from __future__ import annotations
@@ -10,22 +11,20 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rex_rag.answers import exact_match
-from rex_rag.data.jsonl import iter_json_objects
-from rex_rag.evaluation.choices import choice_letter
-from rex_rag.evaluation.records import PREDICTIONS_FILE, Prediction
+from rex_rag.evaluation.records import PREDICTIONS_FILE
 from rex_rag.protocol import ANSWER_TAGS, THINK_TAGS, parse_action
 from rex_rag.types import SegmentKind, Trajectory
+from rex_rag.visualization.predictions import JudgeReader, prediction_files, read_predictions
 
 if TYPE_CHECKING:
     import pyarrow
 
-OUTCOMES = ("wrong", "right", "rescued", "unanswered")
+OUTCOMES = ("wrong", "right", "rescued", "unanswered", "disputed")
 
 
 def trajectory_record(
@@ -49,7 +48,9 @@ def trajectory_record(
 
     Beside these keys, a page understands `benchmark`, `id`, `sample`, `model` and `notes` (short texts), `searches`
     (`{"query", "passages"}` of each), `beside` (index of the record to stand next to) and `reliability` (a model's
-    name and its tokens, see `rex_rag.visualization.reliability`).
+    name and its tokens, see `rex_rag.visualization.reliability`). With a `metric`, the name of what `reward` is, a
+    record is an evaluation's: it is right or wrong, and may have `choices` (letter -> text), the `letter` that was
+    read from the answer, and `judged` (whether a judge found the answer correct).
     """
     return {
         "question": question,
@@ -65,7 +66,11 @@ def trajectory_record(
 
 
 def read_records(
-    path: str | os.PathLike, step: int | None = None, benchmark: str | None = None, limit: int | None = None
+    path: str | os.PathLike,
+    step: int | None = None,
+    benchmark: str | None = None,
+    limit: int | None = None,
+    read_judge: JudgeReader | None = None,
 ) -> tuple[list[dict[str, Any]], int]:
     """Trajectory records of a training run, an evaluation run, or a folder that holds both.
 
@@ -74,6 +79,7 @@ def read_records(
         step: only completion tables, and of them only this training step.
         benchmark: only predictions, and of them only this benchmark.
         limit: at most so many, an equal share of each benchmark, the first ones; all by default.
+        read_judge: as `read_predictions` takes it.
 
     Returns:
         The records, and how many there are without the limit.
@@ -90,14 +96,14 @@ def read_records(
     if not tables and not predictions:
         raise FileNotFoundError(
             f"there are neither completion tables nor {PREDICTIONS_FILE} at {path}; name a completions_*.parquet "
-            f"(training writes them with log_completions: true), a {PREDICTIONS_FILE} of an evaluation (it is there "
-            "once a benchmark is finished), or the directory of a run. --step looks for the former alone, --benchmark "
-            "for the latter"
+            f"(training writes them with log_completions: true), a {PREDICTIONS_FILE} of an evaluation, or the "
+            "directory of a run (an evaluation shows once its first chunk is finished). --step looks for the former "
+            "alone, --benchmark for the latter"
         )
     records = read_completion_tables(path, step, limit) if tables else []
     total = sum(steps[step] if step is not None else steps.total() for steps in map(_steps, tables))
     kept: Counter = Counter()
-    for record in read_predictions(path, benchmark) if predictions else ():
+    for record in read_predictions(path, benchmark, read_judge) if predictions else ():
         total += 1
         kept[record["benchmark"]] += 1
         # A run may hold more than memory does: what the limit can never show is not kept.
@@ -243,80 +249,6 @@ def copied_segments(record: Mapping[str, Any]) -> list[dict[str, str]]:
     return segments[: kinds.index(SegmentKind.PROBE.name)] if SegmentKind.PROBE.name in kinds else []
 
 
-def read_predictions(path: str | os.PathLike, benchmark: str | None = None) -> Iterable[dict[str, Any]]:
-    """Trajectory records of an evaluation run, one for each sample of each question, in the order of the file.
-
-    Args:
-        path: a `predictions.jsonl`, or a run's directory with one in each benchmark's folder.
-        benchmark: only the folder of this name; all, by name, by default.
-
-    Yields:
-        Records whose `reward` is exact match, for multiple choice that of the letter.
-
-    Raises:
-        FileNotFoundError: where there is none.
-        ValueError: for a line that is not a prediction, by file and line.
-    """
-    path = Path(path)
-    files = prediction_files(path)
-    if not files:
-        raise FileNotFoundError(f"there is no {PREDICTIONS_FILE} at {path}; name one, or an evaluation's directory")
-    if benchmark is not None:
-        chosen = [file for file in files if file.parent.name == benchmark]
-        if not chosen:
-            known = ", ".join(file.parent.name for file in files)
-            raise ValueError(f"{path} has no benchmark {benchmark!r}; it has {known}")
-        files = chosen
-    for file in files:
-        for number, row in iter_json_objects(file, ValueError):
-            try:
-                prediction = Prediction.from_row(row)
-            except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"{file}, line {number}: not a prediction ({type(error).__name__}: {error}); name a file that an "
-                    "evaluation of this package wrote"
-                ) from None
-            yield from _prediction_records(prediction, file.parent.name)
-
-
-def prediction_files(path: Path) -> list[Path]:
-    """The prediction files at a path: itself, the one in it, or those in its folders; none is no error."""
-    if path.is_file():
-        return [path] if path.suffix == ".jsonl" else []
-    here = path / PREDICTIONS_FILE
-    return [here] if here.is_file() else sorted(path.glob(f"*/{PREDICTIONS_FILE}"))
-
-
-def _prediction_records(prediction: Prediction, benchmark: str) -> Iterable[dict[str, Any]]:
-    for number, sample in enumerate(prediction.samples, start=1):
-        notes = {"tokens written": sample.tokens, "invalid actions": sample.invalid_actions}
-        notes |= {f"cut ({cause})": count for cause, count in sample.truncations.items()}
-        if prediction.choices:
-            notes["choices"] = "; ".join(f"{letter}) {text}" for letter, text in prediction.choices.items())
-        yield {
-            "question": prediction.question,
-            "golden_answers": list(prediction.golden_answers),
-            "answer": sample.answer,
-            "reward": float(_is_right(sample.answer, prediction)),
-            "kind": "original",
-            "rescue": False,
-            "parent": None,
-            "segments": sample.segments,
-            "step": None,
-            "benchmark": benchmark,
-            "id": prediction.id,
-            "sample": f"{number} of {len(prediction.samples)}" if len(prediction.samples) > 1 else None,
-            "searches": sample.searches,
-            "notes": {name: str(value) for name, value in notes.items() if value},
-        }
-
-
-def _is_right(answer: str | None, prediction: Prediction) -> bool:
-    if prediction.choices is None:
-        return exact_match(answer, prediction.golden_answers)
-    return choice_letter(answer, prediction.choices) in prediction.golden_answers
-
-
 def first_of_each(records: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
     """At most `limit` records, an equal share of each benchmark, in the given order; `parent` follows its record."""
     position: dict[int, int] = {}
@@ -328,18 +260,25 @@ def first_of_each(records: Sequence[dict[str, Any]], limit: int) -> list[dict[st
 
 
 def outcomes(record: Mapping[str, Any]) -> set[str]:
-    """Which of `OUTCOMES` a record falls under; an answer without a reward is none of them."""
-    reward = record.get("reward")
-    if reward is not None and reward > 0:
-        return {"right", "rescued"} if record.get("rescue") else {"right"}
-    answer = record.get("answer")
+    """Which of `OUTCOMES` a record falls under; an answer without a reward is none of them.
+
+    Disputed is what a judge and the metric disagree on.
+    """
+    reward, answer = record.get("reward"), record.get("answer")
+    is_right = reward is not None and reward > 0
+    disputed = {"disputed"} if record.get("judged") not in (None, is_right) else set()
+    if is_right:
+        return {"right", "rescued"} if record.get("rescue") else {"right"} | disputed
     if answer is None or not answer.strip():
         return {"unanswered"}
-    return set() if reward is None else {"wrong"}
+    return set() if reward is None else {"wrong"} | disputed
 
 
 def headline(record: Mapping[str, Any]) -> str:
-    """A record in a few words: original or probe, and how it ended."""
+    """A record in a few words: how it ended and, of training, whether it is an original or a probe."""
+    if record.get("metric"):
+        found = outcomes(record)
+        return "right" if "right" in found else "no answer" if "unanswered" in found else "wrong"
     if record.get("kind") != "probe":
         kind = "original"
     elif record.get("parent") is None:
@@ -353,14 +292,17 @@ def headline(record: Mapping[str, Any]) -> str:
 
 def facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What is known of a record besides its segments, as (name, text) in the order to show it."""
-    answer, reward = record.get("answer"), record.get("reward")
+    answer, reward, choices = (record.get(name) for name in ("answer", "reward", "choices"))
     gold = " | ".join(map(str, record.get("golden_answers", ())))
-    known = [
-        ("question", str(record.get("question", ""))),
-        ("gold", gold or "(none)"),
-        ("answer", "(none)" if answer is None else str(answer)),
-        ("reward", "(none)" if reward is None else f"{reward:g}"),
-    ]
+    known = [("question", str(record.get("question", "")))]
+    if choices:
+        known.append(("choices", "\n".join(f"{letter}) {text}" for letter, text in choices.items())))
+    known += [("gold", gold or "(none)"), ("answer", "(none)" if answer is None else str(answer))]
+    if choices and answer is not None:
+        known.append(("letter read", record.get("letter") or "(none: the answer does not name one choice)"))
+    known.append((record.get("metric") or "reward", "(none)" if reward is None else f"{reward:g}"))
+    if record.get("judged") is not None:
+        known.append(("judge", "correct" if record["judged"] else "incorrect"))
     for name in ("step", "model", "benchmark", "id", "sample"):
         if record.get(name) is not None:
             known.append((name, str(record[name])))

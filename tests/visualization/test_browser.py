@@ -128,6 +128,25 @@ def test_filters_and_search(tmp_path: Path, fragment: str, left: list[int], coun
     assert f">{count}</span>" in document
 
 
+@pytest.mark.parametrize(
+    ("fragment", "left"),
+    [
+        ("", [0, 1, 2, 3]),
+        ("#benchmark=nq", [1]),
+        ("#benchmark=a+%22b%22+%26+c", [2, 3]),
+        ("#benchmark=%2Ftraining", [0]),
+        ("#benchmark=a+%22b%22+%26+c&show=right", [3]),
+        ("#benchmark=nonsense", [0, 1, 2, 3]),
+    ],
+)
+def test_a_benchmark_is_chosen(tmp_path: Path, fragment: str, left: list[int]):
+    names = (None, "nq", 'a "b" & c', 'a "b" & c')
+    records = [record("x", float(number == 3), "text", benchmark=name) for number, name in enumerate(names)]
+    document = browse(write(tmp_path, trajectory_page(records, TITLE)), fragment)
+    assert shown(document) == left
+    assert f">{len(left)} of 4</span>" in document
+
+
 def test_passages_are_folded_until_a_search_finds_something_in_them(tmp_path: Path):
     records = [record("x", 0.0, text="a fox"), record("y", 0.0, text="an elm")]
     records[1]["segments"][1]["text"] = "only here: a needle"

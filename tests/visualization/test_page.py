@@ -238,6 +238,54 @@ def test_every_trajectory_carries_its_outcome_and_the_filters_count_them(records
     ]
 
 
+def evaluated(answer: str | None, reward: float, benchmark: str = "nq", **more) -> dict:
+    segments = [{"kind": "POLICY", "text": "x"}]
+    return {
+        "question": "Who?",
+        "answer": answer,
+        "reward": reward,
+        "kind": "original",
+        "metric": "exact match",
+        "benchmark": benchmark,
+        "segments": segments,
+        **more,
+    }
+
+
+def test_an_evaluation_is_shown_without_trainings_words():
+    shown = [evaluated("x", 1.0), evaluated("y", 0.0), evaluated(None, 0.0)]
+    text = trajectory_page(shown, "t").split("</style>")[1].split("<script>")[0]
+    assert re.findall(r'<h2>#\d <span class="(\w+)">([^<]*)</span>(.*)</h2>', text) == [
+        ("right", "right", ""),
+        ("wrong", "wrong", ""),
+        ("wrong", "no answer", ""),
+    ]
+    assert not re.search("reward|rescue|original|probe", text, re.IGNORECASE)
+    assert "INFORMATION" not in text and text.count(">POLICY<") == 1 + 3  # the legend has what occurs
+    assert "judge" not in text and "Benchmark" not in text
+    judged = [evaluated("x", 1.0, judged=True), evaluated("y", 0.0, judged=True)]
+    text = trajectory_page(judged, "t")
+    assert "> judge disagrees (1)</label>" in text
+    assert re.findall(r'<span class="disputed">(.*?)</span></h2>', text) == ["judge disagrees"]
+
+
+def test_several_benchmarks_can_be_told_apart_and_their_names_are_escaped():
+    hostile = '"><script>x</script>\u202e'
+    text = trajectory_page([evaluated("x", 1.0), evaluated("x", 1.0), evaluated("x", 0.0, hostile)], "t")
+    page = Page(text)
+    values = [attributes["value"] for tag, attributes in page.elements if tag == "option"]
+    assert values == ["", "nq", hostile]
+    found = [attributes["data-benchmark"] for tag, attributes in page.elements if tag == "article"]
+    assert found == ["nq", "nq", hostile]
+    assert ">nq (2)</option>" in text
+    assert len([tag for tag, _ in page.elements if tag == "script"]) == 1
+
+
+def test_facts_of_the_run_head_the_page_escaped():
+    text = trajectory_page([evaluated("x", 1.0)], "t", run_facts=[("model", "<b>{{BODY}}\u202e")])
+    assert '<dl class="run"><dt>model</dt><dd>&lt;b&gt;{{BODY}}<span class="control">U+202E</span></dd></dl>' in text
+
+
 def test_a_probe_whose_original_is_not_shown_has_no_dead_link(records, tmp_path):
     text = write_trajectory_page([{**records[1], "parent": 7}], tmp_path / "page.html", "t").read_text()
     assert "probe of #7" in text

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 
 from rex_rag.commands.pictures import add_curves, add_reliability, add_view
 from rex_rag.evaluation.records import Prediction, Sample
+from tests.evaluation.run_parts import write_run
+from tests.visualization.test_records import policy, row, write_table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,17 +41,103 @@ def test_view_writes_a_page_beside_an_evaluation(tmp_path: Path, capsys: pytest.
     write_predictions(tmp_path / "popqa", 3)
     run("view", tmp_path)
     page = tmp_path / "trajectories.html"
-    assert capsys.readouterr().out == f"{page}: 6 of 6 trajectories, 0 of them probes\n"
+    assert capsys.readouterr().out == f"{page}: 6 of 6 trajectories, 6 right, 0 wrong, 0 without an answer\n"
     text = page.read_text()
     assert "right (6)" in text
     assert f"<h1>Trajectories of {tmp_path.name}</h1>" in text and str(tmp_path) not in text
     run("view", tmp_path, "--benchmark", "popqa", "--limit", "2")
-    assert capsys.readouterr().out == f"{page}: 2 of 3 trajectories, 0 of them probes; --limit 3 shows all\n"
+    said = f"{page}: 2 of 3 trajectories, 2 right, 0 wrong, 0 without an answer; --limit 3 shows all\n"
+    assert capsys.readouterr().out == said
     text = page.read_text()
     assert "Shown here: 2 of 3 trajectories." in text
     assert "<dd>popqa</dd>" in text and "<dd>nq</dd>" not in text
     run("view", tmp_path / "nq" / "predictions.jsonl")
     assert "<h1>Trajectories of nq/predictions.jsonl</h1>" in (tmp_path / "nq" / "trajectories.html").read_text()
+
+
+def test_view_says_of_training_how_many_are_probes_and_of_an_evaluation_how_many_are_right(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    kinds = (False, True, True)
+    rows = [row([policy("x")], "x", 0.0, probe=is_probe) for is_probe in kinds]
+    write_table(tmp_path / "completions" / "completions_00001.parquet", rows)
+    run("view", tmp_path)
+    page = tmp_path / "trajectories.html"
+    assert capsys.readouterr().out == f"{page}: 3 of 3 trajectories, 2 of them probes\n"
+    assert '<dl class="run">' not in page.read_text()
+    write_run(tmp_path / "run", {"nq": [1, 0, None, 1]})
+    (tmp_path / "completions").rename(tmp_path / "run" / "completions")
+    run("view", tmp_path / "run", "--output", page)
+    assert capsys.readouterr().out == (
+        f"{page}: 7 of 7 trajectories: 3 of training, 2 of them probes; 4 of an evaluation, 2 right, 1 wrong, "
+        "1 without an answer\n"
+    )
+    text = page.read_text()
+    assert "original, not rewarded" in text and "<dt>reward</dt>" in text  # of training
+    assert "<dt>exact match</dt>" in text and '<p>The evaluation:</p><dl class="run">' in text
+    assert '<option value="/training">training (3)</option><option value="nq">nq (4)</option>' in text
+    assert "> rescued (0)</label>" in text
+    run("view", tmp_path / "run", "--step", "1", "--output", page)
+    assert '<dl class="run">' not in page.read_text()
+
+
+def test_view_shows_an_evaluation_under_way_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture):
+    path = write_run(
+        tmp_path / "run", {"nq": [1, 0, 1], "popqa": [1] * 4, "musique": [0] * 2}, unfinished={"popqa": 3}
+    )
+    shutil.rmtree(path / "musique")  # not begun
+    page = path / "trajectories.html"
+    run("view", path)
+    missing = "not finished, so far only: popqa 3 of 4 questions, musique 0 of 2 questions"
+    assert capsys.readouterr().out == (
+        f"{page}: 6 of 6 trajectories, 5 right, 1 wrong, 0 without an answer\nthe evaluation is {missing}\n"
+    )
+    said = missing.replace("not finished, ", "<dt>not finished</dt><dd>")
+    assert said in page.read_text()
+    # Of a benchmark that is finished nothing is missing.
+    run("view", path, "--benchmark", "nq")
+    assert "not finished" not in capsys.readouterr().out + page.read_text()
+    run("view", path / "popqa", "--output", page)
+    assert capsys.readouterr().out.endswith("the evaluation is not finished, so far only: popqa 3 of 4 questions\n")
+    assert "<dd>popqa</dd>" in page.read_text()
+    run("view", path / "popqa" / "chunks" / "000000.jsonl", "--output", page)
+    assert "<dd>popqa</dd>" in page.read_text() and "so far only: popqa 3 of 4" in page.read_text()
+    only = write_run(tmp_path / "begun", {"nq": [1]}, unfinished={"nq": 1})
+    (only / "nq" / "chunks" / "000000.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="an evaluation shows once its first chunk is finished"):
+        run("view", only)
+
+
+def test_view_heads_the_page_with_what_the_card_says_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write_run(tmp_path / "run", {"nq": [[1, 0]]}, model="me/<b>model</b>", temperature=0.7)
+    run("view", path)
+    page = path / "trajectories.html"
+    head = re.search(r'<dl class="run">(.*?)</dl>', page.read_text())[1]
+    assert re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", head) == [
+        ("method", "REX-RAG"),
+        ("model", "me/&lt;b&gt;model&lt;/b&gt;"),
+        ("decoding", "temperature 0.7, top-p 1, seed 0; 2 samples a question"),
+        ("retriever", "BM25 over c.jsonl; 3 passages a search"),
+    ]
+    judge = {"model": "some/judge", "prompt_sha256": "0", "settings": {}}
+    (path / "judge.json").write_text(json.dumps(judge))
+    (path / "nq" / "judged.jsonl").write_text(json.dumps({"id": "q0", "answer": "Oporto", "score": 1}) + "\n")
+    run("view", path)
+    head += "<dt>judge</dt><dd>some/judge</dd>"
+    assert head in page.read_text() and "> judge disagrees (1)</label>" in page.read_text()
+    # From within, a relative path has no folders to read names from.
+    monkeypatch.chdir(path / "nq")
+    run("view", "predictions.jsonl")
+    text = Path("trajectories.html").read_text()
+    assert head in text and "<dt>benchmark</dt><dd>nq</dd>" in text
+    plain = write_run(tmp_path / "plain", {"nq": [1]}, method="direct")
+    run("view", plain)
+    text = (plain / "trajectories.html").read_text()
+    assert "<dt>decoding</dt><dd>greedy</dd><dt>retriever</dt><dd>none</dd>" in text
+    card = json.loads((plain / "run.json").read_text())
+    (plain / "run.json").write_text(json.dumps({"format": card["format"]}))
+    with pytest.raises(ValueError, match=r"run\.json is not a card of this version \(KeyError: 'method'\)"):
+        run("view", plain)
 
 
 def test_curves_draws_runs_under_their_labels(tmp_path: Path, capsys: pytest.CaptureFixture):

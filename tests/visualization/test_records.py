@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from rex_rag.evaluation.judge import read_judge
 from rex_rag.evaluation.records import Prediction, Sample
+from rex_rag.visualization.predictions import read_predictions
 from rex_rag.visualization.records import (
     facts,
     first_of_each,
+    headline,
     outcomes,
     read_completion_tables,
-    read_predictions,
     read_records,
     searches_behind,
 )
@@ -106,7 +108,7 @@ def test_predictions_become_a_record_a_sample(tmp_path):
     assert [record["sample"] for record in records] == ["1 of 2", "2 of 2", None]
     assert records[0]["benchmark"] == "nq"
     assert records[0]["notes"] == {"tokens written": "7", "cut (turn)": "2"}
-    assert records[2]["notes"]["choices"] == "A) Skye; B) Man"
+    assert records[2]["choices"] == {"A": "Skye", "B": "Man"}
     assert [outcomes(record) for record in records] == [{"right"}, {"wrong"}, {"unanswered"}]
 
 
@@ -119,6 +121,72 @@ def test_a_letter_is_compared_as_a_letter(tmp_path):
         Prediction("2", "?", ("A",), (sample("the"),), choices=choices),
     )
     assert [record["reward"] for record in read_predictions(tmp_path)] == [1.0, 0.0]
+
+
+def test_an_evaluations_records_speak_of_right_and_wrong_and_of_letters(tmp_path):
+    choices = {"A": "Skye", "B": "Man"}
+    write_predictions(
+        tmp_path / "med", Prediction("1", "?", ("B",), tuple(map(sample, ("(b)", "A or B", None))), choices)
+    )
+    write_predictions(tmp_path / "nq", Prediction("1", "?", ("Man",), tuple(map(sample, ("Man", "Skye", " ")))))
+    records = list(read_predictions(tmp_path))
+    assert [headline(record) for record in records] == ["right", "wrong", "no answer"] * 2
+    shown = [dict(facts(record)) for record in records]
+    assert [known.get("letter read") for known in shown] == [
+        "B",
+        "(none: the answer does not name one choice)",
+        *[None] * 4,
+    ]
+    assert [known.get("accuracy") for known in shown] == ["1", "0", "0", None, None, None]
+    assert [known.get("exact match") for known in shown] == [None, None, None, "1", "0", "0"]
+    assert shown[0]["choices"] == "A) Skye\nB) Man" and "choices" not in shown[3]
+    assert not any("reward" in known for known in shown)
+
+
+def test_a_judges_verdicts_stand_beside_the_metric_as_far_as_there_are_any(tmp_path):
+    answers = ("Man", "Isle of Man", "Skye", "Mull", None)
+    write_predictions(tmp_path / "nq", Prediction("1", "?", ("Man",), tuple(map(sample, answers))))
+    verdicts = (
+        {"id": "1", "answer": answer, "score": score} for answer, score in zip(answers, (0, 1, 0), strict=False)
+    )
+    (tmp_path / "nq" / "judged.jsonl").write_text("".join(json.dumps(verdict) + "\n" for verdict in verdicts))
+    unnamed = read_predictions(tmp_path, read_judge=read_judge)
+    assert {record["judged"] for record in unnamed} == {None}  # nobody knows whose they are
+    (tmp_path / "judge.json").write_text(json.dumps({"model": "j", "prompt_sha256": "0", "settings": {}}))
+    records, _ = read_records(tmp_path, read_judge=read_judge)
+    assert [record["judged"] for record in records] == [False, True, False, None, None]
+    assert [dict(facts(record)).get("judge") for record in records] == [
+        "incorrect",
+        "correct",
+        "incorrect",
+        None,
+        None,
+    ]
+    assert [outcomes(record) for record in records] == [
+        {"right", "disputed"},
+        {"wrong", "disputed"},
+        {"wrong"},
+        {"wrong"},
+        {"unanswered"},
+    ]
+
+
+def test_of_a_benchmark_under_way_the_finished_chunks_are_read_in_order(tmp_path):
+    for number in (10, 2):
+        write_predictions(tmp_path / "nq" / "chunks" / "x", Prediction(str(number), "?", ("Man",), (sample("Man"),)))
+        (tmp_path / "nq" / "chunks" / "x" / "predictions.jsonl").rename(
+            tmp_path / "nq" / "chunks" / f"{number:06d}.jsonl"
+        )
+        (tmp_path / "nq" / "chunks" / "x").rmdir()
+    (tmp_path / "nq" / "chunks" / "000002.timing.json").write_text("{}")
+    assert [(record["benchmark"], record["id"]) for record in read_predictions(tmp_path)] == [
+        ("nq", "2"),
+        ("nq", "10"),
+    ]
+    # Merged, but killed before the chunks were removed.
+    write_line = (tmp_path / "nq" / "chunks" / "000002.jsonl").read_text()
+    (tmp_path / "nq" / "predictions.jsonl").write_text(write_line)
+    assert [record["id"] for record in read_predictions(tmp_path)] == ["2"]
 
 
 def test_one_folder_may_hold_training_and_evaluation(tmp_path):
