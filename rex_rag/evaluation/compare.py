@@ -143,8 +143,8 @@ def _values(run: FinishedRun, name: str, metric: str) -> list[float]:
     if wanted not in scores.values:
         if wanted == JUDGE and scores.kind == OPEN:
             raise ValueError(
-                f"the answers to {name} in {run.path} are not {'all ' if run.judge else ''}judged; judge them with the "
-                "run's own command and a judge beside it: rex-rag evaluate … --judge_endpoint URL --judge_model "
+                f"the answers to {name} in {run.path} are not {'all ' if run.judge else ''}judged; judge them with "
+                "the run's own command and a judge beside it: rex-rag evaluate … --judge_endpoint URL --judge_model "
                 "NAME"
             )
         offered = [MAIN, *(one for one in METRICS if one in scores.values)]
