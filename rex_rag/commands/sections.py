@@ -10,6 +10,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+from rex_rag.data.jsonl import describe_unknown
+
 _UNSET = ("none", "null")
 
 
@@ -107,12 +109,3 @@ def read_section(path: Path, section: str, known: set[str]) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"{path}, under `{section}:`: {describe_unknown(unknown, sorted(known))}")
     return content[section]
-
-
-def describe_unknown(names: Sequence[str], known: Sequence[str]) -> str:
-    """An error text for keys that do not exist, each with the nearest one that does."""
-    described = []
-    for name in names:
-        [near] = difflib.get_close_matches(name, known, n=1) or [None]
-        described.append(f"{name!r} (did you mean {near}?)" if near else repr(name))
-    return f"unknown keys: {', '.join(described)}; correct or remove them"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -74,3 +75,12 @@ def shorten(value: object, limit: int = 80) -> str:
     """A value as it may appear in an error message: its repr, cut to `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else text[:limit] + "…"
+
+
+def describe_unknown(names: Sequence[str], known: Sequence[str]) -> str:
+    """An error text for keys that do not exist, each with the nearest one that does."""
+    described = []
+    for name in names:
+        [near] = difflib.get_close_matches(name, known, n=1) or [None]
+        described.append(f"{name!r} (did you mean {near}?)" if near else repr(name))
+    return f"unknown keys: {', '.join(described)}; correct or remove them"

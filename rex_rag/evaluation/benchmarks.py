@@ -6,8 +6,10 @@ questions, gold answers and choices alone, so that equal hashes mean that two ru
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -16,8 +18,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from rex_rag.data.jsonl import describe_unknown
 from rex_rag.evaluation.question_rows import BenchmarkError, Columns, questions_of, read_rows
 from rex_rag.evaluation.records import Question
+
+logger = logging.getLogger(__name__)
 
 OPEN = "open"
 MULTIPLE_CHOICE = "multiple_choice"
@@ -37,6 +42,8 @@ FLASHRAG_SETS = {
 }
 # A name becomes a folder of a run.
 _NAME = re.compile(r"\w[\w.-]*")
+# Alike enough to one of the seven to be it, mistyped: `bambogle`, `hotpot_qa`; `nq2` is not.
+_NEAR = 0.85
 _DESCRIPTION_SUFFIXES = (".yaml", ".yml")
 
 
@@ -136,11 +143,16 @@ class BenchmarkSource:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> BenchmarkSource:
         known = [entry.name for entry in fields(cls)]
-        unknown = [key for key in values if key not in known]
+        # YAML reads a bare `no` as false, and 1 as a number.
+        unknown = [str(key) for key in values if key not in known]
         if unknown or "path" not in values:
-            problem = f"unknown keys {unknown}" if unknown else "no 'path'"
+            problem = describe_unknown(unknown, known) if unknown else "no 'path'"
             raise BenchmarkError(f"{where}: {problem}; the keys of a benchmark are {', '.join(known)}")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except BenchmarkError as error:  # of a value in the description, not in the file that it describes
+            said = str(error).removeprefix(f"{values['path']}: ")
+            raise BenchmarkError(f"{where}: {said}") from error
 
     @property
     def columns(self) -> Columns:
@@ -163,7 +175,8 @@ def load_benchmark(
       that tells more (`qa`, `test`, `dev`, `train` say nothing);
     - a .yaml file, or a mapping of the same keys: a user's own set, see `BenchmarkSource`.
 
-    A set under one of the seven names, in upper or lower case, must have that set's size, wherever it comes from.
+    A set under one of the seven names, in upper or lower case, must have that set's size, wherever it comes from. A
+    name that is nearly one of them gets a warning.
 
     Args:
         files: name -> local file, instead of the Hub.
@@ -272,6 +285,15 @@ def _load_source(source: BenchmarkSource) -> Benchmark:
     name = source.name or _name_of(Path(source.path))
     if not _NAME.fullmatch(name):
         raise BenchmarkError(f"{source.path}: the name {name!r} cannot name a folder; use letters, digits, . _ and -")
+    near = difflib.get_close_matches(name.lower(), FLASHRAG_SETS, n=1, cutoff=_NEAR)
+    if near and name.lower() not in FLASHRAG_SETS:
+        logger.warning(
+            "the benchmark %r is not %s: it may have any size and stands beside no published figure; if %s is meant, "
+            "name it so",
+            name,
+            near[0],
+            near[0],
+        )
     where, rows = read_rows(source.path, source.config, source.split, source.revision)
     questions = questions_of(rows, source.columns, where)
     # Tables label `hotpotqa` as HotpotQA, so that a part under that name would look like the set.

@@ -207,7 +207,11 @@ def test_a_set_of_another_size_than_its_name_claims_is_refused(tmp_path):
         ("nq=some/where.jsonl", r"some/where\.jsonl: no such file"),
         ("mine.yaml", r"mine\.yaml: no such description"),
         ({"name": "mine"}, r"no 'path'; the keys of a benchmark are path, name, kind"),
-        ({"path": "a.jsonl", "colum": "x"}, r"unknown keys \['colum'\]"),
+        ({"path": "a.jsonl", "colum": "x"}, r"unknown keys: 'colum'"),
+        (
+            {"path": "a.jsonl", "kindd": "open", 1: 2},
+            r"'kindd' \(did you mean kind\?\), '1'; correct or remove them; the",
+        ),
         ({"path": "a.jsonl", "kind": "essay"}, r"kind='essay'; it must be one of open, multiple_choice"),
         ({"path": "a.jsonl", "kind": "multiple_choice"}, r"needs it"),
         ({"path": "a.jsonl", "choices_column": "options"}, r"do not go together"),
@@ -228,6 +232,33 @@ def test_what_cannot_be_meant_is_refused(spec, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BenchmarkError, match=message):
         load_benchmark(spec)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("kind: essay", r"^\S+mine\.yaml: kind='essay'; it must be one of open, multiple_choice$"),
+        ("answers_are: words", r"^\S+mine\.yaml: answers_are='words'"),
+        ("qestion_column: q", r"^\S+mine\.yaml: unknown keys: 'qestion_column' \(did you mean question_column\?\)"),
+    ],
+)
+def test_what_is_wrong_in_a_description_is_told_under_its_name(tmp_path, line, message):
+    write(tmp_path / "data.jsonl", ROWS)
+    (tmp_path / "mine.yaml").write_text(f"path: data.jsonl\n{line}\n")
+    with pytest.raises(BenchmarkError, match=message):
+        load_benchmark(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("bambogle", "bamboogle"), ("Hotpot_QA", "hotpotqa"), ("triviqa", "triviaqa"), ("novels", None), ("nq2", None)],
+)
+def test_a_name_that_is_nearly_one_of_the_seven_gets_a_warning(tmp_path, caplog, name, near):
+    loaded = load_benchmark(f"{name}={write(tmp_path / 'data.jsonl', ROWS)}")
+    assert (loaded.name, len(loaded)) == (name, 3)
+    said = [record.getMessage() for record in caplog.records if "the benchmark" in record.getMessage()]
+    assert len(said) == (near is not None)
+    assert near is None or said[0].startswith(f"the benchmark {name!r} is not {near}: it may have any size")
 
 
 def test_a_set_that_cannot_be_fetched_names_the_way_out():
