@@ -16,10 +16,12 @@ from rex_rag.commands.terminal import refuse
 
 
 def main() -> int:
-    """Evaluate; returns the exit code: 0, or 2 for errors a user can mend."""
+    """Evaluate; returns the exit code: 0, 2 for errors a user can mend, 130 after Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         evaluate(sys.argv[1:])
+    except KeyboardInterrupt:
+        return 130
     except Exception as error:
         return refuse(error)
     return 0

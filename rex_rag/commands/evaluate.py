@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.commands.sections import parse_section
+from rex_rag.data.jsonl import counted
 
 if TYPE_CHECKING:
     from rex_rag.evaluation.arguments import EvaluationArguments, SearchArguments
@@ -43,7 +47,42 @@ def evaluate(words: Sequence[str]) -> None:
     )
     shard = Shard.parse(options.shard) if options.shard else launched_shard(os.environ)
     logging.getLogger("rex_rag").setLevel(logging.INFO)
-    run_evaluation(arguments, search, shard, process=int(os.environ.get("LOCAL_RANK", 0)), say=print)
+    speaks = shard.index == 0 or not shard.helps
+    with _stop_is_said(say=_say_stopped if speaks else lambda: None):
+        run_evaluation(arguments, search, shard, process=int(os.environ.get("LOCAL_RANK", 0)), say=print)
+
+
+def _say_stopped() -> None:
+    # A progress bar may stand in the last line. Not by `print`, which a signal may have interrupted; and a terminal that
+    # is gone keeps nothing from ending.
+    with contextlib.suppress(OSError):
+        os.write(2, b"\nstopped; the same command goes on where it stood\n")
+
+
+@contextlib.contextmanager
+def _stop_is_said(say: Callable[[], object]) -> Iterator[None]:
+    """Say that the run is stopped, on Ctrl-C and before SIGTERM ends this process as it always does.
+
+    Nothing is cleaned up on SIGTERM: schedulers give little time, and a run bears a kill at any moment.
+    """
+
+    def end(number: int, frame: object) -> None:
+        say()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    # A handler of somebody else's is theirs, and only the main thread may set one.
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except KeyboardInterrupt:
+        say()
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def launched_shard(environment: Mapping[str, str]) -> Shard:
@@ -129,10 +168,11 @@ def run_evaluation(
         chunk_size=arguments.batch_size,
         patience=60 * arguments.wait_minutes,
     )
-    if is_first:
-        questions = sum(map(len, benchmarks))
-        sets = f"{len(benchmarks)} benchmark{'s' if len(benchmarks) > 1 else ''}"
-        say(f"{method.title} with {card['model']['name']}: {questions:,} questions of {sets}")
+    if is_first or not shard.helps:
+        part = "" if shard.helps else f"part {shard.index}/{shard.count} of: "
+        questions = counted(sum(map(len, benchmarks)), "question")
+        sets = counted(len(benchmarks), "benchmark")
+        say(f"{part}{method.title} with {card['model']['name']}: {questions} of {sets}")
     try:
         finished = run.run(shard, show_progress=is_first or not shard.helps)
     finally:
@@ -232,10 +272,13 @@ def load_benchmarks(
 
 def score_table(scores: Mapping[str, BenchmarkScores]) -> str:
     """Scores as a table for the terminal; the main metric in per cent with its 95 % interval."""
-    head = ["benchmark", "n", "EM/accuracy", "95 %", "F1", "searches", "tokens", "unanswered", "seconds"]
+    attempts = max((one.samples for one in scores.values()), default=1)
+    # Of the ks the largest alone: the table is wide, and results.json holds them all.
+    several = [f"pass@{attempts}", "majority"] if attempts > 1 else []
+    head = ["benchmark", "n", "EM/accuracy", "95 %", *several, "F1", "searches", "tokens", "unanswered", "seconds"]
     judged = any("judge" in one.metrics for one in scores.values())
     if judged:
-        head.insert(5, "judged")
+        head.insert(head.index("F1") + 1, "judged")
     choosing = any("accuracy" in one.metrics for one in scores.values())
     if choosing:
         head.insert(-1, "unreadable")
@@ -248,6 +291,7 @@ def score_table(scores: Mapping[str, BenchmarkScores]) -> str:
                 f"{one.n:,}",
                 f"{100 * one.main.mean:.1f}",
                 f"{100 * one.main.low:.1f} to {100 * one.main.high:.1f}",
+                *_of_several(one, attempts),
                 f"{100 * f1.mean:.1f}" if f1 else "",
                 *([f"{100 * judge.mean:.1f}" if judge else ""] if judged else []),
                 f"{one.searches:.2f}",
@@ -269,6 +313,14 @@ def score_table(scores: Mapping[str, BenchmarkScores]) -> str:
         for row in rows
     ]
     return "\n".join(lines)
+
+
+def _of_several(scores: BenchmarkScores, attempts: int) -> list[str]:
+    """The cells of a set's pass@`attempts` and majority vote; none for one attempt."""
+    if attempts == 1:
+        return []
+    found = (scores.pass_at_k.get(attempts), scores.majority)
+    return ["" if one is None else f"{100 * one.mean:.1f}" for one in found]
 
 
 def _may_go_first(search: SearchArguments, options: ModelOptions) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -240,11 +242,52 @@ def test_a_judge_is_named_by_endpoint_and_model():
 def test_shards_from_the_command_line_merge_with_the_last(world, tmp_path, capsys):
     words = world.words(tmp_path / "run", subset=12, batch_size=5)
     evaluate([*words, "--shard", "1/2"])
-    assert "part 1/2 is done; others are not" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("part 1/2 of: REX-RAG with ") and ": 12 questions of 1 benchmark\n" in printed
+    assert "part 1/2 is done; others are not" in printed
     assert not (tmp_path / "run" / "results.json").exists()
     evaluate([*words, "--shard", "0/2"])
     assert "results: " in capsys.readouterr().out
     assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_several_samples_bring_their_columns(world, tmp_path, capsys):
+    evaluate(world.words(tmp_path / "run", subset=12, samples=3, temperature=1.0))
+    *_, head, row, _ = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"benchmark +n +EM/accuracy +95 % +pass@3 +majority +F1 +searches .*", head)
+    scored = json.loads((tmp_path / "run" / "results.json").read_text())["benchmarks"]["world"]
+    figures = [f"{100 * scored[name]['mean']:.1f}" for name in ("majority",)]
+    figures.insert(0, f"{100 * scored['pass_at_k']['3']['mean']:.1f}")
+    assert row.split()[6:8] == figures
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+def test_a_run_that_is_stopped_says_how_it_goes_on(world, tmp_path, number, code):
+    # Far more than can be done before it is stopped.
+    words = world.words(tmp_path / "run", temperature=1.0, samples=50, batch_size=1)
+    process = subprocess.Popen(
+        [sys.executable, "scripts/evaluate.py", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    chunks = tmp_path / "run" / "world" / "chunks"
+    deadline = time.monotonic() + 120
+    while not list(chunks.glob("[0-9]*.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be stopped"
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert said.splitlines()[-1] == "stopped; the same command goes on where it stood"
+    assert "Traceback" not in said
+    for chunk in chunks.glob("[0-9]*.jsonl"):
+        [row] = map(json.loads, chunk.read_text().splitlines())
+        assert len(row["samples"]) == 50
+    assert not (tmp_path / "run" / "world" / "predictions.jsonl").exists()
+
+
+def test_signals_are_handled_as_before_once_it_has_ended(world, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    evaluate(world.words(tmp_path / "run", subset=2))
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_method_without_search_needs_no_retriever(world, tmp_path):
