@@ -53,8 +53,8 @@ def evaluate(words: Sequence[str]) -> None:
 
 
 def _say_stopped() -> None:
-    # A progress bar may stand in the last line. Not by `print`, which a signal may have interrupted; and a terminal that
-    # is gone keeps nothing from ending.
+    # A progress bar may stand in the last line. Not by `print`, which a signal may have interrupted; and a terminal
+    # that is gone keeps nothing from ending.
     with contextlib.suppress(OSError):
         os.write(2, b"\nstopped; the same command goes on where it stood\n")
 
