@@ -111,6 +111,7 @@ def test_a_model_served_by_vllm_is_evaluated_over_loopback(warm_start, in_proces
         words = hopworld(warm_start, output, "--endpoint", url, "--tokenizer", str(warm_start / "warm_start"))
         words[words.index("--model") + 1] = "tiny"
         printed = run(words)
+        judged = run([*words, "--judge_endpoint", url, "--judge_model", "tiny"])
         monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
         refused = subprocess.run(
             [sys.executable, *words, "--output", str(tmp_path / "refused")],
@@ -127,6 +128,15 @@ def test_a_model_served_by_vllm_is_evaluated_over_loopback(warm_start, in_proces
     # Same weights in float32: only ties between tokens may fall otherwise.
     assert agreement(in_process, output) > 0.95
     assert sum(len(row["samples"][0]["searches"]) for row in rows(output, "hopworld")) > 100
+    # A model without English judges nothing, over the real chat endpoint: each different answer was asked about once.
+    judge = json.loads((output / "judge.json").read_text())
+    assert judge["model"] == "tiny" and judge["settings"] == {}, "2,048 tokens of verdict do not fit into 512"
+    verdicts = [json.loads(line) for line in (output / "hopworld" / "judged.jsonl").read_text().splitlines()]
+    answers = {(row["id"], row["samples"][0]["answer"]) for row in rows(output, "hopworld")}
+    answered = {pair for pair in answers if pair[1] is not None}
+    assert {(verdict["id"], verdict["answer"]) for verdict in verdicts} == answered and len(verdicts) == len(answered)
+    unread = sum(verdict["score"] is None for verdict in verdicts)
+    assert unread > 250 and f"{unread} verdicts" in judged
     everything = "".join(path.read_text() for path in output.rglob("*") if path.is_file())
     assert "sk-of-the-test" not in everything and url not in everything
     assert refused.returncode != 0
