@@ -129,22 +129,28 @@ def test_filters_and_search(tmp_path: Path, fragment: str, left: list[int], coun
 
 
 @pytest.mark.parametrize(
-    ("fragment", "left"),
+    ("fragment", "left", "all_wrong_right"),
     [
-        ("", [0, 1, 2, 3]),
-        ("#benchmark=nq", [1]),
-        ("#benchmark=a+%22b%22+%26+c", [2, 3]),
-        ("#benchmark=%2Ftraining", [0]),
-        ("#benchmark=a+%22b%22+%26+c&show=right", [3]),
-        ("#benchmark=nonsense", [0, 1, 2, 3]),
+        ("", [0, 1, 2, 3], [4, 3, 1]),
+        ("#benchmark=nq", [1], [1, 1, 0]),
+        ("#benchmark=a+%22b%22+%26+c", [2, 3], [2, 1, 1]),
+        ("#benchmark=%2Ftraining", [0], [1, 1, 0]),
+        ("#benchmark=a+%22b%22+%26+c&show=right", [3], [2, 1, 1]),
+        ("#benchmark=nonsense", [0, 1, 2, 3], [4, 3, 1]),
     ],
 )
-def test_a_benchmark_is_chosen(tmp_path: Path, fragment: str, left: list[int]):
+def test_a_benchmark_is_chosen(tmp_path: Path, fragment: str, left: list[int], all_wrong_right: list[int]):
     names = (None, "nq", 'a "b" & c', 'a "b" & c')
     records = [record("x", float(number == 3), "text", benchmark=name) for number, name in enumerate(names)]
     document = browse(write(tmp_path, trajectory_page(records, TITLE)), fragment)
     assert shown(document) == left
     assert f">{len(left)} of 4</span>" in document
+    # Each filter says how many it has of the benchmark, and cannot be chosen for none.
+    labels = re.findall(r'name="show" value="(\w+)"([^>]*)> [^<]*\((\d+)\)</label>', document)
+    assert [(name, int(number)) for name, _, number in labels] == list(
+        zip(("all", "wrong", "right", "rescued", "unanswered"), [*all_wrong_right, 0, 0], strict=True)
+    )
+    assert all(("disabled" in attributes) == (number == "0") for _, attributes, number in labels)
 
 
 def test_passages_are_folded_until_a_search_finds_something_in_them(tmp_path: Path):
