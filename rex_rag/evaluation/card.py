@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -38,6 +39,30 @@ _SEARCH_LIMITS = ("max_turns", "max_observation_tokens", "top_k")
 _COMPARED_DECODING = ("temperature", "top_p", "samples")
 # What a card calls a server that has no health page, or says nothing there.
 _SILENT_SERVER = "a server that does not say what it searches"
+# What stands for what a retriever finds where a fingerprint does not.
+_INSTEAD_OF_FINGERPRINT = ("corpus_sha256", "answers_sha256", "kind", "description")
+# Fields of a card by the options that set them, where those have another name.
+_OPTIONS = {
+    "chunk_size": "batch_size",
+    "method.name": "method",
+    "method.prompt_sha256": "prompt_template",
+    "model.name": "model",
+    "model.revision": "model_revision",
+    "model.weights_sha256": "model (weights)",
+    "model.tokenizer_sha256": "tokenizer",
+    **{f"model.{name}": name for name in ("backend", "dtype", "device")},
+    "retriever.kind": "retriever (kind)",
+    "retriever.description": "retriever",
+    "retriever.fingerprint": "retriever (fingerprint)",
+    "retriever.corpus_sha256": "corpus",
+    "retriever.answers_sha256": "retriever (answers to fixed queries)",
+    **{f"retriever.{name}": f"retriever_{name}" for name in ("engine", "nprobe", "ef_search")},
+    **{f"retriever.{name}": name for name in ("rerank_model", "rerank_candidates")},
+}
+_SETTINGS = ("budget.", "decoding.")
+_PROMPTS = "method.prompts."
+_HASH = re.compile(r"[0-9a-f]{64}")
+_HASH_DIGITS = 12
 # Characters of a value that an error shows.
 _SHOWN = 80
 
@@ -135,6 +160,8 @@ def comparable(
         pairs += [
             (f"method.{part}", first["method"][part], second["method"][part]) for part in ("prompt_sha256", "revision")
         ]
+    if both_search:
+        pairs = _without_unshared(pairs, first, second)
     differences = [_difference(*pair) for pair in pairs if pair[1] != pair[2]]
     if both_search and first["retriever"] == second["retriever"]:
         differences += _unknown(first["retriever"])
@@ -145,12 +172,25 @@ def comparable(
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """Every field in which two cards differ, one line each. Where files lie does not count: their hashes do."""
-    return [
-        _difference(name, one, other)
-        for name, one, other in _paired(first, second, "")
-        if one != other and _counts(name, first)
-    ]
+    """Every field in which two cards differ, one line each. Where files lie does not count: their hashes do.
+
+    A line calls a field by the option that sets it, where one does. Of another method its name says all.
+    """
+    pairs = list(_paired(first, second, ""))
+    if first["method"]["name"] != second["method"]["name"]:
+        pairs = [pair for pair in pairs if pair[0] == "method.name" or not pair[0].startswith("method.")]
+    if first["retriever"] is not None and second["retriever"] is not None:
+        pairs = _without_unshared(pairs, first, second)
+    return [_difference(name, one, other) for name, one, other in pairs if one != other and _counts(name, first)]
+
+
+def _without_unshared(
+    pairs: Sequence[tuple[str, Any, Any]], first: Mapping[str, Any], second: Mapping[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    """Of two retrievers of which one alone has a fingerprint, that says all; the rest only one of them tells."""
+    known = [card["retriever"].get("fingerprint") is not None for card in (first, second)]
+    rest = {f"retriever.{name}" for name in _INSTEAD_OF_FINGERPRINT} if known[0] != known[1] else ()
+    return [pair for pair in pairs if pair[0] not in rest]
 
 
 def _unknown(retriever: Mapping[str, Any]) -> list[str]:
@@ -246,11 +286,28 @@ def _paired(first: Any, second: Any, name: str) -> Iterator[tuple[str, Any, Any]
 
 
 def _difference(name: str, first: Any, second: Any) -> str:
-    texts = [value if isinstance(value, str) else repr(value) for value in (first, second)]
+    texts = [_written(value) for value in (first, second)]
     # Long texts, prompts say, may differ late.
     same = next((place for place, pair in enumerate(zip(*texts, strict=False)) if pair[0] != pair[1]), 0)
     start = max(0, same - _SHOWN // 2) if max(map(len, texts)) > _SHOWN else 0
-    return f"{name}: {_short(texts[0], start)} against {_short(texts[1], start)}"
+    return f"{_option(name)}: {_short(texts[0], start)} against {_short(texts[1], start)}"
+
+
+def _option(name: str) -> str:
+    """What sets a field of the card, in the words of the command line; fields that nothing sets keep their name."""
+    if name.startswith(_PROMPTS):
+        return f"prompt_template ({name.removeprefix(_PROMPTS)})"
+    return _OPTIONS.get(name) or name.removeprefix(next(filter(name.startswith, _SETTINGS), ""))
+
+
+def _written(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping):  # there in one of the cards alone
+        return _written(value.get("description") or value.get("sha256") or repr(value))
+    if isinstance(value, str):
+        return value[:_HASH_DIGITS] if _HASH.fullmatch(value) else value
+    return repr(value)
 
 
 def _short(text: str, start: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from rex_rag import answers
 from rex_rag.evaluation import card as card_module
 from rex_rag.evaluation import choices
+from rex_rag.evaluation.arguments import EvaluationArguments
 from rex_rag.evaluation.benchmarks import Benchmark
 from rex_rag.evaluation.card import comparable, describe_retriever, differences, protocol_card, scorer_sha256
 from rex_rag.evaluation.methods import make_method
@@ -91,14 +93,14 @@ def test_what_may_differ_between_runs_that_are_compared(values):
     [
         ({"benchmarks": [benchmark(text="Where?")]}, "benchmarks.mine.sha256"),
         ({"benchmarks": [benchmark("another")]}, "benchmarks: mine against another"),
-        ({"retriever": {**BM25, "fingerprint": "bb"}}, "retriever.fingerprint: aa against bb"),
-        ({"retriever": {**BM25, "nprobe": 8}}, "retriever.nprobe: None against 8"),
-        ({"budget": RolloutBudget(top_k=5)}, "budget.top_k: 3 against 5"),
-        ({"method": "search_r1", "budget": RolloutBudget(max_turns=2)}, "budget.max_turns: 4 against 2"),
-        ({"budget": RolloutBudget(max_sequence_length=512)}, "budget.max_sequence_length: 4096 against 512"),
-        ({"temperature": 1.0}, "decoding.temperature: 0.0 against 1.0"),
-        ({"samples": 4}, "decoding.samples: 1 against 4"),
-        ({"template": "Q: {question}"}, "method.prompt_sha256"),
+        ({"retriever": {**BM25, "fingerprint": "bb"}}, "retriever (fingerprint): aa against bb"),
+        ({"retriever": {**BM25, "nprobe": 8}}, "retriever_nprobe: none against 8"),
+        ({"budget": RolloutBudget(top_k=5)}, "top_k: 3 against 5"),
+        ({"method": "search_r1", "budget": RolloutBudget(max_turns=2)}, "max_turns: 4 against 2"),
+        ({"budget": RolloutBudget(max_sequence_length=512)}, "max_sequence_length: 4096 against 512"),
+        ({"temperature": 1.0}, "temperature: 0.0 against 1.0"),
+        ({"samples": 4}, "samples: 1 against 4"),
+        ({"template": "Q: {question}"}, "prompt_template: "),
     ],
 )
 def test_what_must_agree_is_named_alone(values, named):
@@ -135,10 +137,12 @@ def test_servers_without_a_health_page_are_neither_compared_nor_exchanged(tmp_pa
         cards += [make_card(retriever=said), make_card("rag", retriever=said)]
     assert comparable(cards[0], cards[1]) == [] == comparable(cards[2], cards[3])
     [found] = comparable(cards[0], cards[3])
-    assert found.startswith("retriever.answers_sha256: ")
+    assert found.startswith("retriever (answers to fixed queries): ")
     prepare_directory(tmp_path / "run", cards[0])
     prepare_directory(tmp_path / "run", cards[0])
-    with pytest.raises(RunError, match=r"holds another run.*answers_sha256"):
+    with pytest.raises(
+        RunError, match=r"holds another run.*retriever \(answers to fixed queries\): \w{12} against \w{12}\."
+    ):
         prepare_directory(tmp_path / "run", cards[2])
 
 
@@ -155,6 +159,27 @@ def test_nobody_can_say_that_two_unknown_retrievers_agree(unknown, reason):
     assert re.search(reason, found)
     assert comparable(card, make_card("direct")) == []
     assert differences(card, copy.deepcopy(card)) == [], "a run goes on"
+
+
+def test_differences_are_told_in_the_words_of_the_command_line():
+    """Options by their names, hashes by their beginning, and one line where a retriever says something else."""
+    hashes = ["a" * 64, "b" * 64]
+    first, second = (make_card(model={**MODEL, "weights_sha256": digest}) for digest in hashes)
+    assert differences(first, second) == [f"model (weights): {'a' * 12} against {'b' * 12}"]
+    served = {"kind": "remote", "description": "E5 over wiki18, 7 passages", "fingerprint": None}
+    told = make_card(retriever={**BM25, "fingerprint": "a" * 64, "corpus_sha256": "c" * 64})
+    asked = make_card(retriever={**served, "answers_sha256": "d" * 64})
+    for found in (comparable(told, asked), differences(told, asked)):
+        assert found == [f"retriever (fingerprint): {'a' * 12} against none"]
+    assert comparable(make_card(retriever=served), asked) == [
+        f"retriever (answers to fixed queries): none against {'d' * 12}"
+    ]
+    assert differences(make_card(), make_card("search_r1")) == ["method: rex_rag against search_r1"]
+    assert differences(make_card("direct"), make_card("rag"))[1:] == [
+        "retriever: none against BM25 over 4 passages of a.jsonl"
+    ]
+    settings = {entry.name for kind in (EvaluationArguments, RetrieverArguments) for entry in fields(kind)}
+    assert {name.split(" ")[0] for name in card_module._OPTIONS.values()} <= settings
 
 
 def test_another_scorer_is_another_protocol():
@@ -181,15 +206,15 @@ def test_a_resumed_run_must_agree_in_all_but_where_files_lie():
     older["versions"]["torch"] = "1.0"
     older["seed"] = 1
     found = differences(older, {**card, "chunk_size": 8})
-    assert [line.split(":")[0] for line in found] == ["chunk_size", "versions.torch", "seed"]
+    assert [line.split(":")[0] for line in found] == ["batch_size", "versions.torch", "seed"]
 
 
 def test_long_texts_are_shown_where_they_differ():
     tail = "{question}\nAnswer:"
     first, second = (make_card(template="A" * 500 + word + tail) for word in ("briefly", "at length"))
-    found = next(line for line in differences(first, second) if line.startswith("method.prompts.prompt: "))
+    found = next(line for line in differences(first, second) if line.startswith("prompt_template (prompt): "))
     assert "AAbriefly{question}" in found and "AAat length{question}" in found
-    assert len(found) < 250 and "method.prompts.prompt: …A" in found
+    assert len(found) < 250 and "prompt_template (prompt): …A" in found
 
 
 def test_a_card_names_the_last_parts_of_a_relative_path_too(tmp_path, monkeypatch):

@@ -128,10 +128,10 @@ def test_different_sets_are_refused_unless_chosen(tmp_path: Path):
 
 def test_different_protocols_are_refused_or_said(tmp_path: Path):
     a, b = pair(tmp_path, {"nq": A}, {"nq": B}, budget=RolloutBudget(top_k=5))
-    with pytest.raises(ValueError, match=r"under different protocols: budget\.top_k: 3 against 5\. Evaluate one"):
+    with pytest.raises(ValueError, match=r"under different protocols: top_k: 3 against 5\. Evaluate one"):
         compare_runs(a, b)
     found = compare_runs(a, b, mark=True)
-    assert "- Not comparable: budget.top_k: 3 against 5\n" in as_markdown(found)
+    assert "- Not comparable: top_k: 3 against 5\n" in as_markdown(found)
 
 
 def test_runs_that_are_not_whole_are_refused(tmp_path: Path):

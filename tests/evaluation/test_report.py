@@ -117,9 +117,7 @@ def unlike(tmp_path: Path) -> list[Path]:
 
 
 def test_rows_of_different_protocols_are_refused_naming_what_differs(unlike: list[Path]):
-    with pytest.raises(
-        ValueError, match=r"five is not comparable with \S+three: budget\.top_k: 3 against 5; retriever"
-    ):
+    with pytest.raises(ValueError, match=r"five is not comparable with \S+three: top_k: 3 against 5; retriever"):
         build_report(load_runs(unlike))
     # Neither differs from the method that never searches: all pairs have to be looked at.
     with pytest.raises(ValueError, match="cannot stand in one table"):
@@ -145,7 +143,7 @@ def test_each_run_that_differs_is_named_once(tmp_path: Path):
 def test_rows_of_different_protocols_get_a_footnote_when_asked(unlike: list[Path]):
     text = as_markdown(build_report(load_runs(unlike), mark=True))
     assert [line[0] for line in lines_of(text)[2:]] == ["REX-RAG", "Direct answer", "RAG (a)"]
-    assert "- (a) not comparable with row 1: budget.top_k: 3 against 5; retriever.fingerprint: a against b" in text
+    assert "- (a) not comparable with row 1: top_k: 3 against 5; retriever (fingerprint): a against b" in text
 
 
 def test_footnotes_compare_with_the_first_row(tmp_path: Path):
@@ -157,7 +155,7 @@ def test_footnotes_compare_with_the_first_row(tmp_path: Path):
     ]
     report = build_report(load_runs(runs), mark=True)
     assert [row.marks for row in report.rows] == [(), ("a",), ()]
-    assert report.notes == {"a": "not comparable with row 1: budget.top_k: 3 against 5"}
+    assert report.notes == {"a": "not comparable with row 1: top_k: 3 against 5"}
 
 
 def test_rows_without_a_footnote_can_be_compared_with_each_other(tmp_path: Path):
@@ -170,7 +168,7 @@ def test_rows_without_a_footnote_can_be_compared_with_each_other(tmp_path: Path)
     ]
     report = build_report(load_runs(runs), mark=True)
     assert [row.marks for row in report.rows] == [(), (), ("a",), ()]
-    assert report.notes == {"a": "not comparable with row 2: retriever.fingerprint: a against b"}
+    assert report.notes == {"a": "not comparable with row 2: retriever (fingerprint): a against b"}
     [protocol] = [remark for remark in report.remarks if remark.startswith("Protocol")]
     assert "BM25 over c.jsonl, top 3" in protocol
 

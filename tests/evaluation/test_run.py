@@ -173,10 +173,10 @@ def test_greedy_runs_do_not_depend_on_the_seed(world, tmp_path):
 
 def test_another_run_is_refused_field_by_field_and_nothing_is_touched(world, reference, tmp_path):
     before = {name: (reference / name).read_bytes() for name in files(reference)}
-    with pytest.raises(RunError, match=r"another run.*chunk_size: 4 against 5") as refused:
+    with pytest.raises(RunError, match=r"another run.*batch_size: 4 against 5") as refused:
         make_run(world, reference, chunk_size=5, **SAMPLED).run(show_progress=False)
     assert "decoding" not in str(refused.value)
-    with pytest.raises(RunError, match=r"decoding\.seed: 0 against 7"):
+    with pytest.raises(RunError, match=r"here: seed: 0 against 7"):
         make_run(world, reference, seed=7, **SAMPLED).run(show_progress=False)
     assert {name: (reference / name).read_bytes() for name in files(reference)} == before
 
