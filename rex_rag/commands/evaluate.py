@@ -203,7 +203,8 @@ def _finished_card(
         return None
     found = read_card(output)
     finished = is_finished(output, found)
-    card = make_card(model={**found["model"], **_known_identity(options, finished)}, retriever=found["retriever"])
+    known = _known_identity(options, found["model"].get("tokenizer_sha256"), with_weights=finished)
+    card = make_card(model={**found["model"], **known}, retriever=found["retriever"])
     if finished and found["retriever"] is not None and card["method"]["uses_retriever"]:
         said = describe_retriever(search, found["retriever"]["description"])
         # A server that is away now says nothing, and a finished run does not need it.
@@ -213,11 +214,14 @@ def _finished_card(
     return found if finished else None
 
 
-def _known_identity(options: ModelOptions, with_weights: bool) -> dict[str, Any]:
-    """What the card will say of a model, as far as its folder, its name and its tokenizer tell."""
-    from rex_rag.evaluation.models import ENDPOINT, load_tokenizer, model_identity, tokenizer_sha256
+def _known_identity(options: ModelOptions, tokenizer: str | None, with_weights: bool) -> dict[str, Any]:
+    """What the card will say of a model, as far as its folder, its name and its tokenizer tell.
 
-    known = {"backend": options.backend, "tokenizer_sha256": tokenizer_sha256(load_tokenizer(options))}
+    tokenizer: what the card there says of it.
+    """
+    from rex_rag.evaluation.models import ENDPOINT, confirmed_tokenizer_sha256, model_identity
+
+    known = {"backend": options.backend, "tokenizer_sha256": confirmed_tokenizer_sha256(options, tokenizer)}
     if options.backend == ENDPOINT:
         return {**known, "name": options.name}
     if with_weights:

@@ -7,6 +7,7 @@ Exactly so for transformers on CPU; engines that schedule by time (vLLM, servers
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -376,12 +377,11 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
             setting = "tokenizer" if options.tokenizer or options.backend == ENDPOINT else "model"
             raise ModelError(
                 f"{setting}={where!r}: there is no such folder here ({Path.cwd()}), and under that name the Hub gives "
-                f"no tokenizer ({reason}); "
-                f"{'set' if setting == 'tokenizer' else 'correct'} {setting}"
+                f"no tokenizer ({reason}); {'set' if setting == 'tokenizer' else 'correct'} {setting}"
             ) from error
         raise ModelError(
-            f"no tokenizer can be loaded from {where!r} ({reason}); set `tokenizer` to a "
-            "folder or a Hub name that holds the model's"
+            f"no tokenizer can be loaded from {where!r} ({reason}); set `tokenizer` to a folder or a Hub name that "
+            "holds the model's"
         ) from error
 
 
@@ -418,7 +418,7 @@ def model_identity(name: str, revision: str | None) -> dict[str, Any]:
     return identity
 
 
-def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase | _TokenizerFiles) -> str:
     """Hash of what decides how text becomes ids: vocabulary, special tokens, chat template, and a text's encoding."""
     said = {
         "vocabulary": sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]),
@@ -428,6 +428,36 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
         "encoded": tokenizer(" Tokenisation: naïve 1,234 <search> the North-West </search>\n\n")["input_ids"],
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+class _TokenizerFiles:
+    """What `tokenizer_sha256` reads of a tokenizer, taken from a folder's files alone."""
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        template = folder / "chat_template.jinja"
+        self.chat_template = template.read_text("utf-8") if template.is_file() else settings.get("chat_template")
+        named = [settings.get(f"{kind}_token") for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+        named += settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+        self.all_special_tokens = {one["content"] if isinstance(one, dict) else one for one in named if one}
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": self._tokenizer.encode(text).ids}
+
+
+def confirmed_tokenizer_sha256(options: ModelOptions, expected: str | None) -> str:
+    """The hash of the options' tokenizer. One that is as expected is recognised without torch, which takes seconds."""
+    # The class that a tokenizer's settings name may read its files otherwise, but not to the same hash.
+    with contextlib.suppress(Exception):
+        if tokenizer_sha256(_TokenizerFiles(Path(options.tokenizer or options.name))) == expected:
+            return expected
+    return tokenizer_sha256(load_tokenizer(options))
 
 
 def _folder_hash(folder: Path) -> str:

@@ -166,10 +166,10 @@ def test_a_whole_run_from_the_command_line(world, tmp_path, capsys, monkeypatch)
     assert re.search(r"^world +12 +\d+\.\d", printed, re.MULTILINE)
     assert (tmp_path / "run" / "world" / "predictions.jsonl").read_bytes() == before
     for name, value, named in (
-        ("dtype", "bfloat16", "model.dtype: float32 against bfloat16"),
-        ("temperature", "0.5", "decoding.temperature"),
-        ("method", "search_r1", "method.name: rex_rag against search_r1"),
-        ("corpus", world.questions.with_name("other.jsonl"), "retriever.fingerprint"),
+        ("dtype", "bfloat16", "dtype: float32 against bfloat16"),
+        ("temperature", "0.5", "temperature: 0.0 against 0.5"),
+        ("method", "search_r1", "method.*: rex_rag against search_r1"),
+        ("corpus", world.questions.with_name("other.jsonl"), "retriever.*fingerprint"),
     ):
         if name == "corpus":
             value.write_text('{"id": "0", "title": "Fox", "text": "red"}\n')
@@ -179,11 +179,23 @@ def test_a_whole_run_from_the_command_line(world, tmp_path, capsys, monkeypatch)
         evaluate(world.words(tmp_path / "run", subset=10, batch_size=5))
 
 
+def test_a_finished_run_is_shown_again_without_torch(world, tmp_path):
+    words = world.words(tmp_path / "run", subset=2)
+    evaluate(words)
+    code = (
+        "import sys; from rex_rag.commands.evaluate import evaluate; evaluate(sys.argv[1:]);"
+        "sys.exit(', '.join({'torch', 'sklearn', 'bm25s', 'datasets'} & set(sys.modules)) or 0)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0, shown.stderr
+    assert "holds this run, finished" in shown.stdout
+
+
 def test_an_unfinished_run_with_other_arguments_is_refused_without_a_model(world, tmp_path, monkeypatch):
     evaluate([*world.words(tmp_path / "run", subset=12, batch_size=5), "--shard", "1/2"])
     with monkeypatch.context() as patch:
         patch.setattr(models, "open_model", lambda options: pytest.fail("a model is loaded"))
-        with pytest.raises(RunError, match=r"budget\.max_turns: 2 against 1"):
+        with pytest.raises(RunError, match=r"max_turns: 2 against 1"):
             evaluate(world.words(tmp_path / "run", subset=12, batch_size=5, max_turns=1))
     evaluate(world.words(tmp_path / "run", subset=12, batch_size=5))
     assert (tmp_path / "run" / "results.json").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import signal
 import threading
 import time
@@ -15,12 +16,14 @@ from parts import PASSAGES
 from transformers import GenerationConfig
 
 from rex_rag.evaluation import endpoint as endpoint_module
+from rex_rag.evaluation import models
 from rex_rag.evaluation.endpoint import EndpointError, EndpointOptions, check_endpoint_url, missing_stop
 from rex_rag.evaluation.methods import Toolbox, make_method
 from rex_rag.evaluation.models import (
     ModelError,
     ModelOptions,
     check_name,
+    confirmed_tokenizer_sha256,
     derived_seed,
     end_token_ids,
     load_tokenizer,
@@ -222,6 +225,26 @@ def test_the_tokenizers_hash_sees_its_chat_template(greedy, world):
     assert tokenizer_sha256(other) == tokenizer_sha256(greedy.tokenizer)
     other.chat_template = other.chat_template + "\n"
     assert tokenizer_sha256(other) != tokenizer_sha256(greedy.tokenizer)
+
+
+def test_a_tokenizer_that_is_as_expected_is_recognised_by_its_files(greedy, world, tmp_path, monkeypatch):
+    expected = tokenizer_sha256(greedy.tokenizer)
+    shutil.copytree(world.model, tmp_path / "model")
+    files = ModelOptions("m", tokenizer=str(tmp_path / "model"))
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "load_tokenizer", lambda options: pytest.fail("transformers loads it"))
+        assert confirmed_tokenizer_sha256(ModelOptions(str(world.model)), expected) == expected
+        assert confirmed_tokenizer_sha256(files, expected) == expected
+    # Anything else is hashed as ever.
+    assert confirmed_tokenizer_sha256(files, None) == expected
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# other #}")
+    changed = confirmed_tokenizer_sha256(files, expected)
+    assert changed == tokenizer_sha256(load_tokenizer(files)) != expected
+    for broken in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / broken).write_text("[")
+        with pytest.raises(ModelError, match="no tokenizer can be loaded"):
+            confirmed_tokenizer_sha256(files, changed)
 
 
 def test_rows_end_at_every_end_token_of_tokenizer_and_model(greedy):
