@@ -37,7 +37,7 @@ class CoverageArguments:
             "help": "Corpus files or index directories to look through, where the retriever's own are not here."
         },
     )
-    search: bool = field(default=True, metadata={"help": "Whether to search too; --no_search looks through the corpus alone."})
+    search: bool = field(default=True, metadata={"help": "Search too; --no_search only looks through the corpus."})
     top_k: list[int] = field(default_factory=lambda: [1, 3, 5, 10], metadata={"help": "Ranks to count within."})
     subset: int | None = field(
         default=None,
