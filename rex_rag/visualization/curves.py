@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rex_rag.log_rows import EXACT_MATCH, evaluated_sets
+from rex_rag.log_rows import EXACT_MATCH, UNNAMED_SET, evaluated_sets
 from rex_rag.visualization.escape import without_controls
 from rex_rag.visualization.files import new_figure, picture_format, write_figure
 
@@ -206,9 +206,7 @@ def _evaluation_panel(runs: Mapping[str, Sequence[Mapping]]) -> tuple[_Panel, ..
     for rows in runs.values():
         for row in rows:
             prefixes |= evaluated_sets(row)
-    metrics = tuple(
-        (prefix + EXACT_MATCH, name or "evaluation questions") for name, prefix in sorted(prefixes.items())
-    )
+    metrics = tuple((prefix + EXACT_MATCH, name or UNNAMED_SET) for name, prefix in sorted(prefixes.items()))
     return (("Exact match, evaluation sets", "share", metrics),) if metrics else ()
 
 
