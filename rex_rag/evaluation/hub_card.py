@@ -125,6 +125,7 @@ def _results(run: FinishedRun) -> Iterator[CardResult]:
                     "questions_sha256": row["sha256"],
                     "retriever": (card["retriever"] or {}).get("description"),
                     "corpus_sha256": (card["retriever"] or {}).get("corpus_sha256"),
+                    "answers_sha256": (card["retriever"] or {}).get("answers_sha256"),
                     "top_k": card["budget"]["top_k"] if card["retriever"] else None,
                     "temperature": card["decoding"]["temperature"],
                     "samples": card["decoding"]["samples"],

@@ -38,6 +38,8 @@ def test_results_of_a_run_by_hand(tmp_path: Path):
         100.0,
     )  # of four questions, three right: 1/256 + 12/256 of samples have at most one
     assert first.details["top_k"] == 3 and first.details["retriever"] == "BM25 over c.jsonl"
+    run.card["retriever"]["answers_sha256"] = "ab"
+    assert card_results(run)[0].details["answers_sha256"] == "ab" and first.details["answers_sha256"] is None
     assert first.details["questions_sha256"] == run.benchmarks["hotpotqa"]["sha256"]
 
 
