@@ -66,8 +66,11 @@ def _stop_is_said(say: Callable[[], object]) -> Iterator[None]:
     Nothing is cleaned up on SIGTERM: schedulers give little time, and a run bears a kill at any moment.
     """
 
+    owner = os.getpid()
+
     def end(number: int, frame: object) -> None:
-        say()
+        if os.getpid() == owner:  # not in processes that an engine forked
+            say()
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
