@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.durable import written_whole
-from rex_rag.log_rows import EXACT_MATCH, evaluated_sets
+from rex_rag.log_rows import EXACT_MATCH, UNNAMED_SET, evaluated_sets
 from rex_rag.tables import markdown_table, markdown_text
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def training_results(log_history: Sequence[Mapping[str, Any]]) -> list[CardResul
     for row in log_history:
         for name, prefix in evaluated_sets(row).items():
             if _is_number(value := row[prefix + EXACT_MATCH]):
-                last[name or "evaluation questions"] = row.get("step"), value
+                last[name or UNNAMED_SET] = row.get("step"), value
     results = []
     for name, (step, value) in sorted(last.items()):
         results.append(
