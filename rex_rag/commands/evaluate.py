@@ -222,7 +222,8 @@ def _known_identity(options: ModelOptions, tokenizer: str | None, with_weights: 
 
     tokenizer: what the card there says of it.
     """
-    from rex_rag.evaluation.models import ENDPOINT, confirmed_tokenizer_sha256, model_identity
+    from rex_rag.evaluation.model_identity import model_identity
+    from rex_rag.evaluation.models import ENDPOINT, confirmed_tokenizer_sha256
 
     known = {"backend": options.backend, "tokenizer_sha256": confirmed_tokenizer_sha256(options, tokenizer)}
     if options.backend == ENDPOINT:

@@ -59,12 +59,12 @@ def write_model_card(path: str | Path, runs: Sequence[FinishedRun]) -> None:
 
 def _check_weights(path: Path, run: FinishedRun) -> None:
     """A card in a model's folder speaks of the weights there."""
-    from rex_rag.evaluation.models import _WEIGHT_SUFFIXES, _folder_hash
+    from rex_rag.evaluation.model_identity import folder_sha256, holds_weights
 
     folder = path.parent
-    if not any(file.suffix in _WEIGHT_SUFFIXES and "model" in file.name for file in folder.glob("*")):
+    if not holds_weights(folder):
         return
-    there = _folder_hash(folder)
+    there = folder_sha256(folder)
     ours = run.card["model"].get("weights_sha256")
     if ours is None:
         logger.warning(

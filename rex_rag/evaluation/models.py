@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.evaluation.endpoint import EndpointModel, EndpointOptions
+from rex_rag.evaluation.model_identity import ADAPTER_FILE, TokenizerFiles, model_identity, tokenizer_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,11 +29,8 @@ if TYPE_CHECKING:
 
 TRANSFORMERS, VLLM, ENDPOINT = "transformers", "vllm", "endpoint"
 BACKENDS = (TRANSFORMERS, VLLM, ENDPOINT)
-_WEIGHT_SUFFIXES = (".safetensors", ".bin")
-_ADAPTER_FILE = "adapter_config.json"
 # The Hub's own rule, save for the few names that it keeps for itself.
 _HUB_NAME = re.compile(r"(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]{0,95}", re.ASCII)
-_BLOCK_BYTES = 1 << 24
 # Both engines and servers take seeds of 32 bits with a sign.
 _SEED_BITS = 31
 
@@ -206,7 +204,7 @@ class VLLMModel(_EngineModel):
         super().__init__(options)
         if importlib.util.find_spec("vllm") is None:
             raise ModelError("vLLM is not installed; install rex-rag[gpu], or use the backend transformers")
-        if (Path(options.name) / _ADAPTER_FILE).is_file():
+        if (Path(options.name) / ADAPTER_FILE).is_file():
             raise ModelError(
                 f"{options.name} holds an adapter, which vLLM evaluates only once it is merged into its base model "
                 "(peft: merge_and_unload, save_pretrained); merge it, or use the backend transformers"
@@ -349,7 +347,7 @@ def stored_max_length(options: ModelOptions) -> int | None:
 
     name, revision = options.name, options.revision
     try:
-        if (adapter := Path(name) / _ADAPTER_FILE).is_file():
+        if (adapter := Path(name) / ADAPTER_FILE).is_file():
             base = json.loads(adapter.read_text(encoding="utf-8"))
             name, revision = base["base_model_name_or_path"], base.get("revision")
         return getattr(AutoConfig.from_pretrained(name, revision=revision), "max_position_embeddings", None)
@@ -398,81 +396,13 @@ def derived_seed(*parts: object) -> int:
     return int.from_bytes(digest[:8], "big") >> (64 - _SEED_BITS)
 
 
-def model_identity(name: str, revision: str | None) -> dict[str, Any]:
-    """Which weights a name stands for: the Hub's commit, or the hash of a folder's weights and settings."""
-    folder = Path(name)
-    if not folder.is_dir():
-        from transformers import AutoConfig
-
-        commit = getattr(AutoConfig.from_pretrained(name, revision=revision), "_commit_hash", None)
-        return {"name": name, "revision": commit or revision, "weights_sha256": None}
-    # The last two parts tell a checkpoint from its siblings, and nothing of the machine.
-    identity = {
-        "name": "/".join(folder.resolve().parts[-2:]),
-        "revision": None,
-        "weights_sha256": _folder_hash(folder),
-    }
-    if (folder / _ADAPTER_FILE).is_file():
-        base = json.loads((folder / _ADAPTER_FILE).read_text(encoding="utf-8"))
-        identity["base"] = model_identity(base["base_model_name_or_path"], base.get("revision"))
-    return identity
-
-
-def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase | _TokenizerFiles) -> str:
-    """Hash of what decides how text becomes ids: vocabulary, special tokens, chat template, and a text's encoding."""
-    said = {
-        "vocabulary": sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]),
-        "special": sorted(map(str, tokenizer.all_special_tokens)),
-        "chat_template": tokenizer.chat_template,
-        # Merges show in how text is encoded.
-        "encoded": tokenizer(" Tokenisation: naïve 1,234 <search> the North-West </search>\n\n")["input_ids"],
-    }
-    return hashlib.sha256(json.dumps(said, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-class _TokenizerFiles:
-    """What `tokenizer_sha256` reads of a tokenizer, taken from a folder's files alone."""
-
-    def __init__(self, folder: Path) -> None:
-        from tokenizers import Tokenizer
-
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        template = folder / "chat_template.jinja"
-        self.chat_template = template.read_text("utf-8") if template.is_file() else settings.get("chat_template")
-        named = [settings.get(f"{kind}_token") for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-        named += settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-        self.all_special_tokens = {one["content"] if isinstance(one, dict) else one for one in named if one}
-
-    def get_vocab(self) -> dict[str, int]:
-        return self._tokenizer.get_vocab(with_added_tokens=True)
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": self._tokenizer.encode(text).ids}
-
-
 def confirmed_tokenizer_sha256(options: ModelOptions, expected: str | None) -> str:
     """The hash of the options' tokenizer. One that is as expected is recognised without torch, which takes seconds."""
     # The class that a tokenizer's settings name may read its files otherwise, but not to the same hash.
     with contextlib.suppress(Exception):
-        if tokenizer_sha256(_TokenizerFiles(Path(options.tokenizer or options.name))) == expected:
+        if tokenizer_sha256(TokenizerFiles(Path(options.tokenizer or options.name))) == expected:
             return expected
     return tokenizer_sha256(load_tokenizer(options))
-
-
-def _folder_hash(folder: Path) -> str:
-    """Of names and contents of weights and settings; what only says how a model was trained does not count."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        is_settings = path.name in ("config.json", "generation_config.json", _ADAPTER_FILE)
-        is_weights = path.suffix in _WEIGHT_SUFFIXES and "model" in path.name
-        if not (is_settings or is_weights or path.name.endswith(".index.json")):
-            continue
-        digest.update(path.name.encode() + b"\0")
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _choose_gpus(options: ModelOptions) -> None:

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from rex_rag.card_results import read_results
 from rex_rag.evaluation.finished import read_run
 from rex_rag.evaluation.hub_card import card_results, write_model_card
-from rex_rag.evaluation.models import _folder_hash as model_hash
+from rex_rag.evaluation.model_identity import folder_sha256 as model_hash
 from tests.evaluation.run_parts import open_questions, write_run
 
 

@@ -19,6 +19,7 @@ from rex_rag.evaluation import endpoint as endpoint_module
 from rex_rag.evaluation import models
 from rex_rag.evaluation.endpoint import EndpointError, EndpointOptions, check_endpoint_url, missing_stop
 from rex_rag.evaluation.methods import Toolbox, make_method
+from rex_rag.evaluation.model_identity import model_identity, tokenizer_sha256
 from rex_rag.evaluation.models import (
     ModelError,
     ModelOptions,
@@ -27,10 +28,8 @@ from rex_rag.evaluation.models import (
     derived_seed,
     end_token_ids,
     load_tokenizer,
-    model_identity,
     open_model,
     stored_max_length,
-    tokenizer_sha256,
 )
 from rex_rag.evaluation.records import Question
 from rex_rag.protocol import STOP_STRINGS
