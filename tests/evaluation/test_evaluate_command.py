@@ -277,9 +277,14 @@ def test_several_samples_bring_their_columns(world, tmp_path, capsys):
 def test_a_run_that_is_stopped_says_how_it_goes_on(world, tmp_path, number, code):
     # Far more than can be done before it is stopped.
     words = world.words(tmp_path / "run", temperature=1.0, samples=50, batch_size=1)
-    process = subprocess.Popen(
-        [sys.executable, "scripts/evaluate.py", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    # A shell starts what runs in the background with the interrupt ignored, which Python leaves so and hands on.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "scripts/evaluate.py", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     chunks = tmp_path / "run" / "world" / "chunks"
     deadline = time.monotonic() + 120
     while not list(chunks.glob("[0-9]*.jsonl")):
