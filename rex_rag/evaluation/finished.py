@@ -17,7 +17,7 @@ from rex_rag.evaluation.benchmarks import Benchmark
 from rex_rag.evaluation.bootstrap import RESAMPLES, Estimate
 from rex_rag.evaluation.card import read_card, scorer_row, shared_protocol
 from rex_rag.evaluation.judge import count_verdicts, judge_of, read_judge
-from rex_rag.evaluation.records import PREDICTIONS_FILE, RUN_FILE, Prediction, Question
+from rex_rag.evaluation.records import PREDICTIONS_FILE, RUN_FILE, Prediction, Question, questions_in_chunks
 from rex_rag.evaluation.scores import BenchmarkScores, macro_scores, read_predictions, read_seconds, score_benchmark
 
 
@@ -124,7 +124,7 @@ def read_run(path: str | Path, *, resamples: int = RESAMPLES, seed: int = 0) -> 
     for name, row in card["benchmarks"].items():
         folder = path / name
         if not (folder / PREDICTIONS_FILE).is_file():
-            missing[name] = row["questions"] - _finished_questions(folder)
+            missing[name] = row["questions"] - questions_in_chunks(folder)
             continue
         predictions = read_predictions(folder)
         if questions_sha256(predictions) != row["sha256"]:
@@ -160,15 +160,6 @@ def unread_verdicts(runs: Sequence[FinishedRun]) -> str:
     ]
     said = f"{', '.join(found)}; they count as incorrect" if found else "none"
     return f"Verdicts that could not be read: {said}."
-
-
-def _finished_questions(folder: Path) -> int:
-    """Of a set under way: what its finished chunks hold, one question a line."""
-    count = 0
-    for part in folder.glob("chunks/*.jsonl"):
-        with part.open("rb") as file:
-            count += sum(1 for _ in file)
-    return count
 
 
 def questions_sha256(predictions: Sequence[Prediction]) -> str:

@@ -1,13 +1,15 @@
 """What an evaluation run reads and leaves behind, as plain data: questions, and what a method wrote for each.
 
 A run's directory holds `run.json` (the protocol card) and, for each benchmark, a folder with `predictions.jsonl` (one
-`Prediction` a line, in the order of the questions) and `timings.jsonl`. Predictions hold nothing that depends on the
+`Prediction` a line, in the order of the questions) and `timings.jsonl`; until a benchmark is finished, a folder of
+chunks, each the predictions of a batch. Predictions hold nothing that depends on the
 clock or the machine, so that equal runs give equal bytes; scores are worked out from them and never stored in them.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rex_rag.types import Trajectory
@@ -15,6 +17,7 @@ from rex_rag.types import Trajectory
 RUN_FILE = "run.json"
 PREDICTIONS_FILE = "predictions.jsonl"
 TIMINGS_FILE = "timings.jsonl"
+CHUNKS_FOLDER = "chunks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +86,17 @@ class Prediction:
         """
         samples = tuple(Sample(**sample) for sample in row["samples"])
         return cls(**{**row, "golden_answers": tuple(row["golden_answers"]), "samples": samples})
+
+
+def finished_chunks(folder: Path) -> list[Path]:
+    """The finished chunks of a benchmark's folder, in the order of the questions; none once it is all together."""
+    return sorted(folder.glob(f"{CHUNKS_FOLDER}/*.jsonl"))
+
+
+def questions_in_chunks(folder: Path) -> int:
+    """How many questions the finished chunks hold, one a line."""
+    count = 0
+    for chunk in finished_chunks(folder):
+        with chunk.open("rb") as file:
+            count += sum(1 for _ in file)
+    return count

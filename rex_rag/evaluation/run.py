@@ -25,7 +25,15 @@ from rex_rag.evaluation.card import differences, read_card
 from rex_rag.evaluation.judge import judge_of, read_judge
 from rex_rag.evaluation.methods import Method, Toolbox
 from rex_rag.evaluation.prompts import question_text
-from rex_rag.evaluation.records import PREDICTIONS_FILE, RUN_FILE, TIMINGS_FILE, Prediction, Question, Sample
+from rex_rag.evaluation.records import (
+    CHUNKS_FOLDER,
+    PREDICTIONS_FILE,
+    RUN_FILE,
+    TIMINGS_FILE,
+    Prediction,
+    Question,
+    Sample,
+)
 from rex_rag.evaluation.scores import BenchmarkScores, macro_scores, read_predictions, read_seconds, score_benchmark
 from rex_rag.evaluation.stopwatch import Stopwatch
 from rex_rag.retrieval.base import Retriever
@@ -38,7 +46,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CHUNKS_FOLDER = "chunks"
 RESULTS_FILE = "results.json"
 LOCK_FILE = ".run.lock"
 POLL_SECONDS = 0.5

@@ -11,10 +11,16 @@ from rex_rag.answers import exact_match
 from rex_rag.data.jsonl import counted, iter_json_objects
 from rex_rag.evaluation.card import read_card
 from rex_rag.evaluation.choices import choice_letter
-from rex_rag.evaluation.records import PREDICTIONS_FILE, RUN_FILE, Prediction
+from rex_rag.evaluation.records import (
+    CHUNKS_FOLDER,
+    PREDICTIONS_FILE,
+    RUN_FILE,
+    Prediction,
+    finished_chunks,
+    questions_in_chunks,
+)
 from rex_rag.evaluation.scores import Judge
 
-CHUNKS_FOLDER = "chunks"  # as `rex_rag.evaluation.run` calls it, which brings more than a page needs
 UNFINISHED = "not finished"  # the name under which `run_facts` says what is missing
 
 # `rex_rag.evaluation.judge.read_judge` and `judge_of`: given and not imported, for with them comes what asks a judge.
@@ -76,7 +82,7 @@ def prediction_files(path: Path) -> list[Path]:
 
 def _files_of_benchmark(folder: Path) -> list[Path]:
     whole = folder / PREDICTIONS_FILE
-    return [whole] if whole.is_file() else sorted(folder.glob(f"{CHUNKS_FOLDER}/*.jsonl"))
+    return [whole] if whole.is_file() else finished_chunks(folder)
 
 
 def _folder_of(file: Path) -> Path:
@@ -155,7 +161,7 @@ def run_facts(
     if judge_of and (judge := judge_of(run)):
         facts.append(("judge", str(judge["model"])))
     unfinished = [
-        f"{name} {_answered(run / name):,} of {counted(questions, 'question')}"
+        f"{name} {questions_in_chunks(run / name):,} of {counted(questions, 'question')}"
         for name, questions in sets.items()
         if benchmark in (None, name) and not (run / name / PREDICTIONS_FILE).is_file()
     ]
@@ -180,12 +186,3 @@ def _card_facts(card: dict[str, Any]) -> list[tuple[str, str]]:
         ("decoding", written),
         ("retriever", searched),
     ]
-
-
-def _answered(folder: Path) -> int:
-    """Questions in the finished chunks of a benchmark under way, one a line."""
-    count = 0
-    for chunk in _files_of_benchmark(folder):
-        with chunk.open("rb") as file:
-            count += sum(1 for _ in file)
-    return count
