@@ -60,12 +60,19 @@ class REXRAGConfig(GRPOConfig):
         probe_density (`str`, *optional*, defaults to `"exact"`):
             `"exact"` takes the prompt's next-token frequencies in the tokenised pool; `"coarse"` 1/n on its first
             token and 1 on the rest (ablation).
+        kl_token_max (`float` or `None`, *optional*, defaults to `10.0`):
+            The KL estimate (k3) of a token is at most this many nats, without gradient beyond, as in the reference.
+            The policy may make inserted tokens ever less likely, and one of them could outweigh a batch. `None` is
+            TRL's unbounded estimate.
+        kl_on_probe_tokens (`bool`, *optional*, defaults to `True`):
+            Whether the KL term runs over inserted exploration prompts too, as in the reference.
         exploration_prompts (`str` or `None`, *optional*):
             Text file with one exploration prompt a line; `None` uses the built-in 30.
         exploration_pool_size (`int` or `None`, *optional*):
             Use only the first so many prompts of the pool; `1` is the single-prompt ablation.
-        max_turns (`int`, *optional*, defaults to `4`):
-            Turns that may search. One last generation follows, in which a search is not executed.
+        max_turns (`int`, *optional*, defaults to `5`):
+            Turns that may search (reference: 5; Search-R1 v0.2: 4). One last generation follows, in which a search
+            is not executed.
         max_prompt_length (`int`, *optional*, defaults to `2048`):
             Longest prompt in tokens. A longer one is refused by name, never truncated.
         max_turn_tokens (`int`, *optional*, defaults to `500`):
@@ -133,13 +140,19 @@ class REXRAGConfig(GRPOConfig):
         default="exact",
         metadata={"help": "Density of the inserted prompt's tokens.", "choices": list(_CHOICES["probe_density"])},
     )
+    kl_token_max: float | None = field(
+        default=10.0, metadata={"help": "Upper bound on the KL estimate of a token, in nats; unset: TRL's, unbounded."}
+    )
+    kl_on_probe_tokens: bool = field(
+        default=True, metadata={"help": "Let the KL term run over inserted exploration prompts."}
+    )
     exploration_prompts: str | None = field(
         default=None, metadata={"help": "Text file with exploration prompts, one a line; unset: the built-in 30."}
     )
     exploration_pool_size: int | None = field(
         default=None, metadata={"help": "Use only the first so many exploration prompts."}
     )
-    max_turns: int = field(default=4, metadata={"help": "Turns that may search, before one last generation."})
+    max_turns: int = field(default=5, metadata={"help": "Turns that may search, before one last generation."})
     max_prompt_length: int = field(default=2048, metadata={"help": "Longest prompt, in tokens."})
     max_turn_tokens: int = field(default=500, metadata={"help": "Longest generation of a turn, in tokens."})
     max_observation_tokens: int = field(default=500, metadata={"help": "Longest observation, in tokens."})
@@ -259,6 +272,11 @@ class REXRAGConfig(GRPOConfig):
             )
         if self.format_reward_weight < 0:
             problems.append(f"format_reward_weight is {self.format_reward_weight}; use 0 (off) or a positive weight")
+        if self.kl_token_max is not None and not 0.0 < self.kl_token_max <= 1000.0:
+            problems.append(
+                f"kl_token_max is {self.kl_token_max}; it bounds the KL estimate of a token, in nats: give a value in "
+                "(0, 1000], 10 in the reference, or leave the estimate unbounded with null"
+            )
         if self.correction_weight_max is not None and self.correction_weight_max < 1:
             problems.append(
                 f"correction_weight_max is {self.correction_weight_max}; below 1 it would cut weights of tokens that "

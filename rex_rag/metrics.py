@@ -80,29 +80,36 @@ def _rate(part: float, whole: float) -> float:
 _SEGMENTS = (("policy", SegmentKind.POLICY), ("probe", SegmentKind.PROBE))
 
 
-def segment_sums(kinds: torch.Tensor, mask: torch.Tensor, clipped: torch.Tensor, kl: torch.Tensor) -> torch.Tensor:
-    """Token count, clipped tokens and KL of sampled and of inserted tokens, to be added up over processes.
+def segment_sums(
+    kinds: torch.Tensor, mask: torch.Tensor, clipped: torch.Tensor, kl: torch.Tensor, kl_bounded: torch.Tensor
+) -> torch.Tensor:
+    """Count, clipped, KL and KL bounded, of sampled and of inserted tokens, to be added up over processes.
 
     Args:
-        kinds, mask, clipped, kl: (B, T).
+        kinds, mask, clipped, kl, kl_bounded: (B, T).
 
     Returns:
-        (6,) float32.
+        (8,) float32.
     """
     chosen = [(kinds == kind) & mask.bool() for _, kind in _SEGMENTS]
     return torch.stack(
-        [value.float() for where in chosen for value in (where.sum(), clipped[where].sum(), kl[where].sum())]
+        [
+            value.float()
+            for where in chosen
+            for value in (where.sum(), *(part[where].sum() for part in (clipped, kl, kl_bounded)))
+        ]
     )
 
 
 def segment_metrics(totals: torch.Tensor, *, clip_ratio: bool, kl: bool) -> dict[str, float]:
     """Clip fraction and KL per segment kind, of what applies, for the kinds that occur."""
     metrics = {}
-    for (name, _), (count, clipped, divergence) in zip(_SEGMENTS, totals.view(-1, 3).tolist(), strict=True):
+    for (name, _), (count, clipped, divergence, bounded) in zip(_SEGMENTS, totals.view(-1, 4).tolist(), strict=True):
         if count and clip_ratio:
             metrics[f"clip_ratio/{name}"] = clipped / count
         if count and kl:
             metrics[f"kl/{name}"] = divergence / count
+            metrics[f"kl_bounded/{name}"] = bounded / count
     return metrics
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class RolloutBudget:
     """Limits of a rollout, in tokens unless said otherwise. Defaults: METHOD/paper (2048 prompt, 500, 500, 4096)."""
 
-    max_turns: int = 4  # turns that may search; one last generation follows in which a search is not executed
+    max_turns: int = 5  # turns that may search; one last generation follows in which a search is not executed
     max_turn_tokens: int = 500
     max_observation_tokens: int = 500
     max_sequence_length: int = 4096  # prompt and completion together

@@ -28,6 +28,7 @@ from rex_rag.config import REXRAGConfig
 from rex_rag.evaluation_log import EvaluationLog
 from rex_rag.exploration import ExplorationPool
 from rex_rag.generation import TransformersGenerator, VLLMGenerator
+from rex_rag.kl import bounded_reference
 from rex_rag.metrics import mixed_counts, rollout_counts, segment_metrics, segment_sums, summarize, weight_metrics
 from rex_rag.mixed_sampling import MixedBatch, MixedSampler
 from rex_rag.model_card import PAPER, write_card
@@ -353,6 +354,7 @@ class REXRAGTrainer(EvaluationLog):
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
             if self._loss_inputs is not None:
+                self._bound_kl(output[0])
                 self._realign(output[0].detach())
             return output
         logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
@@ -373,6 +375,23 @@ class REXRAGTrainer(EvaluationLog):
             return super().compute_loss(model, self._loss_inputs, return_outputs, num_items_in_batch)
         finally:
             self._loss_inputs = None
+
+    def _bound_kl(self, per_token_logps: torch.Tensor) -> None:
+        """Replace the reference log-probabilities where a token's KL is bounded, or left out.
+
+        Args:
+            per_token_logps: (B, T) log pi_theta, with its gradient.
+        """
+        inputs, args = self._loss_inputs, self.args
+        if "ref_per_token_logps" not in inputs:
+            return
+        if args.kl_token_max is not None:
+            bounded, over = bounded_reference(inputs["ref_per_token_logps"], per_token_logps, args.kl_token_max)
+            inputs["ref_per_token_logps"], inputs["kl_bounded"] = bounded, over
+        if not args.kl_on_probe_tokens:
+            inserted = inputs["segment_kinds"] == SegmentKind.PROBE
+            if inserted.any():
+                inputs["ref_per_token_logps"] = torch.where(inserted, per_token_logps, inputs["ref_per_token_logps"])
 
     def _realign(self, per_token_logps: torch.Tensor) -> None:
         """Replace what the correction form replaces in the loss's inputs, and log what it did.
@@ -452,9 +471,10 @@ class REXRAGTrainer(EvaluationLog):
             self._log_all(weight_metrics(statistics))
         ratio, signs = torch.exp(per_token_logps - realignment.denominator), inputs["advantages"].unsqueeze(1)
         clipped = ((ratio < 1 - self.epsilon_low) & (signs < 0)) | ((ratio > 1 + self.epsilon_high) & (signs > 0))
-        log_ratio = inputs.get("ref_per_token_logps", per_token_logps) - per_token_logps
+        log_ratio = inputs.get("ref_per_token_logps", per_token_logps).detach() - per_token_logps
         per_token_kl = log_ratio.exp() - log_ratio - 1
-        sums = segment_sums(inputs["segment_kinds"], mask, clipped, per_token_kl)
+        bounded = inputs.get("kl_bounded", torch.zeros_like(clipped))
+        sums = segment_sums(inputs["segment_kinds"], mask, clipped, per_token_kl, bounded)
         totals = self.accelerator.reduce(sums, reduction="sum")
         clips = self.loss_type in _CLIPPED_LOSSES and self.importance_sampling_level == "token"
         self._log_all(segment_metrics(totals, clip_ratio=clips, kl="ref_per_token_logps" in inputs))

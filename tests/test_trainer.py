@@ -615,3 +615,27 @@ def test_long_prompt_is_refused_by_name(model_path, tmp_path):
             retriever=BM25Retriever(PASSAGES),
             processing_class=make_word_tokenizer(),
         )
+
+
+@pytest.mark.parametrize(
+    ("settings", "divergence"),
+    [({"kl_token_max": None}, math.exp(7) - 8), ({}, 10.0), ({"kl_on_probe_tokens": False}, 0.0)],
+)
+def test_kl_on_inserted_tokens(probed, settings, divergence):
+    """log pi_ref - log pi_theta is 7 on inserted tokens: k3 = e^7 - 8 = 1088.6, d k3 / d log pi_theta = 1 - e^7."""
+    trainer = probed(correction="none", beta=0.04, epsilon=0.9, **settings)
+    inputs = scored(trainer)
+    inserted, sampled = (inputs["segment_kinds"] == kind for kind in (SegmentKind.PROBE, SegmentKind.POLICY))
+    inputs["ref_per_token_logps"] = inputs["ref_per_token_logps"] + 7 * inserted
+    _, gradient = token_gradients(trainer, inputs)
+    metrics = trainer._metrics["train"]
+    assert metrics["kl/probe"][-1] == pytest.approx(divergence, rel=1e-4)
+    assert metrics["kl/policy"][-1] == pytest.approx(0.0, abs=1e-5)
+    assert metrics["kl_bounded/probe"][-1] == (0.0 if "kl_token_max" in settings else 1.0)
+    assert metrics["kl_bounded/policy"][-1] == 0.0
+    # without the KL's part, the surrogate's gradient at pi_theta = pi_old is -A per trained token
+    surrogate = -inputs["advantages"].unsqueeze(1).expand_as(gradient)
+    slope = 0.04 * (1 - math.exp(7)) if "kl_token_max" in settings else 0.0
+    scaled = gradient * float(inputs["num_items_in_batch"])
+    assert torch.allclose(scaled[inserted], surrogate[inserted] + slope, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(scaled[sampled], surrogate[sampled], rtol=1e-4, atol=1e-4)

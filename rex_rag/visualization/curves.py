@@ -52,6 +52,9 @@ _PANELS: tuple[_Panel, ...] = (
     ),
     ("Reward and entropy", "mean; nats", (("reward", "reward"), ("entropy", "entropy"))),
 )
+# Panels whose lines can lie orders of magnitude apart, or spike: above the lowest line's usual height, logarithmic.
+_SPIKING = ("KL", "Importance weight")
+_SPIKE = 5.0  # times that height
 _LINE_STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 4)), (0, (8, 3)))
 # Okabe and Ito's colours, told apart with any colour vision; yellow is left out, too pale for a line on white.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
@@ -161,6 +164,8 @@ def plot_training_curves(
         axes.set_xlabel("step", fontsize=8)
         axes.set_ylabel(unit, fontsize=8)
         axes.tick_params(labelsize=8)
+        if name in _SPIKING:
+            _compress_spikes(axes)
     if len(runs) > 1:
         handles = [_line("-", without_controls(name), _look(number)) for number, name in enumerate(runs)]
         legend = figure.legend(
@@ -246,6 +251,19 @@ def _draw_panel(
         axes.text(0.5, 0.5, f"no value:\n{keys}", ha="center", va="center", transform=axes.transAxes, color="0.4")
         axes.set_xticks([])
         axes.set_yticks([])
+
+
+def _compress_spikes(axes: Axes) -> None:
+    """Where something towers over the lowest line, draw what lies above that line logarithmically.
+
+    The height of a line is the 90th percentile of its values, of a kind that a few spikes do not move.
+    """
+    lines = [sorted(abs(value) for value in line.get_ydata()) for line in axes.get_lines()]
+    heights = [values[int(0.9 * (len(values) - 1))] for values in lines]
+    usual = min((height for height in heights if height > 0), default=0.0)
+    if usual and max(map(max, lines)) > _SPIKE * usual:
+        axes.set_yscale("symlog", linthresh=usual, linscale=2.0)
+        axes.set_ylabel(f"{axes.get_ylabel()}, logarithmic above {usual:.2g}", fontsize=8)
 
 
 def _look(run: int) -> dict[str, Any]:

@@ -176,3 +176,14 @@ def test_runs_are_named_by_what_tells_them_apart(tmp_path):
         labelled_runs([f"x={a}", f"x={b}"])
     with pytest.raises(ValueError, match="two runs are called"):
         labelled_runs([str(a), str(a)])
+
+
+def test_a_spike_does_not_hide_the_other_lines():
+    log = [{"step": step, "kl": 0.02, "kl/policy": 0.01, "kl/probe": 0.5} for step in range(1, 51)]
+    log[25] |= {"kl": 40.0, "kl/probe": 1076.0}
+    [kl] = [axes for axes in drawn_axes({"ours": log}) if axes.get_title() == "KL"]
+    heights = [kl.transData.transform((0, value))[1] for value in (0.0, 0.01, 0.5, 1076.0)]
+    shares = [(height - heights[0]) / (heights[-1] - heights[0]) for height in heights]
+    assert shares[1] > 0.1 and shares[2] > 0.4  # on a linear scale 0.00001 and 0.0005
+    [calm] = [axes for axes in drawn_axes({"ours": rows(50, kl=0.02)}) if axes.get_title() == "KL"]
+    assert calm.get_yscale() == "linear"
