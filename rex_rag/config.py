@@ -11,7 +11,7 @@ from trl import GRPOConfig
 from rex_rag.exploration import load_pool
 from rex_rag.mixed_sampling import MixedSamplingConfig
 from rex_rag.policy_correction import clip_bound, keep_count
-from rex_rag.protocol import PROMPT_TEMPLATE, STOP_STRINGS, build_prompt
+from rex_rag.protocol import FEEDBACK_TEXT, PROMPT_TEMPLATE, STOP_STRINGS, build_prompt
 from rex_rag.rollout import RolloutBudget
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,8 @@ class REXRAGConfig(GRPOConfig):
             Passages per search (`top_k` is TRL's sampling parameter).
         prompt_template (`str` or `None`, *optional*):
             Text file with the prompt; `{question}` marks the place of the question. `None` uses the built-in one.
+        feedback_text (`str` or `None`, *optional*):
+            Text file with what is inserted after an invalid action, taken as it is; `None` uses the built-in text.
         format_reward_weight (`float`, *optional*, defaults to `0.0`):
             Weight of the reward for well-formed trajectories beside exact match; off by default, as in the paper.
 
@@ -161,6 +163,9 @@ class REXRAGConfig(GRPOConfig):
     prompt_template: str | None = field(
         default=None, metadata={"help": "Text file with the prompt template; {question} marks the question."}
     )
+    feedback_text: str | None = field(
+        default=None, metadata={"help": "Text file with what is inserted after an invalid action."}
+    )
     format_reward_weight: float = field(default=0.0, metadata={"help": "Weight of the well-formedness reward."})
 
     def __post_init__(self) -> None:
@@ -200,12 +205,23 @@ class REXRAGConfig(GRPOConfig):
 
     def prompt_text(self) -> str:
         """The prompt template's text."""
-        if self.prompt_template is None:
-            return PROMPT_TEMPLATE
-        path = Path(self.prompt_template)
-        if not path.is_file():
-            raise ValueError(f"prompt_template is {self.prompt_template!r}, which is not a file; give a text file")
-        return path.read_text(encoding="utf-8")
+        return self._text_file("prompt_template") or PROMPT_TEMPLATE
+
+    def feedback(self) -> str:
+        """The text inserted after an invalid action."""
+        return self._text_file("feedback_text") or FEEDBACK_TEXT
+
+    def _text_file(self, name: str) -> str | None:
+        """The content of the file that a setting names, `None` where it is unset."""
+        value = getattr(self, name)
+        if value is None:
+            return None
+        if not Path(value).is_file():
+            raise ValueError(f"{name} is {value!r}, which is not a file; give a text file")
+        text = Path(value).read_text(encoding="utf-8")
+        if not text.strip():
+            raise ValueError(f"{name} is {value!r}, an empty file; write the text into it, or leave the setting out")
+        return text
 
     def _refuse_bad_values(self) -> None:
         """Collect every problem and report them together."""
@@ -215,7 +231,7 @@ class REXRAGConfig(GRPOConfig):
             if getattr(self, name) not in choices
         ]
         problems += self._rollout_problems() + self._sampling_problems()
-        for check in (self.exploration_pool, lambda: build_prompt("", self.prompt_text())):
+        for check in (self.exploration_pool, lambda: build_prompt("", self.prompt_text()), self.feedback):
             try:
                 check()
             except ValueError as error:

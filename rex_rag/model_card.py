@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from rex_rag.card_results import CardResult, training_results, write_results
 from rex_rag.data.jsonl import counted
 from rex_rag.log_rows import EXACT_MATCH, UNNAMED_SET, evaluated_sets
+from rex_rag.protocol import FEEDBACK_TEXT
 from rex_rag.tables import markdown_text
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def write_card(
     name: str,
     args: REXRAGConfig,
     prompt_template: str,
+    feedback: str,
     retriever: str,
     recipe: str | None,
     log_history: list[dict],
@@ -57,6 +59,7 @@ def write_card(
     Args:
         name: of the model: its repository on the Hub, or its folder.
         prompt_template: the text that the model was trained with.
+        feedback: what it was told after an invalid action.
         evaluation_sets: questions of each set that training evaluated on, "" for a nameless one, and which part of a
             benchmark they are, if not all.
     """
@@ -80,7 +83,9 @@ def write_card(
     }
     if not args.num_probe_slots:
         del settings["Probes"], settings["Correction"]
-    fence = _fence(prompt_template)
+    files = {"prompt.txt": ("the prompt that it was trained with", prompt_template)}
+    if feedback != FEEDBACK_TEXT:
+        files["feedback.txt"] = ("what it was told after an invalid action", feedback)
     lines = [
         f"# {markdown_text(name)}",
         "",
@@ -98,15 +103,11 @@ def write_card(
         f"    --top_k {args.retrieval_top_k} --max_turns {args.max_turns} --max_turn_tokens {args.max_turn_tokens} \\",
         f"    --max_observation_tokens {args.max_observation_tokens} \\",
         f"    --max_sequence_length {args.max_sequence_length} \\",
+        *(["    --feedback_text feedback.txt \\"] if "feedback.txt" in files else []),
         "    --output outputs/evaluation",
         "```",
         "",
-        "`prompt.txt` is the prompt that it was trained with:",
-        "",
-        fence,
-        prompt_template.rstrip("\n"),
-        fence,
-        "",
+        *(line for name, (what, text) in files.items() for line in _shown_file(name, what, text)),
         "## Training",
         "",
         *(f"- {setting}: {markdown_text(value)}" for setting, value in settings.items()),
@@ -176,6 +177,7 @@ def _versions() -> list[str]:
     return found
 
 
-def _fence(text: str) -> str:
-    """A code fence longer than any in the text."""
-    return "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+def _shown_file(name: str, what: str, text: str) -> list[str]:
+    """A text under its file's name, in a code fence longer than any in it."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return [f"`{name}` is {what}:", "", fence, text.rstrip("\n"), fence, ""]

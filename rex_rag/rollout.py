@@ -68,6 +68,7 @@ class RolloutEngine:
         tokenizer: encodes inserted text, decodes sampled ids for parsing.
         budget: the limits.
         max_over_ranks: the maximum of an integer over all processes; the identity for one process.
+        feedback: text inserted after an invalid action.
     """
 
     generator: Generator
@@ -75,12 +76,13 @@ class RolloutEngine:
     tokenizer: PreTrainedTokenizerBase
     budget: RolloutBudget = field(default_factory=RolloutBudget)
     max_over_ranks: Callable[[int], int] = lambda count: count
+    feedback: str = FEEDBACK_TEXT
 
     def __post_init__(self) -> None:
         self.seconds = RolloutSeconds()
         self.generate_calls = 0
         self._control_tokens = control_tokens(self.tokenizer)
-        self._feedback_ids = self._encode([FEEDBACK_TEXT])[0]
+        self._feedback_ids = self._encode([self.feedback])[0]
         self._tail_ids = self._encode([OBSERVATION_TAIL])[0]
         smallest = len(self._encode([OBSERVATION_HEAD])[0]) + len(self._tail_ids) + 1
         if self.budget.max_observation_tokens < smallest:
@@ -218,7 +220,7 @@ class RolloutEngine:
         if last:
             trajectory.done = True
         else:
-            self._insert(trajectory, SegmentKind.FEEDBACK, self._feedback_ids, FEEDBACK_TEXT)
+            self._insert(trajectory, SegmentKind.FEEDBACK, self._feedback_ids, self.feedback)
         return None
 
     def _insert(self, trajectory: Trajectory, kind: SegmentKind, ids: list[int], text: str) -> None:

@@ -159,6 +159,7 @@ class REXRAGTrainer(EvaluationLog):
             tokenizer=self._tokenizer,
             budget=args.rollout_budget(),
             max_over_ranks=self._max_over_ranks,
+            feedback=args.feedback(),
         )
         self.sampler = MixedSampler(
             engine,
@@ -512,6 +513,7 @@ class REXRAGTrainer(EvaluationLog):
                 name=self.hub_model_id or Path(self.args.output_dir).resolve().name,
                 args=self.args,
                 prompt_template=self._prompt_template,
+                feedback=self.sampler.engine.feedback,
                 retriever=self.retriever.description,
                 recipe=self.recipe,
                 log_history=self._log_of_weights(),

@@ -47,7 +47,7 @@ def timed_run(
     batch_size: int,
 ) -> tuple[float, list[Prediction]]:
     """Seconds of one whole run, and its predictions."""
-    method = make_method(arguments.method, arguments.prompt_text())
+    method = make_method(arguments.method, arguments.prompt_text(), arguments.further_texts())
     card = protocol_card(
         method=method,
         model=model.describe(),

@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from rex_rag.card_results import CardResult, read_results, training_results, write_results
+from rex_rag.protocol import FEEDBACK_TEXT
 
 NQ = CardResult(
     dataset_name="NQ",
@@ -231,6 +232,7 @@ def test_a_card_of_training_holds_its_last_evaluation_as_the_hub_reads_it(card: 
         name="me/agent",
         args=args,
         prompt_template=prompt,
+        feedback="\nTry `once` more.\n",
         retriever="a|b",
         recipe=recipe,
         log_history=log,
@@ -251,6 +253,7 @@ def test_a_card_of_training_holds_its_last_evaluation_as_the_hub_reads_it(card: 
     )
     assert "rex-rag evaluate --model me/agent --method rex_rag" in text
     assert "\n````\nSearch.\n```\nQuestion: {question}\n````\n" in text  # a fence longer than the prompt's own
+    assert " --feedback_text feedback.txt " in text and "\n```\n\nTry `once` more.\n```\n" in text
     assert "- Rollouts per question: 5 originals, up to 5 probes\n" in text and "- Budgets: 1 search, 500 " in text
     assert "- Recipe: rex_rag.yaml\n" in text and "somewhere" not in text
     assert "Last logged of training questions, sampled, at step 5:" in text and "| dead_end/rate | 0.1250 |" in text
@@ -281,6 +284,7 @@ def test_a_card_of_training_names_no_machine_and_its_command_can_be_copied(card,
         name="my agent",
         args=REXRAGConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_accumulation_steps=4),
         prompt_template="Question: {question}",
+        feedback=FEEDBACK_TEXT,
         retriever=retriever,
         recipe="../../home/of-mine/rex_rag.yaml",
         log_history=[{"step": 6, "eval_<b>_em/originals": 0.25}],
@@ -289,7 +293,7 @@ def test_a_card_of_training_names_no_machine_and_its_command_can_be_copied(card,
     text = card.read_text(encoding="utf-8")
     assert f"- Retriever: {shown} 3\n" in text and "://a" not in text and "corp" not in text
     assert "- Recipe: rex_rag.yaml\n" in text and "of-mine" not in text
-    assert "--model 'my agent' --method" in text
+    assert "--model 'my agent' --method" in text and "feedback" not in text
     assert "Last logged of &lt;b&gt;, sampled, at step 6:" in text
 
 

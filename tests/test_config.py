@@ -52,6 +52,8 @@ def test_defaults_are_the_papers(tmp_path):
             r"exploration_prompts is 'no/such/file.txt', which is not a file",
         ),
         ({"prompt_template": "no/such/file.txt"}, r"prompt_template is 'no/such/file.txt'"),
+        ({"feedback_text": "no/such/file.txt"}, r"feedback_text is 'no/such/file.txt'"),
+        ({"kl_token_max": 0.0}, r"kl_token_max is 0.0"),
         ({"loss_type": "grpo"}, r"loss_type is 'grpo', which averages over rows.*use 'dapo'"),
         ({"loss_type": "grpo", "num_generations": 5, "num_probe_slots": 0}, None),
         ({"remove_unused_columns": True}, r"would remove the gold answers"),

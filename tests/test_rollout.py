@@ -71,6 +71,20 @@ def test_a_turn_without_action_gets_feedback_and_the_last_search_is_not_executed
     assert trajectory.answer is None and trajectory.done
 
 
+def test_feedback_of_ones_own_is_inserted_as_it_is(word_tokenizer, retriever):
+    engine = RolloutEngine(
+        ScriptedGenerator(word_tokenizer, [["<think> oak </think>"], ["<answer> oak </answer>"]]),
+        retriever,
+        word_tokenizer,
+        BUDGET,
+        feedback="\nHold on .\n",
+    )
+    (trajectory,) = engine.rollout([[5, 6]])
+    assert trajectory.segments[1].text == "\nHold on .\n"
+    assert trajectory.segments[1].ids == encode(word_tokenizer, "\nHold on .\n")
+    assert trajectory.trained_mask == [1] * 3 + [0] * 3 + [1] * 3
+
+
 def test_empty_query_and_empty_answer_are_no_actions(word_tokenizer, retriever):
     turns = [["<search> </search>"], ["<answer> </answer>"], ["<answer> oak </answer>"]]
     (trajectory,) = engine_for(word_tokenizer, turns, retriever).rollout([[5]])

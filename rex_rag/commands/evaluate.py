@@ -121,7 +121,7 @@ def run_evaluation(
     from rex_rag.evaluation.models import check_name, open_model, stored_max_length
     from rex_rag.evaluation.run import EvaluationRun
 
-    method = make_method(arguments.method, arguments.prompt_text())
+    method = make_method(arguments.method, arguments.prompt_text(), arguments.further_texts())
     if method.uses_retriever and not search.is_given:
         raise ValueError(
             f"the method {method.name} searches, but no retriever is named; set retriever (an index directory, a "

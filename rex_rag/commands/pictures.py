@@ -130,7 +130,7 @@ def add_reliability(commands: argparse._SubParsersAction) -> None:
     add("--prompt-template", metavar="FILE", type=Path, help="text with {question} in it (default: the built-in one)")
     add("--k", type=positive, default=2, metavar="K", help="largest logits taken as evidence (default: 2)")
     add("--top-k", type=positive, default=3, metavar="K", help="passages a search (default: 3)")
-    add("--max-turns", type=positive, default=4, metavar="N", help="turns that may search (default: 4)")
+    add("--max-turns", type=positive, default=5, metavar="N", help="turns that may search (default: 5)")
     add("--max-turn-tokens", type=positive, default=500, metavar="N", help="tokens a turn (default: 500)")
     add("--inserted", action="store_true", help="draw the tokens of retrieved text as well")
     add("--device", help="where the models run (default: the first GPU, or else the CPU)")

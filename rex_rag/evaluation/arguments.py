@@ -96,6 +96,10 @@ class EvaluationArguments:
         default=None,
         metadata={"help": "Text file with the method's first prompt; `none`, the default, is the built-in one."},
     )
+    feedback_text: str | None = field(
+        default=None,
+        metadata={"help": "Text file with what a search agent is told after an invalid action; default: built-in."},
+    )
     top_k: int = field(default=_BUDGET.top_k, metadata={"help": "Passages a search."})
     max_turns: int = field(
         default=_BUDGET.max_turns, metadata={"help": "Turns that may search; one last generation follows."}
@@ -198,6 +202,12 @@ class EvaluationArguments:
         """The text of `prompt_template`, `None` for the method's own."""
         return None if self.prompt_template is None else Path(self.prompt_template).read_text(encoding="utf-8")
 
+    def further_texts(self) -> dict[str, str]:
+        """What takes the place of the method's further prompts, by name."""
+        if self.feedback_text is None:
+            return {}
+        return {"feedback": Path(self.feedback_text).read_text(encoding="utf-8")}
+
     def _missing(self) -> Iterator[str]:
         if not self.model:
             yield "model is not set; name a Hub model or a folder, or with endpoint the name it is served under"
@@ -205,8 +215,10 @@ class EvaluationArguments:
             yield "benchmarks is empty; name at least one, for example nq or mine=questions.jsonl"
         if not self.output:
             yield "output is not set; name the directory of the run"
-        if self.prompt_template is not None and not Path(self.prompt_template).is_file():
-            yield f"prompt_template={self.prompt_template!r} is no file here ({Path.cwd()}); correct the path"
+        for name in ("prompt_template", "feedback_text"):
+            value = getattr(self, name)
+            if value is not None and not Path(value).is_file():
+                yield f"{name}={value!r} is no file here ({Path.cwd()}); correct the path"
 
     def _value_problems(self) -> Iterator[str]:
         for name in _COUNTS + (("subset",) if self.subset is not None else ()):

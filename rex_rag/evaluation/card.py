@@ -296,7 +296,8 @@ def _difference(name: str, first: Any, second: Any) -> str:
 def _option(name: str) -> str:
     """What sets a field of the card, in the words of the command line; fields that nothing sets keep their name."""
     if name.startswith(_PROMPTS):
-        return f"prompt_template ({name.removeprefix(_PROMPTS)})"
+        text = name.removeprefix(_PROMPTS)
+        return "feedback_text" if text == "feedback" else f"prompt_template ({text})"
     return _OPTIONS.get(name) or name.removeprefix(next(filter(name.startswith, _SETTINGS), ""))
 
 

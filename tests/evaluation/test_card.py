@@ -31,8 +31,8 @@ def benchmark(name: str = "mine", text: str = "Who?", source: str = "questions.j
     return Benchmark(name, "open", (Question("0", text, ("oak",)),), source, size=1)
 
 
-def make_card(method: str = "rex_rag", template: str | None = None, retriever=BM25, **values):
-    made = make_method(method, template)
+def make_card(method: str = "rex_rag", template: str | None = None, further=None, retriever=BM25, **values):
+    made = make_method(method, template, further)
     settings = {
         "model": MODEL,
         "benchmarks": [benchmark()],
@@ -56,7 +56,7 @@ def test_a_card_is_plain_json_and_the_same_every_time():
     assert card["benchmark_order"] == ["zebra", "ant"]
     assert card["benchmarks"]["ant"]["source"] == "data/ant.jsonl"
     assert card["budget"] == {
-        "max_turns": 4,
+        "max_turns": 5,
         "max_turn_tokens": 500,
         "max_observation_tokens": 500,
         "max_sequence_length": 4096,
@@ -96,11 +96,12 @@ def test_what_may_differ_between_runs_that_are_compared(values):
         ({"retriever": {**BM25, "fingerprint": "bb"}}, "retriever (fingerprint): aa against bb"),
         ({"retriever": {**BM25, "nprobe": 8}}, "retriever_nprobe: none against 8"),
         ({"budget": RolloutBudget(top_k=5)}, "top_k: 3 against 5"),
-        ({"method": "search_r1", "budget": RolloutBudget(max_turns=2)}, "max_turns: 4 against 2"),
+        ({"method": "search_r1", "budget": RolloutBudget(max_turns=2)}, "max_turns: 5 against 2"),
         ({"budget": RolloutBudget(max_sequence_length=512)}, "max_sequence_length: 4096 against 512"),
         ({"temperature": 1.0}, "temperature: 0.0 against 1.0"),
         ({"samples": 4}, "samples: 1 against 4"),
         ({"template": "Q: {question}"}, "prompt_template: "),
+        ({"further": {"feedback": "Again."}}, "feedback_text: "),
     ],
 )
 def test_what_must_agree_is_named_alone(values, named):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rex_rag.evaluation.methods.agents import REXRAG, SearchR1
 from rex_rag.evaluation.methods.base import Method, Toolbox
 from rex_rag.evaluation.methods.ircot import IRCoT
@@ -16,12 +18,12 @@ METHODS: dict[str, type[Method]] = {
 __all__ = ["METHODS", "Method", "Toolbox", "make_method"]
 
 
-def make_method(name: str, template: str | None = None) -> Method:
-    """The method of a name, with another first prompt where one is given (a trained model's own, say).
+def make_method(name: str, template: str | None = None, further: Mapping[str, str] | None = None) -> Method:
+    """The method of a name, with another first prompt or further texts where given (a trained model's own, say).
 
     Raises:
-        ValueError: for an unknown name, and for a template that lacks a placeholder.
+        ValueError: for an unknown name, a template that lacks a placeholder, and texts that the method has not.
     """
     if name not in METHODS:
         raise ValueError(f"method is {name!r}, which is unknown; known methods are {', '.join(METHODS)}")
-    return METHODS[name](template)
+    return METHODS[name](template, further)

@@ -26,7 +26,11 @@ class SearchR1(Method):
 
     def _run(self, questions: Sequence[Question], toolbox: Toolbox) -> list[Trajectory]:
         engine = RolloutEngine(
-            toolbox.generator(STOP_STRINGS), toolbox.retriever, toolbox.tokenizer, budget=toolbox.budget
+            toolbox.generator(STOP_STRINGS),
+            toolbox.retriever,
+            toolbox.tokenizer,
+            budget=toolbox.budget,
+            feedback=self.further["feedback"],
         )
         prompts = [toolbox.encode_chat(self.prompt_text(question)) for question in questions]
         limit = toolbox.budget.max_sequence_length

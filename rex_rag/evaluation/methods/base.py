@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from typing import TYPE_CHECKING, ClassVar
@@ -103,9 +103,10 @@ class Method(ABC):
 
     Args:
         template: takes the place of `default_template`; must hold the same placeholders.
+        further: take the place of `further_prompts` of the same name.
 
     Raises:
-        ValueError: for a template that lacks a placeholder.
+        ValueError: for a template that lacks a placeholder, and for further prompts that the method has not.
     """
 
     name: ClassVar[str]
@@ -117,7 +118,10 @@ class Method(ABC):
     further_prompts: ClassVar[dict[str, str]] = {}
     stop_strings: ClassVar[tuple[tuple[str, ...], ...]]
 
-    def __init__(self, template: str | None = None) -> None:
+    def __init__(self, template: str | None = None, further: Mapping[str, str] | None = None) -> None:
+        if unknown := dict(further or {}).keys() - self.further_prompts.keys():
+            raise ValueError(f"the method {self.name} has no text called {', '.join(sorted(unknown))}; leave it out")
+        self.further = {**self.further_prompts, **(further or {})}
         self.template = self.default_template if template is None else template
         given = placeholders(self.template)
         missing = [name for name in placeholders(self.default_template) if name not in given]
@@ -130,7 +134,7 @@ class Method(ABC):
     @property
     def prompts(self) -> dict[str, str]:
         """Every text the method puts to the model, by name, with its placeholders."""
-        return {"prompt": self.template, **self.further_prompts, "choices": CHOICES}
+        return {"prompt": self.template, **self.further, "choices": CHOICES}
 
     @property
     def prompt_sha256(self) -> str:
