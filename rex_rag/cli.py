@@ -276,19 +276,21 @@ def _batch_lines(config: REXRAGConfig, processes: int) -> dict[str, str]:
     rows = config.per_device_train_batch_size * config.steps_per_generation * processes
     questions = rows // config.num_generations
     updates = config.steps_per_generation * config.num_iterations / config.gradient_accumulation_steps
+    originals = questions * config.num_originals
+    kept = _most_probes(config, questions)
+    trajectories = f"{originals * config.num_iterations / updates:,.0f}"
+    if kept:
+        trajectories += f" to {(originals + kept) * config.num_iterations / updates:,.0f}"
     dropping = " (fewer once empty probe slots are dropped)" if config.num_probe_slots else ""
     lines = {
         "generation": f"{counted(questions, 'question')} x {counted(config.num_generations, 'row')} = "
         f"{counted(rows, 'row')} over {counted(processes, 'process', 'processes')}",
         "optimisation": f"{counted(updates, 'update')} a generation, "
-        f"{counted(questions * config.num_iterations / updates, 'question')} each, in micro-batches of "
+        f"each of {trajectories} trajectories (reference: 256), that is "
+        f"{counted(questions * config.num_iterations / updates, 'question')}, in micro-batches of "
         f"{counted(config.per_device_train_batch_size, 'row')}{dropping}",
     }
     if config.num_probe_slots and config.probe_filter != "none":
-        from rex_rag.policy_correction import keep_count
-
-        originals = questions * config.num_originals
-        kept = keep_count(config.keep_ratio, originals)
         lines["filter"] = f"at most {counted(kept, 'probe')} kept of {counted(originals, 'original')} a generation" + (
             "" if kept else ": NONE, enlarge the generation batch"
         )
@@ -300,6 +302,16 @@ def _batch_lines(config: REXRAGConfig, processes: int) -> dict[str, str]:
         lines["training"] = counted(config.num_train_epochs, "epoch")
     lines["training"] += f", learning rate {config.learning_rate:g}, KL {config.beta:g}, output {config.output_dir}"
     return lines
+
+
+def _most_probes(config: REXRAGConfig, questions: int) -> int:
+    """The largest number of probes that a generation of so many questions can keep."""
+    from rex_rag.policy_correction import keep_count
+
+    slots = questions * min(config.num_probe_slots, config.num_originals)
+    if config.probe_filter == "none":
+        return slots
+    return min(slots, keep_count(config.keep_ratio, questions * config.num_originals))
 
 
 def _wrapped(name: str, value: str, width: int) -> str:

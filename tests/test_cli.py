@@ -165,9 +165,9 @@ def test_check_works_the_batch_out(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "5 originals + 5 probe slots a question" in text
     assert "paper, equation 7" in text
     assert "512 questions x 10 rows = 5,120 rows over 8 processes" in text
-    assert "2 updates a generation, 256 questions each" in text
+    assert "10 updates a generation, each of 256 to 287 trajectories (reference: 256), that is 51.2 questions," in text
     assert "at most 307 probes kept of 2,560 originals a generation" in text  # floor(0.12 x 2560 = 307.2)
-    assert "2,010 updates = 1,005 generations" in text
+    assert "10,050 updates = 1,005 generations" in text
 
 
 def test_check_says_that_probes_are_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):

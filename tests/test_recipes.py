@@ -134,17 +134,77 @@ def test_every_number_has_its_source_beside_it(recipe: str):
         assert re.search(r"  # (paper|reference|ours|rows a question|one for each|no probes|= )", line), line
 
 
+# The paper's hyper-parameters (arXiv 2508.08149, section 4.1) and, where it gives none, those of the authors' scripts.
+REFERENCE = {
+    "num_originals": 5,
+    "retrieval_top_k": 3,
+    "max_turns": 5,
+    "max_prompt_length": 2048,
+    "max_turn_tokens": 500,
+    "max_observation_tokens": 500,
+    "max_sequence_length": 4096,
+    "format_reward_weight": 0.0,
+    "num_iterations": 1,
+    "learning_rate": 1e-6,
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 0.285,
+    "epsilon": 0.2,
+    "beta": 0.001,
+    "kl_token_max": 10.0,
+    "kl_on_probe_tokens": True,
+    "use_bias_correction_kl": False,
+    "entropy_coef": 0.0,
+    "loss_type": "dapo",
+    "scale_rewards": "group",
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "bf16": True,
+}
+REFERENCE_PROBES = {
+    "probe_probability": 0.2,
+    "keep_ratio": 0.12,
+    "keep_ratio_schedule": "constant",
+    "probe_filter": "likelihood",
+    "correction": "token",
+    "probe_density": "exact",
+    "exploration_prompts": None,
+    "exploration_pool_size": None,
+}
+
+
+@pytest.mark.parametrize("recipe", PAPER_RECIPES)
+def test_numbers_are_the_papers_and_the_references(recipe: str):
+    *_, config, _ = parse(recipe)
+    expected = dict(REFERENCE)
+    if "grpo" not in recipe:
+        expected |= REFERENCE_PROBES
+    if "dapo" in recipe:
+        expected["epsilon_high"] = 0.28
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
 @pytest.mark.parametrize("recipe", PAPER_RECIPES)
 def test_batch_arithmetic_gives_the_papers_steps_on_eight_gpus(recipe: str):
     *_, config, _ = parse(recipe)
     rows_per_gpu = config.per_device_train_batch_size * config.steps_per_generation
     assert 8 * rows_per_gpu // config.num_generations == 512  # questions a generation
     assert rows_per_gpu % config.num_generations == 0  # whole groups on every GPU
+    updates = config.steps_per_generation // config.gradient_accumulation_steps
+    assert config.steps_per_generation % config.gradient_accumulation_steps == 0
+    # 2,560 originals and up to 0.12 x 2,560 = 307 probes in mini-batches of 256 trajectories: 10 to 11.2 updates.
+    assert 512 * config.num_originals / updates == 256
+    assert config.max_steps == 1005 * updates == 10050
+    assert config.save_steps == 50 * updates
+    assert config.get_warmup_steps(config.max_steps) == 2865  # ceil(0.285 x 10050 = 2864.25)
+    # The other way to count, questions, in the header: 256 of them an update.
+    [accumulated, steps, saved] = re.search(
+        r"--gradient_accumulation_steps (\d+) --max_steps (\d+) --save_steps (\d+)", header(recipe)
+    ).groups()
+    *_, config, _ = parse(recipe, "--gradient_accumulation_steps", accumulated, "--max_steps", steps)
     updates = config.steps_per_generation / config.gradient_accumulation_steps
-    assert 512 / updates == 256  # questions an update
-    assert config.max_steps == 1005 * updates
-    assert config.num_originals == 5
-    assert config.get_warmup_steps(config.max_steps) == 573  # ceil(0.285 x 2010 = 572.85)
+    assert 512 / updates == 256 and config.max_steps == 1005 * updates and int(saved) == 50 * updates
 
 
 @pytest.mark.parametrize("size", ["3B", "7B"])

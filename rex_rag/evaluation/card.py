@@ -45,7 +45,7 @@ _INSTEAD_OF_FINGERPRINT = ("corpus_sha256", "answers_sha256", "kind", "descripti
 _OPTIONS = {
     "chunk_size": "batch_size",
     "method.name": "method",
-    "method.prompt_sha256": "prompt_template",
+    "method.prompt_sha256": "prompt_template or feedback_text",
     "model.name": "model",
     "model.revision": "model_revision",
     "model.weights_sha256": "model (weights)",

@@ -100,8 +100,8 @@ def test_what_may_differ_between_runs_that_are_compared(values):
         ({"budget": RolloutBudget(max_sequence_length=512)}, "max_sequence_length: 4096 against 512"),
         ({"temperature": 1.0}, "temperature: 0.0 against 1.0"),
         ({"samples": 4}, "samples: 1 against 4"),
-        ({"template": "Q: {question}"}, "prompt_template: "),
-        ({"further": {"feedback": "Again."}}, "feedback_text: "),
+        ({"template": "Q: {question}"}, "prompt_template or feedback_text: "),
+        ({"further": {"feedback": "Again."}}, "prompt_template or feedback_text: "),
     ],
 )
 def test_what_must_agree_is_named_alone(values, named):
