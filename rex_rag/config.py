@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,8 +63,8 @@ class REXRAGConfig(GRPOConfig):
             token and 1 on the rest (ablation).
         kl_token_max (`float` or `None`, *optional*, defaults to `10.0`):
             The KL estimate (k3) of a token is at most this many nats, without gradient beyond, as in the reference.
-            The policy may make inserted tokens ever less likely, and one of them could outweigh a batch. `None` is
-            TRL's unbounded estimate.
+            The policy may make inserted tokens ever less likely, and one of them could outweigh a batch. `None` (on
+            the command line `inf`) is TRL's unbounded estimate.
         kl_on_probe_tokens (`bool`, *optional*, defaults to `True`):
             Whether the KL term runs over inserted exploration prompts too, as in the reference.
         exploration_prompts (`str` or `None`, *optional*):
@@ -288,10 +289,12 @@ class REXRAGConfig(GRPOConfig):
             )
         if self.format_reward_weight < 0:
             problems.append(f"format_reward_weight is {self.format_reward_weight}; use 0 (off) or a positive weight")
+        if self.kl_token_max == math.inf:  # what a command line can say for `None`
+            self.kl_token_max = None
         if self.kl_token_max is not None and not 0.0 < self.kl_token_max <= 1000.0:
             problems.append(
                 f"kl_token_max is {self.kl_token_max}; it bounds the KL estimate of a token, in nats: give a value in "
-                "(0, 1000], 10 in the reference, or leave the estimate unbounded with null"
+                "(0, 1000], 10 in the reference, or inf for the unbounded estimate"
             )
         if self.correction_weight_max is not None and self.correction_weight_max < 1:
             problems.append(

@@ -619,7 +619,7 @@ def test_long_prompt_is_refused_by_name(model_path, tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "divergence"),
-    [({"kl_token_max": None}, math.exp(7) - 8), ({}, 10.0), ({"kl_on_probe_tokens": False}, 0.0)],
+    [({"kl_token_max": math.inf}, math.exp(7) - 8), ({}, 10.0), ({"kl_on_probe_tokens": False}, 0.0)],
 )
 def test_kl_on_inserted_tokens(probed, settings, divergence):
     """log pi_ref - log pi_theta is 7 on inserted tokens: k3 = e^7 - 8 = 1088.6, d k3 / d log pi_theta = 1 - e^7."""
