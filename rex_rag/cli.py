@@ -33,13 +33,6 @@ _FORWARDED = {
     "coverage": (coverage.coverage, "how many gold answers a corpus and a retriever hold"),
 }
 
-_CORRECTIONS = {
-    "token": "token by token, pi_theta / mu in the clip (paper, equation 7)",
-    "decoupled": "pi_theta / pi_old in the clip, times the detached weight pi_old / mu",
-    "sequence": "whole trajectories, balance heuristic, detached from the clip",
-    "none": "none (ablation): probes are treated as if the policy had written them",
-}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0, or 2 for errors a user can mend (one line on stderr)."""
@@ -254,7 +247,7 @@ def _method_lines(config: REXRAGConfig) -> dict[str, str]:
         f"{counted(config.num_probe_slots, 'probe slot')} a question",
         "probes": f"of failed originals with probability {config.probe_probability:g}, {kept}; pool of "
         f"{counted(len(config.exploration_pool()), 'prompt')}",
-        "correction": f"{_CORRECTIONS[config.correction]}; {config.probe_density} prompt density",
+        "correction": config.correction_form.describe(config),
     }
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from trl import GRPOConfig
 
+from rex_rag.correction_forms import FORMS, CorrectionForm
 from rex_rag.exploration import load_pool
 from rex_rag.mixed_sampling import MixedSamplingConfig
-from rex_rag.policy_correction import clip_bound, keep_count
+from rex_rag.policy_correction import CLIPPED_LOSSES, clip_bound, keep_count
 from rex_rag.protocol import FEEDBACK_TEXT, PROMPT_TEMPLATE, STOP_STRINGS, build_prompt
 from rex_rag.rollout import RolloutBudget
 
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 _ROW_MEAN_LOSSES = ("grpo", "sapo", "luspo", "dr_grpo")
 
 _CHOICES = {
-    "correction": ("token", "decoupled", "sequence", "none"),
+    "correction": FORMS,  # the mapping itself: a form may be registered later
     "probe_filter": ("likelihood", "random", "none"),
     "probe_density": ("exact", "coarse"),
     "keep_ratio_schedule": ("constant", "accuracy_ema"),
@@ -52,12 +53,12 @@ class REXRAGConfig(GRPOConfig):
             `"likelihood"` ranks probes by the mean log-probability of their prompt; `"random"` keeps a random subset
             of the same size; `"none"` keeps all (both are ablations, paper table 2).
         correction (`str`, *optional*, defaults to `"token"`):
-            `"token"` is the paper's form (eq. 7-8): the clipped ratio is pi_theta / mu, token by token.
-            `"decoupled"` clips pi_theta / pi_old and multiplies by the detached weight pi_old / mu. `"sequence"`
-            multiplies by the detached whole-trajectory weight (balance heuristic), whose expectation is the
-            on-policy gradient. `"none"` switches importance sampling off (ablation).
+            How probes enter the loss: the name of a form in [`~rex_rag.correction_forms.FORMS`]. `"token"` is the
+            paper's (eq. 7-8): the clipped ratio is pi_theta / mu, token by token. docs/correction.md compares them.
         correction_weight_max (`float` or `None`, *optional*):
-            Truncates the weights of `"decoupled"` and `"sequence"` from above.
+            Truncates the weights of a form that multiplies advantages by them from above.
+        correction_weight_min (`float`, *optional*, defaults to `0.1`):
+            Lower bound on the weights of the form `"floor"`.
         probe_density (`str`, *optional*, defaults to `"exact"`):
             `"exact"` takes the prompt's next-token frequencies in the tokenised pool; `"coarse"` 1/n on its first
             token and 1 on the rest (ablation).
@@ -134,11 +135,17 @@ class REXRAGConfig(GRPOConfig):
         default="likelihood", metadata={"help": "Trajectory filter.", "choices": list(_CHOICES["probe_filter"])}
     )
     correction: str = field(
-        default="token", metadata={"help": "Form of the policy correction.", "choices": list(_CHOICES["correction"])}
+        default="token",
+        metadata={
+            "help": "How probes enter the loss. "
+            + "; ".join(f"{name}: {form.summary}" for name, form in FORMS.items()),
+            "choices": FORMS,
+        },
     )
     correction_weight_max: float | None = field(
-        default=None, metadata={"help": "Upper truncation of the decoupled and sequence weights."}
+        default=None, metadata={"help": "Upper truncation of weights that multiply advantages."}
     )
+    correction_weight_min: float = field(default=0.1, metadata={"help": "Lower bound on the weights of form floor."})
     probe_density: str = field(
         default="exact",
         metadata={"help": "Density of the inserted prompt's tokens.", "choices": list(_CHOICES["probe_density"])},
@@ -182,6 +189,10 @@ class REXRAGConfig(GRPOConfig):
     def num_originals(self) -> int:
         """G0 = n: rollouts per question sampled from pi_old alone."""
         return self.num_generations - self.num_probe_slots
+
+    @property
+    def correction_form(self) -> CorrectionForm:
+        return FORMS[self.correction]
 
     def mixed_sampling(self) -> MixedSamplingConfig:
         return MixedSamplingConfig(
@@ -231,7 +242,7 @@ class REXRAGConfig(GRPOConfig):
             for name, choices in _CHOICES.items()
             if getattr(self, name) not in choices
         ]
-        problems += self._rollout_problems() + self._sampling_problems()
+        problems += self._rollout_problems() + self._sampling_problems() + self._loss_problems()
         for check in (self.exploration_pool, lambda: build_prompt("", self.prompt_text()), self.feedback):
             try:
                 check()
@@ -280,6 +291,11 @@ class REXRAGConfig(GRPOConfig):
                 f"loss_type is {self.loss_type!r}, which averages over rows, so the rows that level the ranks' counts "
                 "of probes would dilute it; use 'dapo', the method's mean over tokens"
             )
+        if self.num_probe_slots and self.loss_type == "bnpo":
+            problems.append(
+                "loss_type is 'bnpo', which averages over micro-batches, so one of nothing but rows that level the "
+                "ranks' counts of probes would dilute it; use 'dapo', the method's mean over tokens"
+            )
         if self.remove_unused_columns:
             problems.append("remove_unused_columns is on, which would remove the gold answers; switch it off")
         if self.format_reward_weight and self.reward_weights is not None:
@@ -301,6 +317,24 @@ class REXRAGConfig(GRPOConfig):
                 f"correction_weight_max is {self.correction_weight_max}; below 1 it would cut weights of tokens that "
                 "need no correction: use at least 1, or leave it unset"
             )
+        return problems
+
+    def _loss_problems(self) -> list[str]:
+        problems = []
+        largest = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if self.loss_type == "cispo" and largest < 1:
+            problems.append(
+                f"loss_type is 'cispo' with epsilon_high {self.epsilon_high}: TRL then takes {largest} for the largest "
+                "importance weight, and not 1 more than that, so all are cut to it; set epsilon_high to the largest "
+                "weight to allow (ScaleRL: 5.0)"
+            )
+        if self.neftune_noise_alpha is not None:
+            problems.append(
+                f"neftune_noise_alpha is {self.neftune_noise_alpha}: noise on the embeddings goes into every "
+                "log-probability of the policy, so that ratios and KL measure noise; leave it unset"
+            )
+        if self.num_probe_slots > 0 and self.correction in FORMS:
+            problems += self.correction_form.problems(self)
         return problems
 
     def _sampling_problems(self) -> list[str]:
@@ -392,7 +426,8 @@ class REXRAGConfig(GRPOConfig):
             )
         epsilon = self.epsilon if self.epsilon_high is None else self.epsilon_high
         ratio = self.probe_probability if self.probe_filter == "none" else self.keep_ratio
-        if self.num_probe_slots and self.correction == "token" and ratio / (1 + ratio) > clip_bound(epsilon):
+        widened = self.num_probe_slots and self.correction_form.in_ratio and self.loss_type in CLIPPED_LOSSES
+        if widened and ratio / (1 + ratio) > clip_bound(epsilon):
             logger.warning(
                 "up to %.3f of the batch can be probes, beyond the clip bound eps/(1+eps) = %.3f: originals then "
                 "start at a ratio of 1/(1-a) outside the clip range and those with positive advantage get no "
@@ -402,3 +437,5 @@ class REXRAGConfig(GRPOConfig):
                 "probe_probability" if self.probe_filter == "none" else "keep_ratio",
                 epsilon,
             )
+        for warning in self.correction_form.warnings(self) if self.num_probe_slots else ():
+            logger.warning(warning)

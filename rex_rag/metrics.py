@@ -11,6 +11,8 @@ import torch
 from rex_rag.mixed_sampling import MixedBatch
 from rex_rag.types import SegmentKind, Trajectory, Truncation
 
+_DROPPED = "probes/dropped/"  # and the cause
+
 
 def rollout_counts(trajectories: Sequence[Trajectory]) -> Counter:
     """Sums over trajectories, to be added up over processes."""
@@ -33,7 +35,9 @@ def mixed_counts(batch: MixedBatch, originals_per_question: int) -> Counter:
         probes_made=batch.probes_made,
         probes_kept=len(batch.probes),
         probes_correct=sum(batch.probe_correct),
+        probes_dropped=sum(batch.dropped.values()),
     )
+    counts.update({f"{_DROPPED}{cause}": count for cause, count in batch.dropped.items()})
     probed: dict[int, bool] = {}
     for probe, right in zip(batch.probes, batch.probe_correct, strict=True):
         question = probe.parent // originals_per_question
@@ -69,7 +73,9 @@ def summarize(counts: Iterable[Counter]) -> dict[str, float]:
             "dead_end/rescue_rate": _rate(total["dead_ends_rescued"], total["dead_ends_probed"]),
             "probes/made": float(total["probes_made"]),
             "probes/kept": float(total["probes_kept"]),
+            "probes/dropped": float(total["probes_dropped"]),
         }
+        metrics |= {name: float(count) for name, count in sorted(total.items()) if name.startswith(_DROPPED)}
     return metrics
 
 
@@ -111,6 +117,22 @@ def segment_metrics(totals: torch.Tensor, *, clip_ratio: bool, kl: bool) -> dict
             metrics[f"kl/{name}"] = divergence / count
             metrics[f"kl_bounded/{name}"] = bounded / count
     return metrics
+
+
+def ratio_statistics(ratio: torch.Tensor) -> torch.Tensor:
+    """Sum, count, minimum and maximum of some rows' importance-sampling ratios, (B, 1) -> (4,) float32."""
+    ratio = ratio.float()
+    return torch.stack([ratio.sum(), torch.tensor(ratio.size(0), device=ratio.device), ratio.min(), ratio.max()])
+
+
+def ratio_metrics(statistics: torch.Tensor) -> dict[str, float]:
+    """What TRL logs of the ratios between trainer and engine, from every process's `ratio_statistics`, (ranks, 4)."""
+    total, count = statistics[:, :2].sum(dim=0).tolist()
+    return {
+        "sampling/importance_sampling_ratio/min": statistics[:, 2].min().item(),
+        "sampling/importance_sampling_ratio/mean": total / count,
+        "sampling/importance_sampling_ratio/max": statistics[:, 3].max().item(),
+    }
 
 
 def weight_metrics(statistics: torch.Tensor) -> dict[str, float]:

@@ -7,8 +7,9 @@ continuation of one that would be thrown away.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rex_rag.exploration import ExplorationPool, draw_probe
 from rex_rag.policy_correction import keep_best, keep_count, keep_random
@@ -32,6 +33,7 @@ class MixedBatch:
     """One process's share of a mixed batch, with the counts of the global batch.
 
     `correct` belongs to `originals`, `probe_correct` to `probes`. A probe's `parent` is the index of its original.
+    `dropped` counts, by cause, this process's probes that the filter kept and the correction form could not train.
     """
 
     originals: list[Trajectory]
@@ -43,6 +45,7 @@ class MixedBatch:
     global_failed: int
     global_made: int
     global_kept: int
+    dropped: Counter = field(default_factory=Counter)
 
     @property
     def failure_rate(self) -> float:
@@ -64,6 +67,7 @@ class MixedSampler:
         config: what is sampled.
         score_probes: mean log pi_old over the `PROBE` tokens of started probes. A collective call: it is made on
             every process, with however many probes that process has.
+        trained: a finished probe -> what is trained in its place, or why it is dropped (`CorrectionForm.trained`).
         gather: one object per process -> the list of all processes' objects, in rank order.
         rank: this process's place in that order.
     """
@@ -74,6 +78,7 @@ class MixedSampler:
         pool: ExplorationPool,
         config: MixedSamplingConfig,
         score_probes: Callable[[Sequence[Trajectory]], list[float]],
+        trained: Callable[[Trajectory], Trajectory | str] = lambda probe: probe,
         gather: Callable[[object], list] = lambda item: [item],
         rank: int = 0,
     ) -> None:
@@ -81,6 +86,7 @@ class MixedSampler:
         self.pool = pool
         self.config = config
         self._score_probes = score_probes
+        self._trained = trained
         self._gather = gather
         self._rank = rank
 
@@ -113,10 +119,11 @@ class MixedSampler:
         counts = self._gather((len(originals), len(failed), len(started)))
         num_originals, num_failed, num_made = (sum(column) for column in zip(*counts, strict=True))
         kept = self._filter(started, num_made, keep_count(keep_ratio, num_originals), step) if num_made else []
-        global_kept = num_made
+        global_kept, dropped = num_made, Counter()
         if num_made:
-            global_kept = sum(self._gather(len(kept)))
             self.engine.resume(kept)
+            kept, dropped = self._drop_untrainable(kept)
+            global_kept = sum(self._gather(len(kept)))
         return MixedBatch(
             originals=originals,
             correct=correct,
@@ -127,6 +134,7 @@ class MixedSampler:
             global_failed=num_failed,
             global_made=num_made,
             global_kept=global_kept,
+            dropped=dropped,
         )
 
     def _start_probes(
@@ -146,6 +154,18 @@ class MixedSampler:
                 started.append(probe)
                 per_question[question] = per_question.get(question, 0) + 1
         return started
+
+    def _drop_untrainable(self, probes: list[Trajectory]) -> tuple[list[Trajectory], Counter]:
+        """Give finished probes what is trained in their places; count, by cause, those that cannot be trained."""
+        kept, dropped = [], Counter()
+        for probe in probes:
+            trained = self._trained(probe)
+            if isinstance(trained, str):
+                dropped[trained] += 1
+                continue
+            probe.trained = trained
+            kept.append(probe)
+        return kept, dropped
 
     def _filter(
         self, started: list[Trajectory], num_made: int, num_keep: int, step: tuple[int, ...]

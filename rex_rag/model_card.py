@@ -77,7 +77,7 @@ def write_card(
         f"{counted(args.num_probe_slots, 'probe')}",
         "Probes": f"p = {args.probe_probability}, filter {args.probe_filter}, keep ratio {args.keep_ratio} "
         f"({args.keep_ratio_schedule})",
-        "Correction": f"{args.correction}, probe density {args.probe_density}",
+        "Correction": args.correction_form.describe(args),
         "Budgets": f"{counted(args.max_turns, 'search', 'searches')}, {args.max_turn_tokens} tokens a turn, "
         f"{args.max_observation_tokens} an observation, {args.max_sequence_length} in all",
     }

@@ -20,6 +20,9 @@ from rex_rag.types import SegmentKind
 
 PADDING_KIND = -1
 
+# Those of TRL's losses that clip the ratio.
+CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+
 
 def prefix_mask(kinds: torch.Tensor) -> torch.Tensor:
     """The `POLICY` tokens of a probe that stand before its exploration prompt.

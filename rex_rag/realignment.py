@@ -1,18 +1,45 @@
-"""The correction forms: what replaces pi_theta / pi_old in the clipped surrogate (METHOD 4.3)."""
+"""Realignment (METHOD 4.3): a correction form's weights put in their place among the loss's inputs."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
-from rex_rag.policy_correction import (
-    behavior_log_probs,
-    decoupled_log_weights,
-    probe_log_density,
-    sequence_log_weights,
-)
+from rex_rag.policy_correction import behavior_log_probs, probe_log_density
+
+if TYPE_CHECKING:
+    from rex_rag.config import REXRAGConfig
+    from rex_rag.correction_forms import CorrectionForm
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mini-batch as a sample of mu = (1-a) pi_old + a pi_eps.
+
+    `old` (log pi_old), `mask` (1 on trained tokens), `kinds` and `pool_logps` are (B, T), see
+    `rex_rag.slots.describe_rows`; `advantages` is (B,); `failure_rate` is z and `share` is a, above 0.
+    """
+
+    old: torch.Tensor
+    mask: torch.Tensor
+    kinds: torch.Tensor
+    pool_logps: torch.Tensor
+    advantages: torch.Tensor
+    failure_rate: float
+    share: float
+
+    @cached_property
+    def probe_density(self) -> torch.Tensor:
+        """(B, T) log pi_eps (eq. 6)."""
+        return probe_log_density(self.old, self.kinds, self.pool_logps, self.failure_rate)
+
+    @cached_property
+    def behavior(self) -> torch.Tensor:
+        """(B, T) log mu (eq. 7)."""
+        return behavior_log_probs(self.old, self.probe_density, self.share)
 
 
 @dataclass(slots=True)
@@ -29,35 +56,40 @@ class Realignment:
 
 
 def realign(
-    inputs: dict[str, torch.Tensor], per_token_logps: torch.Tensor, correction: str, weight_max: float | None
+    inputs: dict[str, torch.Tensor], per_token_logps: torch.Tensor, form: CorrectionForm, args: REXRAGConfig
 ) -> Realignment:
-    """Realign a mini-batch to the mixture that produced it.
-
-    Without probes (a = 0) or with `correction="none"` nothing is replaced.
+    """Realign a mini-batch to the mixture that produced it; without probes (a = 0) nothing is replaced.
 
     Args:
         inputs: the loss's inputs; see `rex_rag.slots.describe_rows` for what the correction reads.
         per_token_logps: (B, T) log pi_theta, detached; it is log pi_old where `inputs` holds none (generation and
             optimisation are then aligned).
-        correction: `"token"`, `"decoupled"`, `"sequence"` or `"none"`.
-        weight_max: upper truncation of the decoupled and sequence weights.
+        form: gives the weights, and says where they go.
+        args: the settings that the form reads.
     """
     old = inputs.get("old_per_token_logps")
     old = per_token_logps if old is None else old
     share = float(inputs["mixing_share"])
-    if share == 0 or correction == "none":
+    if share == 0:
         return Realignment({}, old)
-    mask = loss_mask(inputs)
-    density = probe_log_density(old, inputs["segment_kinds"], inputs["pool_logps"], float(inputs["failure_rate"]))
-    if correction == "sequence":
-        log_weights = sequence_log_weights(old, density, mask, share)
-    else:
-        behavior = behavior_log_probs(old, density, share)
-        log_weights = decoupled_log_weights(old, behavior)
-        if correction == "token":
-            return Realignment({"old_per_token_logps": behavior}, behavior, log_weights)
-    if weight_max is not None:
-        log_weights = log_weights.clamp(max=math.log(weight_max))
+    mixture = Mixture(
+        old=old,
+        mask=loss_mask(inputs),
+        kinds=inputs["segment_kinds"],
+        pool_logps=inputs["pool_logps"],
+        advantages=inputs["advantages"],
+        failure_rate=float(inputs["failure_rate"]),
+        share=share,
+    )
+    log_weights = form.log_weights(mixture, args)
+    if log_weights is None:
+        return Realignment({}, old)
+    if form.in_ratio:
+        denominator = old.float() - log_weights
+        # TRL's off-policy mask takes the denominator for the sampler's log-probabilities where it has no others.
+        sampler = inputs.get("sampling_per_token_logps", old)
+        replaced = {"old_per_token_logps": denominator, "sampling_per_token_logps": sampler}
+        return Realignment(replaced, denominator, log_weights)
     # TRL takes advantages of shape (B, T); the weights are positive, so they commute with the clip's minimum.
     return Realignment({"advantages": inputs["advantages"].unsqueeze(1) * log_weights.exp()}, old, log_weights)
 

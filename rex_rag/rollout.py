@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from rex_rag.cuts import tokens_before
 from rex_rag.exploration import EncodedPool, ExplorationPool
 from rex_rag.protocol import (
     FEEDBACK_TEXT,
@@ -131,7 +132,7 @@ class RolloutEngine:
         if span is None:
             raise ValueError("only an original that answered can be probed; this one has no answer")
         answered = original.segments[span.segment]
-        kept, leftover = self._cut_before(answered, span.offset)
+        kept, leftover = tokens_before(answered, span.offset, self.decode)
         encoded: EncodedPool = pool.encode(leftover)
         segments = [*original.segments[: span.segment]]
         if kept:
@@ -151,18 +152,9 @@ class RolloutEngine:
         )
         return probe if probe.length < self.budget.max_sequence_length else None
 
-    def _cut_before(self, segment: Segment, offset: int) -> tuple[int, str]:
-        """How many tokens of a segment lie wholly before a character, and the characters between them and it."""
-        for kept in range(len(segment.ids), 0, -1):
-            head = self._decode([segment.ids[:kept]])[0]
-            # A cut inside a multi-byte character decodes to a replacement character and is no prefix of the text.
-            if len(head) <= offset and segment.text.startswith(head):
-                return kept, segment.text[len(head) : offset]
-        return 0, segment.text[:offset]
-
     def _turn(self, live: list[Trajectory], rows: int) -> None:
         generations = self._generate(live, rows)
-        texts = self._decode([generation.ids for generation in generations])
+        texts = self.decode([generation.ids for generation in generations])
         searching: list[tuple[Trajectory, str]] = []
         for trajectory, generation, text in zip(live, generations, texts, strict=True):
             query = self._apply(trajectory, generation, text)
@@ -258,14 +250,15 @@ class RolloutEngine:
             cause = Truncation.OBSERVATION if allowance < room else Truncation.SEQUENCE
             trajectory.truncations[cause] += 1
             body_ids = body_ids[:kept]
-            body = self._decode([body_ids])[0]
+            body = self.decode([body_ids])[0]
         self._insert(trajectory, SegmentKind.INFORMATION, body_ids + self._tail_ids, body + OBSERVATION_TAIL)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         # verbose: passages are cut to the budget afterwards, so their length is nothing to warn of.
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _decode(self, ids: list[list[int]]) -> list[str]:
+    def decode(self, ids: list[list[int]]) -> list[str]:
+        """The texts of a batch of token ids, control tokens and spaces included."""
         if not ids:  # a rank that only joins in; batch_decode takes an empty batch for one empty row
             return []
         return self.tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -16,7 +16,7 @@ from rex_rag.types import SegmentKind, Trajectory
 
 @dataclass(slots=True)
 class Slots:
-    """One process's generation batch: a trajectory per row, `None` in a probe slot that no probe filled.
+    """One process's generation batch: a rollout per row, `None` in a probe slot that no probe filled.
 
     `live` holds the indices of the rows to score and optimise, equally many on every process; `None` means all.
     """
@@ -28,6 +28,11 @@ class Slots:
     @property
     def filled(self) -> list[Trajectory]:
         return [row for row in self.rows if row is not None]
+
+    @property
+    def trained(self) -> list[Trajectory | None]:
+        """What enters the loss in the rows' places."""
+        return [row and (row.trained or row) for row in self.rows]
 
 
 def original_rows(num_rows: int, group: int, originals: int) -> list[int]:
@@ -76,7 +81,7 @@ def describe_rows(slots: Slots, shape: torch.Size, device: torch.device) -> dict
     """
     kinds = torch.full(shape, PADDING_KIND, dtype=torch.int8)
     pool_logps = torch.zeros(shape, dtype=torch.float32)
-    for index, row in enumerate(slots.rows):
+    for index, row in enumerate(slots.trained):
         if row is None:
             continue
         row_kinds = torch.tensor(row.kinds, dtype=torch.int8)

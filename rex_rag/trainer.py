@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -25,16 +24,14 @@ from trl.trainer.utils import pad
 
 from rex_rag.answers import exact_match
 from rex_rag.config import REXRAGConfig
-from rex_rag.evaluation_log import EvaluationLog
+from rex_rag.corrected_loss import CorrectedLoss
 from rex_rag.exploration import ExplorationPool
 from rex_rag.generation import TransformersGenerator, VLLMGenerator
-from rex_rag.kl import bounded_reference
-from rex_rag.metrics import mixed_counts, rollout_counts, segment_metrics, segment_sums, summarize, weight_metrics
+from rex_rag.metrics import mixed_counts, ratio_metrics, ratio_statistics, rollout_counts, summarize
 from rex_rag.mixed_sampling import MixedBatch, MixedSampler
 from rex_rag.model_card import PAPER, write_card
-from rex_rag.policy_correction import KeepRatio, clip_bound, weight_statistics
+from rex_rag.policy_correction import CLIPPED_LOSSES, KeepRatio, clip_bound
 from rex_rag.prompts import add_prompts, refuse_long_prompt, refuse_long_prompts
-from rex_rag.realignment import Realignment, loss_mask, realign
 from rex_rag.retrieval.base import Retriever
 from rex_rag.rewards import compose_rewards
 from rex_rag.rollout import RolloutEngine, RolloutSeconds
@@ -53,10 +50,9 @@ from rex_rag.types import Segment, SegmentKind, Trajectory
 logger = get_logger(__name__)
 
 _STATE_FILE = "rex_rag_state.json"
-_CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
 
-class REXRAGTrainer(EvaluationLog):
+class REXRAGTrainer(CorrectedLoss):
     """
     Trainer for REX-RAG, introduced in [REX-RAG: Reasoning Exploration with Policy Correction in Retrieval-Augmented
     Generation](https://huggingface.co/papers/2508.08149). It differs from [`~trl.GRPOTrainer`] in that generation is
@@ -132,7 +128,6 @@ class REXRAGTrainer(EvaluationLog):
         self.recipe = recipe
         self._keep_ratio = KeepRatio(args.keep_ratio, args.keep_ratio_schedule)
         self._slots: Slots | None = None
-        self._loss_inputs: dict[str, Any] | None = None
         self._warned: set[str] = set()
         self._last_draw = (-1, 0)
         self._prompt_template = template = args.prompt_text()
@@ -166,6 +161,7 @@ class REXRAGTrainer(EvaluationLog):
             pool,
             args.mixed_sampling(),
             score_probes=self._score_probes,
+            trained=lambda probe: args.correction_form.trained(probe, engine.decode),
             gather=lambda item: gather_object([item]),
             rank=self.accelerator.process_index,
         )
@@ -247,7 +243,8 @@ class REXRAGTrainer(EvaluationLog):
 
         Like the parent it returns prompt ids, completion ids, tool mask, completions, sampling log-probs, extra
         fields and images, one entry per row. The tool mask is 0 on inserted passages and feedback. `completions`
-        hold model-written text only, since that is what reward functions may read.
+        hold model-written text only, since that is what reward functions may read. Ids and mask are those that the
+        correction form trains, everything else is of the rollout.
         """
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
         for ids, prompt in zip(prompt_ids, prompts, strict=True):
@@ -257,10 +254,10 @@ class REXRAGTrainer(EvaluationLog):
         slots = self._slots = self._sample(prompt_ids)
         self._log_rollouts(slots)
         pad_id = self._tokenizer.pad_token_id
-        completion_ids = [row.completion_ids if row else [pad_id] for row in slots.rows]
-        tool_mask = [row.trained_mask if row else [0] for row in slots.rows]
+        completion_ids = [row.completion_ids if row else [pad_id] for row in slots.trained]
+        tool_mask = [row.trained_mask if row else [0] for row in slots.trained]
         texts = [row.model_text if row else "" for row in slots.rows]
-        logprobs = [row.sampling_logprobs if row else [None] for row in slots.rows] if self.use_vllm else None
+        logprobs = [row.sampling_logprobs if row else [None] for row in slots.trained] if self.use_vllm else None
         completions = [[{"role": "assistant", "content": text}] for text in texts]
         return prompt_ids, completion_ids, tool_mask, completions, logprobs, {}, None, []
 
@@ -329,6 +326,7 @@ class REXRAGTrainer(EvaluationLog):
         slots = self._slots
         started = time.perf_counter()
         output |= describe_rows(slots, output["completion_ids"].shape, self.accelerator.device)
+        self._count_no_empty_slots(output.get("importance_sampling_ratio"))
         if slots.live is not None:
             height = len(slots.rows)
             output = {
@@ -340,72 +338,28 @@ class REXRAGTrainer(EvaluationLog):
         self._log("seconds/correction", time.perf_counter() - started)
         return output
 
-    # Loss
+    def _count_no_empty_slots(self, ratio: torch.Tensor | None) -> None:
+        """Log the ratios between trainer and engine anew: of whole sequences, TRL counts empty slots too, as 1."""
+        if ratio is None or not self.vllm_importance_sampling_mode.startswith("sequence"):
+            return
+        filled = torch.tensor([row is not None for row in self._slots.rows], device=ratio.device)
+        statistics = self.accelerator.gather(ratio_statistics(ratio[filled]).unsqueeze(0))
+        for name, value in ratio_metrics(statistics).items():
+            self._metrics["train" if self.model.training else "eval"][name][-1] = value
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        """As in the parent, with two additions around it.
-
-        While a generation batch is scored, empty slots are not sent through the model. While the loss is computed,
-        the realignment happens here, between the forward pass that yields log pi_theta (which is log pi_old when
-        generation and optimisation are aligned) and the parent reading `old_per_token_logps` and `advantages`.
-        """
+        """As in the parent, but empty slots are not sent through the model while a generation batch is scored."""
         live = self._slots.live if self._slots is not None and self._loss_inputs is None else None
         if live is None or input_ids.size(0) != len(self._slots.rows):
-            output = super()._get_per_token_logps_and_entropies(
+            return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
-            if self._loss_inputs is not None:
-                self._bound_kl(output[0])
-                self._realign(output[0].detach())
-            return output
         logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
             model, input_ids[live], attention_mask[live], logits_to_keep, *args, **kwargs
         )
         unpacked = logps.new_zeros(input_ids.size(0), logps.size(1))
         unpacked[live] = logps
         return unpacked, entropies, aux_loss
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The parent's loss with pi_theta / mu in the place of pi_theta / pi_old (paper eq. 8), or weighted.
-
-        The ratio's denominator and the weights are set by `_realign`; without probes (a = 0) nothing is changed and
-        the loss equals the parent's bit for bit.
-        """
-        self._loss_inputs = dict(inputs)  # a shallow copy: the buffered batch keeps log pi_old
-        try:
-            return super().compute_loss(model, self._loss_inputs, return_outputs, num_items_in_batch)
-        finally:
-            self._loss_inputs = None
-
-    def _bound_kl(self, per_token_logps: torch.Tensor) -> None:
-        """Replace the reference log-probabilities where a token's KL is bounded, or left out.
-
-        Args:
-            per_token_logps: (B, T) log pi_theta, with its gradient.
-        """
-        inputs, args = self._loss_inputs, self.args
-        if "ref_per_token_logps" not in inputs:
-            return
-        if args.kl_token_max is not None:
-            bounded, over = bounded_reference(inputs["ref_per_token_logps"], per_token_logps, args.kl_token_max)
-            inputs["ref_per_token_logps"], inputs["kl_bounded"] = bounded, over
-        if not args.kl_on_probe_tokens:
-            inserted = inputs["segment_kinds"] == SegmentKind.PROBE
-            if inserted.any():
-                inputs["ref_per_token_logps"] = torch.where(inserted, per_token_logps, inputs["ref_per_token_logps"])
-
-    def _realign(self, per_token_logps: torch.Tensor) -> None:
-        """Replace what the correction form replaces in the loss's inputs, and log what it did.
-
-        Args:
-            per_token_logps: (B, T) log pi_theta, detached.
-        """
-        started = time.perf_counter()
-        inputs = self._loss_inputs
-        realignment = realign(inputs, per_token_logps, self.args.correction, self.args.correction_weight_max)
-        self._log_loss(realignment, per_token_logps)
-        inputs |= realignment.inputs
-        self._log("seconds/realignment", time.perf_counter() - started)
 
     # Metrics
 
@@ -415,7 +369,7 @@ class REXRAGTrainer(EvaluationLog):
         batch = slots.batch if training else self._without_repeats(slots.batch)
         counts = rollout_counts(filled if training else batch.originals)
         counts += mixed_counts(batch, self.args.num_originals if training else self.num_generations_eval)
-        lengths = [sum(row.trained_mask) for row in filled]
+        lengths = [row.model_length for row in filled]
         tokens = sum(len(row.prompt_ids) for row in filled) + sum(lengths)
         seconds = self.sampler.engine.seconds
         gathered = gather_object([(counts, lengths, tokens, (seconds.generation, seconds.retrieval, seconds.engine))])
@@ -435,21 +389,29 @@ class REXRAGTrainer(EvaluationLog):
             self._log("probes/mixing_share", slots.batch.mixing_share)
             self._log("probes/failure_rate", slots.batch.failure_rate)
             self._log("probes/keep_ratio", self._keep_ratio.value)
-            self._watch_probes(slots.batch)
+            self._watch_probes(slots.batch, int(summary["probes/dropped"]))
             if slots.batch.global_kept:
                 self._keep_ratio.update(summary["em/probes"])
         self._metrics["train" if training else "eval"]["num_tokens"] = [self.state.num_input_tokens_seen]
 
-    def _watch_probes(self, batch: MixedBatch) -> None:
-        """Say once where probes take the originals' gradient away, or where the filter has come to drop them all."""
-        if self.args.correction == "token" and batch.mixing_share > clip_bound(self.epsilon_high):
+    def _watch_probes(self, batch: MixedBatch, dropped: int) -> None:
+        """Say once where probes take the originals' gradient away, or where the filter or the form drops them all."""
+        widened = self.args.correction_form.in_ratio and self.loss_type in CLIPPED_LOSSES
+        if widened and batch.mixing_share > clip_bound(self.epsilon_high):
             self._warn_once(
                 f"probes are {batch.mixing_share:.3f} of the batch, beyond the clip bound "
                 f"{clip_bound(self.epsilon_high):.3f}: originals start outside the clip range, and those with "
                 "positive advantage get no gradient. Lower keep_ratio or use correction='decoupled'",
                 key="clip",
             )
-        if batch.global_made and not batch.global_kept and self._keep_ratio.value < self.args.keep_ratio:
+        if dropped and not batch.global_kept:
+            self._warn_once(
+                f"correction {self.args.correction!r} could train none of the {dropped} probes that the filter kept; "
+                "probes/dropped/… counts the causes",
+                key="dropped",
+            )
+        filtered = batch.global_made and not batch.global_kept + dropped
+        if filtered and self._keep_ratio.value < self.args.keep_ratio:
             self._warn_once(
                 f"keep_ratio followed probe accuracy down to {self._keep_ratio.value:.4f}, which keeps none of "
                 f"{batch.global_made} probes of {batch.global_originals} originals and so stays there. Use "
@@ -461,24 +423,6 @@ class REXRAGTrainer(EvaluationLog):
         if key not in self._warned:
             self._warned.add(key)
             logger.warning(f"step {self.state.global_step}: {message}. Said once")
-
-    def _log_loss(self, realignment: Realignment, per_token_logps: torch.Tensor) -> None:
-        """Importance weights; clip fraction and KL of sampled and of inserted tokens apart."""
-        inputs, log_weights = self._loss_inputs, realignment.log_weights
-        mask = loss_mask(inputs)
-        if log_weights is not None:
-            counted = mask if log_weights.size(1) == mask.size(1) else mask.any(dim=1, keepdim=True)
-            statistics = self.accelerator.gather(weight_statistics(log_weights, counted).unsqueeze(0))
-            self._log_all(weight_metrics(statistics))
-        ratio, signs = torch.exp(per_token_logps - realignment.denominator), inputs["advantages"].unsqueeze(1)
-        clipped = ((ratio < 1 - self.epsilon_low) & (signs < 0)) | ((ratio > 1 + self.epsilon_high) & (signs > 0))
-        log_ratio = inputs.get("ref_per_token_logps", per_token_logps).detach() - per_token_logps
-        per_token_kl = log_ratio.exp() - log_ratio - 1
-        bounded = inputs.get("kl_bounded", torch.zeros_like(clipped))
-        sums = segment_sums(inputs["segment_kinds"], mask, clipped, per_token_kl, bounded)
-        totals = self.accelerator.reduce(sums, reduction="sum")
-        clips = self.loss_type in _CLIPPED_LOSSES and self.importance_sampling_level == "token"
-        self._log_all(segment_metrics(totals, clip_ratio=clips, kl="ref_per_token_logps" in inputs))
 
     # Checkpoints and cards
 

@@ -49,12 +49,15 @@ class Segment:
 
     `logprobs` holds the sampling engine's log-probability of each token, `None` where the engine sampled nothing or
     does not report any. `text` is the decoded (or, for inserted text, rendered) form, for parsing and for people.
+    `is_context` keeps a segment of a trained kind out of loss, KL and weights: a correction form may train what comes
+    behind it alone.
     """
 
     kind: SegmentKind
     ids: list[int]
     text: str
     logprobs: list[float | None] | None = None
+    is_context: bool = False
 
     def __post_init__(self) -> None:
         if self.logprobs is not None and len(self.logprobs) != len(self.ids):
@@ -86,7 +89,8 @@ class Trajectory:
 
     A trajectory with a `PROBE` segment is a probe: the `POLICY` tokens before it are its prefix (copied from the
     failed original at index `parent`), those after it its continuation. `pool_logprobs` holds, for every `PROBE`
-    token, its log-frequency in the pool given the prompt's tokens so far.
+    token, its log-frequency in the pool given the prompt's tokens so far. `trained` is what enters the loss in its
+    place, where that is not the trajectory itself: rewards, answers and counts are always those of the rollout.
     """
 
     prompt_ids: list[int]
@@ -100,6 +104,7 @@ class Trajectory:
     done: bool = False
     parent: int | None = None
     pool_logprobs: list[float] | None = None
+    trained: Trajectory | None = None
 
     @property
     def completion_ids(self) -> list[int]:
@@ -121,8 +126,10 @@ class Trajectory:
 
     @property
     def trained_mask(self) -> list[int]:
-        """1 for tokens in loss, KL and weights (`POLICY`, `PROBE`), 0 for inserted text."""
-        return [int(segment.kind.is_trained) for segment in self.segments for _ in segment.ids]
+        """1 for tokens in loss, KL and weights (`POLICY`, `PROBE`), 0 for inserted text and context."""
+        return [
+            int(segment.kind.is_trained and not segment.is_context) for segment in self.segments for _ in segment.ids
+        ]
 
     @property
     def sampling_logprobs(self) -> list[float | None]:
@@ -132,6 +139,16 @@ class Trajectory:
     @property
     def is_probe(self) -> bool:
         return any(segment.kind is SegmentKind.PROBE for segment in self.segments)
+
+    @property
+    def probe_segment(self) -> int:
+        """Where among the segments of a probe its exploration prompt stands."""
+        return next(index for index, segment in enumerate(self.segments) if segment.kind is SegmentKind.PROBE)
+
+    @property
+    def model_length(self) -> int:
+        """Tokens of `model_text`."""
+        return sum(len(segment.ids) for segment in self.segments if segment.kind.is_trained)
 
     @property
     def model_text(self) -> str:

@@ -56,7 +56,7 @@ class Sample:
                 {"query": call.query, "passages": [passage.id for passage in call.passages]}
                 for call in trajectory.searches
             ],
-            tokens=sum(len(segment.ids) for segment in trajectory.segments if segment.kind.is_trained),
+            tokens=trajectory.model_length,
             invalid_actions=trajectory.invalid_actions,
             truncations={str(cause): count for cause, count in sorted(trajectory.truncations.items())},
         )
