@@ -324,9 +324,9 @@ class REXRAGConfig(GRPOConfig):
         largest = self.epsilon if self.epsilon_high is None else self.epsilon_high
         if self.loss_type == "cispo" and largest < 1:
             problems.append(
-                f"loss_type is 'cispo' with epsilon_high {self.epsilon_high}: TRL then takes {largest} for the largest "
-                "importance weight, and not 1 more than that, so all are cut to it; set epsilon_high to the largest "
-                "weight to allow (ScaleRL: 5.0)"
+                f"loss_type is 'cispo' with epsilon_high {self.epsilon_high}: TRL cuts every importance weight to "
+                f"{largest} there, and not to 1 more than that; set epsilon_high to the largest weight to allow "
+                "(ScaleRL: 5.0)"
             )
         if self.neftune_noise_alpha is not None:
             problems.append(

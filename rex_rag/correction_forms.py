@@ -146,8 +146,8 @@ class Sequence(CorrectionForm):
     name = "sequence"
     summary = "whole trajectories, balance heuristic, detached from the clip"
     expectation = (
-        "the policy's own objective, without bias where the prefix decides the answer and the filter is off; a probe "
-        "that the policy would not write by itself weighs next to nothing"
+        "the policy's own objective, without bias where the prefix decides the answer, the filter is off and no "
+        "original writes a pool prompt by itself; a probe that the policy would hardly write weighs next to nothing"
     )
     reads = ("probe_density", "correction_weight_max")
 

@@ -44,6 +44,21 @@ def test_defaults_are_the_papers(tmp_path):
         ({"probe_probability": -0.1}, r"probe_probability is -0.1; it is a share"),
         ({"correction": "importance"}, r"correction is 'importance'; choose one of token, decoupled, sequence, none"),
         ({"correction_weight_max": 0.5}, r"correction_weight_max is 0.5; below 1"),
+        ({"correction": "floor", "correction_weight_min": 0.0}, r"correction_weight_min is 0.0; .*in \(0, 1\]"),
+        ({"correction": "floor", "correction_weight_min": 1.5}, r"correction_weight_min is 1.5; above 1"),
+        ({"loss_type": "vespo"}, r"loss_type is 'vespo' with correction 'token'.*the gradient vanishes.*'decoupled'"),
+        ({"loss_type": "vespo", "correction": "decoupled"}, None),
+        ({"loss_type": "vespo", "num_generations": 5, "num_probe_slots": 0}, None),
+        (
+            {"importance_sampling_level": "sequence"},
+            r"importance_sampling_level is 'sequence' with .*'token'",
+        ),
+        ({"importance_sampling_level": "sequence", "correction": "none"}, None),
+        ({"loss_type": "cispo"}, r"'cispo' with epsilon_high None: TRL cuts every importance weight to 0.2 there"),
+        ({"loss_type": "cispo", "epsilon_high": 0.28}, r"'cispo' with epsilon_high 0.28: .* to 0.28 there"),
+        ({"loss_type": "cispo", "epsilon_high": 5.0}, None),
+        ({"loss_type": "bnpo"}, r"loss_type is 'bnpo', which averages over micro-batches.*use 'dapo'"),
+        ({"neftune_noise_alpha": 5.0}, r"neftune_noise_alpha is 5.0: noise .*leave it unset"),
         ({"mask_truncated_completions": True}, r"every answer would be masked"),
         ({"max_completion_length": 512}, r"max_completion_length is 512, .*max_sequence_length \(4096"),
         ({"use_transformers_continuous_batching": True}, r"cannot stop a row at a tag"),
@@ -102,12 +117,35 @@ def test_prompt_without_place_for_the_question_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, None),
+        ({"correction_weight_max": 2.0}, "correction_weight_max is 2.0, which correction 'token' does not read"),
+        ({"correction": "decoupled", "correction_weight_max": 2.0}, None),
+        ({"correction": "decoupled", "correction_weight_min": 0.5}, "correction_weight_min is 0.5, which"),
+        ({"correction": "none", "probe_density": "coarse"}, "probe_density is 'coarse', which correction 'none'"),
+        ({"use_bias_correction_kl": True}, "weighs the KL term by pi_theta / mu"),
+        ({"use_bias_correction_kl": True, "correction": "decoupled"}, "weighs the KL term by pi_theta / pi_old"),
+        ({"use_bias_correction_kl": True, "num_generations": 5, "num_probe_slots": 0}, None),
+    ],
+)
+def test_a_form_warns_of_settings_that_it_does_not_take_as_others_do(tmp_path, caplog, settings, said):
+    with caplog.at_level(logging.WARNING, logger="rex_rag.config"):
+        make(tmp_path, **{"num_generations": 10, "per_device_train_batch_size": 100, **settings})
+    if said is None:
+        assert not caplog.text
+    else:
+        assert said in caplog.text
+
+
+@pytest.mark.parametrize(
     ("settings", "warns"),
     [
         ({"keep_ratio": 0.12}, False),
         ({"keep_ratio": 0.25}, True),
         ({"keep_ratio": 0.25, "epsilon_high": 0.28}, False),
         ({"keep_ratio": 0.25, "correction": "decoupled"}, False),
+        ({"keep_ratio": 0.25, "loss_type": "cispo", "epsilon_high": 5.0}, False),
         ({"probe_filter": "none", "probe_probability": 0.5}, True),
         ({"keep_ratio": 0.25, "num_generations": 5, "num_probe_slots": 0}, False),
     ],

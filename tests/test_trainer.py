@@ -13,6 +13,7 @@ from transformers import Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from rex_rag.config import REXRAGConfig
+from rex_rag.correction_forms import FORMS
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.trainer import REXRAGTrainer
@@ -258,14 +259,20 @@ def token_gradients(trainer, inputs):
     return seen["logps"].detach(), seen["logps"].grad
 
 
-@pytest.mark.parametrize("correction", ["token", "decoupled", "sequence", "none"])
+@pytest.mark.parametrize("correction", FORMS)
 def test_masked_tokens_have_exactly_zero_gradient(probed, correction):
     trainer = probed(correction=correction, beta=0.04, epsilon=0.9)
     inputs = scored(trainer)
     leave_reference(trainer)
     _, gradient = token_gradients(trainer, inputs)
-    trained = (inputs["segment_kinds"] == SegmentKind.POLICY) | (inputs["segment_kinds"] == SegmentKind.PROBE)
-    assert (inputs["segment_kinds"] == SegmentKind.INFORMATION).any()
+    kinds = inputs["segment_kinds"]
+    trained = (kinds == SegmentKind.POLICY) | (kinds == SegmentKind.PROBE)
+    if correction == "continuation":
+        inserted = kinds == SegmentKind.PROBE
+        behind = (inserted.cumsum(1) == inserted.sum(1, keepdim=True)) & ~inserted
+        assert int((trained & ~behind).sum()) == 17  # two prefixes of 3 tokens, prompts of 7 and of 4
+        trained &= behind
+    assert (kinds == SegmentKind.INFORMATION).any()
     assert (gradient[~trained] == 0).all()
     assert (gradient[trained] != 0).all()
 
@@ -307,6 +314,123 @@ def test_correction_forms_weight_the_gradient(probed, correction):
     assert prefix.tolist() == pytest.approx([expected["prefix"]] * 3, rel=1e-4)
     assert weight[2][inserted].tolist() == pytest.approx(expected["inserted"].tolist(), rel=1e-3)
     assert continuation.tolist() == pytest.approx([expected["continuation"]] * len(continuation), rel=1e-4)
+
+
+def test_continuation_is_trained_as_plain_grpo_behind_its_context(probed):
+    """The loss is divided by the tokens that are trained: originals 6, 6, 12 and 6, behind the prompts 4 and 4."""
+    trainer = probed(correction="continuation", beta=0.0)
+    inputs = scored(trainer)
+    assert float(inputs["num_items_in_batch"]) == 38
+    _, gradient = token_gradients(trainer, inputs)
+    weight = -gradient * 38 / inputs["advantages"].unsqueeze(1)
+    kinds = inputs["segment_kinds"]
+    assert weight[1][kinds[1] == SegmentKind.POLICY].tolist() == pytest.approx([1.0] * 6)
+    assert weight[2][kinds[2] == SegmentKind.POLICY].tolist() == pytest.approx([0.0] * 3 + [1.0] * 4)
+    assert (weight[2][kinds[2] == SegmentKind.PROBE] == 0).all()
+    metrics = trainer._metrics["train"]
+    assert "importance_weight/max" not in metrics and "clip_ratio/probe" not in metrics
+    # rollouts are as long as under any form: probes of 3 + 7 + 4 and 3 + 4 + 4 tokens
+    assert metrics["completions/mean_length"][-1] == pytest.approx((6 + 6 + 12 + 6 + 14 + 11) / 6)
+
+
+def test_unprompted_is_trained_without_the_prompt_and_rewarded_with_it(probed):
+    sizes = {"steps_per_generation": 2, "per_device_train_batch_size": 4}  # so that TRL keeps log pi_old
+    trainer = probed(correction="unprompted", log_completions=True, **sizes)
+    inputs = scored(trainer)
+    text = trainer._tokenizer.decode(inputs["completion_ids"][2][inputs["completion_mask"][2].bool()])
+    assert text == "<think> Maybe </think> <answer> oak </answer>"
+    assert not (inputs["segment_kinds"] == SegmentKind.PROBE).any()
+    assert inputs["tool_mask"][2].tolist()[:6] == [1] * 6
+    assert float(inputs["num_items_in_batch"]) == 6 + 6 + 12 + 6 + 6 + 6
+    # log pi_old and log pi_ref are those of the shorter text
+    ids = torch.cat([inputs["prompt_ids"][2], inputs["completion_ids"][2][:6]])[inputs["prompt_mask"][2].eq(0).sum() :]
+    with torch.no_grad():
+        logps = trainer.model(ids.unsqueeze(0)).logits[0].log_softmax(-1)
+    expected = [logps[place - 1, ids[place]].item() for place in range(len(ids) - 6, len(ids))]
+    for name in ("old_per_token_logps", "ref_per_token_logps"):
+        assert inputs[name][2][:6].tolist() == pytest.approx(expected, abs=1e-4)
+    # reward, advantage, length and table are the rollout's
+    assert inputs["advantages"][:3].tolist() == pytest.approx([0.577250, -1.154501, 0.577250], abs=1e-5)
+    assert list(trainer._logs["extra"]["is_probe"]) == [False, False, True, False, False, True]
+    assert "[PROBE]" in trainer._logs["extra"]["trajectory"][2]
+    metrics = trainer._metrics["train"]
+    assert metrics["completions/max_length"][-1] == 14
+    assert metrics["probes/kept"][-1] == 2 and metrics["probes/dropped"][-1] == 0
+
+
+def test_a_probe_that_cannot_be_trained_leaves_its_slot_empty(model_path, tmp_path, caplog):
+    """The first probe answers within its thought: it is out of rewards, a and the batch, and counted."""
+    turns = [*PROBED_TURNS[:2], ["<answer> oak </answer>", "</think> <answer> green </answer>"]]
+    trainer = make_trainer(model_path, tmp_path, turns, correction="unprompted", beta=0.0)
+    score_by_parent(trainer, {1: -1.0, 2: -3.0, 3: -2.0})
+    inputs = scored(trainer)
+    batch = trainer._slots.batch
+    assert [probe.parent for probe in batch.probes] == [3]
+    assert (batch.global_made, batch.global_kept, batch.mixing_share) == (3, 1, 1 / 5)
+    assert inputs["advantages"].size(0) == 5
+    # question 0 has but its originals, 1 and 0: mean 1/2, std 0.707107
+    assert inputs["advantages"][:2].tolist() == pytest.approx([0.707007, -0.707007], abs=1e-5)
+    metrics = trainer._metrics["train"]
+    assert metrics["probes/dropped"][-1] == metrics["probes/dropped/unclosed"][-1] == 1
+    assert "could train none" not in caplog.text
+
+    turns = [*PROBED_TURNS[:2], ["<answer> oak </answer>", "<answer> green </answer>"]]
+    trainer = make_trainer(model_path, tmp_path, turns, correction="unprompted", beta=0.0)
+    score_by_parent(trainer, {1: -1.0, 2: -3.0, 3: -2.0})
+    inputs = scored(trainer)
+    assert inputs["advantages"].size(0) == 4 and float(inputs["mixing_share"]) == 0
+    assert "could train none of the 2 probes" in caplog.text
+
+
+@pytest.mark.parametrize("correction", ["token", "decoupled"])
+def test_nothing_is_off_policy_before_the_first_update(probed, correction):
+    """TRL's off-policy mask compares pi_theta with what sampled: pi_old, and not mu."""
+    trainer = probed(correction=correction, beta=0.0, epsilon=0.9, off_policy_mask_threshold=0.05)
+    inputs = scored(trainer)
+    inputs["advantages"] = -torch.ones_like(inputs["advantages"])  # TRL drops none of positive advantage
+    _, gradient = token_gradients(trainer, inputs)
+    behind = (inputs["segment_kinds"] == SegmentKind.POLICY) & (inputs["tool_mask"] == 1)
+    assert (gradient[behind] != 0).all()
+
+
+def test_a_loss_that_passes_the_correction_by_is_refused(probed, monkeypatch):
+    trainer = probed()
+    inputs = scored(trainer)
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda self, model, inputs: torch.zeros(()))
+    with pytest.raises(RuntimeError, match="would be trained uncorrected"):
+        trainer.compute_loss(trainer.model, inputs)
+
+
+@pytest.mark.parametrize(("mode", "counted"), [("sequence_truncate", "rows"), ("token_truncate", "tokens")])
+def test_ratios_between_trainer_and_engine_are_of_rollouts_alone(probed, mode, counted):
+    """The scripted engine reports -1 for every token it sampled; TRL counts the two empty slots' ratios too, as 1."""
+    trainer = probed(correction="none", beta=0.0, vllm_importance_sampling_mode=mode)
+    trainer.use_vllm = True
+    inputs = scored(trainer)
+    difference = inputs["old_per_token_logps"] - inputs["sampling_per_token_logps"]
+    mask = inputs["tool_mask"].bool() & inputs["completion_mask"].bool() & ~difference.isnan()
+    if counted == "rows":
+        expected = torch.where(mask, difference, 0.0).sum(1).exp()
+    else:
+        inserted = int((inputs["segment_kinds"] == SegmentKind.PROBE).sum())
+        expected = torch.cat([difference[mask].exp(), torch.ones(inserted)])
+    expected = expected.clamp(max=trainer.vllm_importance_sampling_clip_max)
+    metrics = trainer._metrics["train"]
+    for name, value in (("min", expected.min()), ("mean", expected.mean()), ("max", expected.max())):
+        assert metrics[f"sampling/importance_sampling_ratio/{name}"] == pytest.approx([value.item()], rel=1e-4)
+
+
+@pytest.mark.parametrize("correction", ["floor", "continuation", "unprompted"])
+def test_two_training_steps_with_a_sampling_policy(model_path, tmp_path, correction):
+    sizes = {"num_generations": 8, "num_probe_slots": 4, "per_device_train_batch_size": 32, "keep_ratio": 1.0}
+    brevity = lambda completions, **_: [-0.01 * len(one[0]["content"]) for one in completions]  # noqa: E731
+    trainer = make_trainer(model_path, tmp_path, reward_funcs=brevity, correction=correction, **sizes)
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    history = [row for row in trainer.state.log_history if "em/originals" in row]
+    assert len(history) == 2 and sum(row["probes/kept"] for row in history) > 0
+    assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in history)
+    assert any(not torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
 
 
 def test_token_form_clips_originals_and_decoupled_does_not(probed):
