@@ -66,6 +66,9 @@ def realign(
             optimisation are then aligned).
         form: gives the weights, and says where they go.
         args: the settings that the form reads.
+
+    Raises:
+        ValueError: for weights that are neither one a token nor one a row.
     """
     old = inputs.get("old_per_token_logps")
     old = per_token_logps if old is None else old
@@ -84,6 +87,11 @@ def realign(
     log_weights = form.log_weights(mixture, args)
     if log_weights is None:
         return Realignment({}, old)
+    if log_weights.shape not in (old.shape, (len(old), 1)):
+        raise ValueError(
+            f"correction {form.name!r} gives weights of shape {(*log_weights.shape,)} for {len(old)} rows of "
+            f"{old.size(1)} tokens; give one a token or (B, 1), one a row"
+        )
     if form.in_ratio:
         denominator = old.float() - log_weights
         # TRL's off-policy mask takes the denominator for the sampler's log-probabilities where it has no others.

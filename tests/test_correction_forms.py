@@ -267,6 +267,9 @@ def test_a_form_of_ones_own_is_registered_by_one_object(halved, tmp_path):
     replaced = realign(inputs, torch.zeros(2, 3), halved, config).inputs
     assert set(replaced) == {"advantages"}
     torch.testing.assert_close(replaced["advantages"], torch.tensor([[1.0], [-1.0]]))
+    halved.log_weights = lambda mixture, args: torch.zeros(2)  # TRL would spread it over rows and rows
+    with pytest.raises(ValueError, match=r"'halved' gives weights of shape \(2,\) for 2 rows of 3 tokens"):
+        realign(inputs, torch.zeros(2, 3), halved, config)
 
 
 def test_a_form_is_described_with_the_settings_that_it_reads(tmp_path):

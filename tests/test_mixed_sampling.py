@@ -2,10 +2,12 @@
 
 import math
 import threading
+from dataclasses import replace
 
 from parts import ScriptedGenerator
 
 from rex_rag.exploration import ExplorationPool, draw_probe
+from rex_rag.metrics import mixed_counts, summarize
 from rex_rag.mixed_sampling import MixedSampler, MixedSamplingConfig
 from rex_rag.rollout import RolloutBudget, RolloutEngine
 
@@ -32,7 +34,17 @@ class TwoRanks:
         return call
 
 
-def sampler_for(tokenizer, retriever, turns, *, score=None, gather=lambda item: [item], rank=0, **config):
+def sampler_for(
+    tokenizer,
+    retriever,
+    turns,
+    *,
+    score=None,
+    trained=lambda probe: probe,
+    gather=lambda item: [item],
+    rank=0,
+    **config,
+):
     settings = {"originals_per_question": 2, "probe_slots": 2, "probe_probability": 1.0, "probe_filter": "likelihood"}
     gathered_max = lambda count: max(gather(count))  # noqa: E731
     engine = RolloutEngine(ScriptedGenerator(tokenizer, turns), retriever, tokenizer, BUDGET, gathered_max)
@@ -41,6 +53,7 @@ def sampler_for(tokenizer, retriever, turns, *, score=None, gather=lambda item: 
         ExplorationPool(POOL, tokenizer),
         MixedSamplingConfig(**{**settings, "seed": 0, **config}),
         score_probes=score or (lambda probes: [0.0] * len(probes)),
+        trained=trained,
         gather=gather,
         rank=rank,
     )
@@ -126,6 +139,35 @@ def test_filter_over_two_ranks(word_tokenizer, retriever):
     for batch in batches:
         assert (batch.global_originals, batch.global_failed, batch.global_made, batch.global_kept) == (8, 6, 6, 3)
         assert batch.failure_rate == 0.75 and batch.mixing_share == 3 / 11
+
+
+def test_probes_that_cannot_be_trained_are_kept_on_no_rank(word_tokenizer, retriever):
+    """Rank 0 makes two probes and drops the one that answers red; rank 1 makes one and drops none."""
+    ranks = TwoRanks()
+    turns = [[[WRONG, WRONG], [RIGHT, WRONG]], [[WRONG, RIGHT], [RIGHT]]]
+    batches = [None, None]
+
+    def work(rank):
+        sampler = sampler_for(
+            word_tokenizer,
+            retriever,
+            turns[rank],
+            trained=lambda probe: replace(probe, segments=[]) if probe.answer == "oak" else "red",
+            gather=ranks.gather(rank),
+            rank=rank,
+        )
+        batches[rank] = run(sampler, 2, first_row=2 * rank)
+
+    run_on_both(work)
+    assert [[probe.parent for probe in batch.probes] for batch in batches] == [[0], [0]]
+    assert [batch.dropped for batch in batches] == [{"red": 1}, {}]
+    for batch in batches:
+        assert [probe.trained.segments for probe in batch.probes] == [[]] and batch.probes[0].segments
+        assert (batch.global_originals, batch.global_failed, batch.global_made, batch.global_kept) == (4, 3, 3, 2)
+        assert batch.mixing_share == 2 / 6
+    counts = summarize(mixed_counts(batch, 2) for batch in batches)
+    assert (counts["probes/made"], counts["probes/kept"], counts["probes/dropped"]) == (3, 2, 1)
+    assert counts["probes/dropped/red"] == 1 and counts["em/probes"] == 1.0
 
 
 def test_random_subset_has_the_filters_size(word_tokenizer, retriever):

@@ -80,6 +80,7 @@ FORBIDDEN = {
     "rex_rag.data": (*ABOVE, "rex_rag.rollout", "rex_rag.generation", "rex_rag.policy_correction"),
     "rex_rag.exploration": (*ABOVE, "rex_rag.rollout", "rex_rag.generation", "rex_rag.retrieval"),
     "rex_rag.policy_correction": (*ABOVE, "rex_rag.rollout", "rex_rag.generation", "rex_rag.retrieval"),
+    "rex_rag.correction_forms": (*ABOVE, "rex_rag.rollout", "rex_rag.generation", "rex_rag.retrieval"),
     "rex_rag.generation": (*ABOVE, "rex_rag.rollout", "rex_rag.retrieval"),
     "rex_rag.rollout": ABOVE,
     "rex_rag.mixed_sampling": ABOVE,
