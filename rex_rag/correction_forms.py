@@ -134,7 +134,7 @@ class Decoupled(CorrectionForm):
     name = "decoupled"
     summary = "token by token, pi_theta / pi_old in the clip, times the detached weight pi_old / mu"
     expectation = (
-        "the same as token before the first update; the clip acts on pi_theta / pi_old, and no original starts outside"
+        "as token at the first update; from then on the clip acts on pi_theta / pi_old, and no original starts outside"
     )
     reads = ("probe_density", "correction_weight_max")
 
