@@ -160,6 +160,7 @@ class REXRAGTrainer(EvaluationLog):
             budget=args.rollout_budget(),
             max_over_ranks=self._max_over_ranks,
             feedback=args.feedback(),
+            context_length=args.vllm_max_model_length,
         )
         self.sampler = MixedSampler(
             engine,
@@ -180,6 +181,7 @@ class REXRAGTrainer(EvaluationLog):
 
     def _make_generator(self) -> TransformersGenerator | VLLMGenerator:
         if self.use_vllm:
+            self._refuse_short_server()
             return VLLMGenerator(
                 single_turn=lambda prompt_ids: self._generate_single_turn(prompt_ids, None, {}, 1),
                 set_max_tokens=lambda count: setattr(self.vllm_generation, "max_completion_length", count),
@@ -192,6 +194,17 @@ class REXRAGTrainer(EvaluationLog):
             eos_token_ids=self.eos_token_ids,
             model_context=self._generation_model,
         )
+
+    def _refuse_short_server(self) -> None:
+        if self.vllm_mode != "server" or not self.accelerator.is_main_process:
+            return
+        served = self.vllm_generation.vllm_client.get_server_info()["model_config"]["max_model_len"]
+        if served < self.args.vllm_max_model_length:
+            raise ValueError(
+                f"the vLLM server takes {served} tokens of a row, less than vllm_max_model_length "
+                f"{self.args.vllm_max_model_length} (by default max_sequence_length): it would refuse long rows in the "
+                "middle of a run. Restart it with a larger --max-model-len, or lower max_sequence_length"
+            )
 
     @contextmanager
     def _generation_model(self):
