@@ -202,8 +202,8 @@ class REXRAGTrainer(EvaluationLog):
         if served < self.args.vllm_max_model_length:
             raise ValueError(
                 f"the vLLM server takes {served} tokens of a row, less than vllm_max_model_length "
-                f"{self.args.vllm_max_model_length} (by default max_sequence_length): it would refuse long rows in the "
-                "middle of a run. Restart it with a larger --max-model-len, or lower max_sequence_length"
+                f"{self.args.vllm_max_model_length} (by default max_sequence_length): it would refuse long rows "
+                "in mid-run. Restart it with a larger --max-model-len, or lower max_sequence_length"
             )
 
     @contextmanager
