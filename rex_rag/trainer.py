@@ -28,6 +28,7 @@ from rex_rag.config import REXRAGConfig
 from rex_rag.evaluation_log import EvaluationLog
 from rex_rag.exploration import ExplorationPool
 from rex_rag.generation import TransformersGenerator, VLLMGenerator
+from rex_rag.grpo_options import refuse_short_server, training_problems, training_warnings
 from rex_rag.kl import bounded_reference
 from rex_rag.metrics import mixed_counts, rollout_counts, segment_metrics, segment_sums, summarize, weight_metrics
 from rex_rag.mixed_sampling import MixedBatch, MixedSampler
@@ -136,13 +137,16 @@ class REXRAGTrainer(EvaluationLog):
         self._warned: set[str] = set()
         self._last_draw = (-1, 0)
         self._prompt_template = template = args.prompt_text()
+        train_dataset = add_prompts(train_dataset, template, "train_dataset")
+        if problems := training_problems(args, train_dataset):
+            raise ValueError("; ".join(problems))
         given_weights = args.reward_weights
         functions, args.reward_weights = compose_rewards(reward_funcs, given_weights, args.format_reward_weight)
         super().__init__(
             model=model,
             reward_funcs=functions,
             args=args,
-            train_dataset=add_prompts(train_dataset, template, "train_dataset"),
+            train_dataset=train_dataset,
             eval_dataset=add_prompts(eval_dataset, template, "eval_dataset"),
             processing_class=processing_class,
             callbacks=callbacks,
@@ -152,6 +156,8 @@ class REXRAGTrainer(EvaluationLog):
         )
         args.reward_weights = given_weights  # `args` is the caller's, and may serve another trainer
         self._refuse_long_prompts()
+        for warning in training_warnings(args, self.train_dataset, self.model):
+            logger.warning(warning)
         pool = ExplorationPool(args.exploration_pool(), self._tokenizer, args.probe_density)
         engine = RolloutEngine(
             generator=self._make_generator(),
@@ -181,7 +187,8 @@ class REXRAGTrainer(EvaluationLog):
 
     def _make_generator(self) -> TransformersGenerator | VLLMGenerator:
         if self.use_vllm:
-            self._refuse_short_server()
+            if self.vllm_mode == "server" and self.accelerator.is_main_process:
+                refuse_short_server(self.vllm_generation.vllm_client, self.args)
             return VLLMGenerator(
                 single_turn=lambda prompt_ids: self._generate_single_turn(prompt_ids, None, {}, 1),
                 set_max_tokens=lambda count: setattr(self.vllm_generation, "max_completion_length", count),
@@ -194,17 +201,6 @@ class REXRAGTrainer(EvaluationLog):
             eos_token_ids=self.eos_token_ids,
             model_context=self._generation_model,
         )
-
-    def _refuse_short_server(self) -> None:
-        if self.vllm_mode != "server" or not self.accelerator.is_main_process:
-            return
-        served = self.vllm_generation.vllm_client.get_server_info()["model_config"]["max_model_len"]
-        if served < self.args.vllm_max_model_length:
-            raise ValueError(
-                f"the vLLM server takes {served} tokens of a row, less than vllm_max_model_length "
-                f"{self.args.vllm_max_model_length} (by default max_sequence_length): it would refuse long rows "
-                "in mid-run. Restart it with a larger --max-model-len, or lower max_sequence_length"
-            )
 
     @contextmanager
     def _generation_model(self):
