@@ -11,6 +11,7 @@ from trl import GRPOConfig
 
 from rex_rag.correction_forms import FORMS, CorrectionForm
 from rex_rag.exploration import load_pool
+from rex_rag.grpo_options import bound_problems, data_loading_problems, option_problems, option_warnings
 from rex_rag.mixed_sampling import MixedSamplingConfig
 from rex_rag.policy_correction import CLIPPED_LOSSES, clip_bound, keep_count
 from rex_rag.protocol import FEEDBACK_TEXT, PROMPT_TEMPLATE, STOP_STRINGS, build_prompt
@@ -181,6 +182,7 @@ class REXRAGConfig(GRPOConfig):
         if self.max_completion_length is None:
             self.max_completion_length = self.max_sequence_length
         super().__post_init__()
+        self._refuse(data_loading_problems(self))
         self._refuse_split_groups()
         self._prepare_generation()
         self._warn()
@@ -242,12 +244,16 @@ class REXRAGConfig(GRPOConfig):
             for name, choices in _CHOICES.items()
             if getattr(self, name) not in choices
         ]
+        problems += option_problems(self) + bound_problems(self)
         problems += self._rollout_problems() + self._sampling_problems() + self._loss_problems()
         for check in (self.exploration_pool, lambda: build_prompt("", self.prompt_text()), self.feedback):
             try:
                 check()
             except ValueError as error:
                 problems.append(str(error))
+        self._refuse(problems)
+
+    def _refuse(self, problems: list[str]) -> None:
         if problems:
             raise ValueError("REXRAGConfig:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
@@ -402,6 +408,8 @@ class REXRAGConfig(GRPOConfig):
             )
 
     def _warn(self) -> None:
+        for warning in option_warnings(self):
+            logger.warning(warning)
         if self.loss_type != "dapo":
             logger.warning(
                 "loss_type is %r; the method averages over the tokens of the whole batch, which is loss_type 'dapo'",

@@ -69,14 +69,21 @@ def _bare_generation_config(model: PreTrainedModel):
     """Hide the model's own generation settings, from which `generate` fills whatever a given config leaves open.
 
     A model that ships a repetition penalty would otherwise sample from another distribution than log-probabilities
-    are computed for.
+    are computed for. Below an adapter `generate` reads the base model's settings, and peft writes the wrapper's over
+    them: every module that holds settings gets its own back, and one that held none loses what it was given.
     """
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
+    own = {
+        module: vars(module)["generation_config"] for module in model.modules() if "generation_config" in vars(module)
+    }
+    for module in own:
+        module.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        for module in model.modules():
+            vars(module).pop("generation_config", None)
+            if module in own:
+                module.generation_config = own[module]
 
 
 class TransformersGenerator:

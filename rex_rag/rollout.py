@@ -11,7 +11,7 @@ entering generation is a collective under ZeRO-3, FSDP, served and tensor-parall
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -70,6 +70,8 @@ class RolloutEngine:
         budget: the limits.
         max_over_ranks: the maximum of an integer over all processes; the identity for one process.
         feedback: text inserted after an invalid action.
+        context_length: tokens, prompt and limit together, that an engine serving all processes takes of a row;
+            `max_sequence_length` by default. The larger it is, the fewer rows near their end need a call of their own.
     """
 
     generator: Generator
@@ -78,6 +80,7 @@ class RolloutEngine:
     budget: RolloutBudget = field(default_factory=RolloutBudget)
     max_over_ranks: Callable[[int], int] = lambda count: count
     feedback: str = FEEDBACK_TEXT
+    context_length: int | None = None
 
     def __post_init__(self) -> None:
         self.seconds = RolloutSeconds()
@@ -170,15 +173,14 @@ class RolloutEngine:
         """Sample one turn for every live row, cut to each row's own limit."""
         prompts = [trajectory.prompt_ids + trajectory.completion_ids for trajectory in live]
         limits = [self._limit(trajectory) for trajectory in live]
-        dummies = (rows if self.generator.equal_rows else max(1, len(live))) - len(live)
-        dummy = prompts[0] if prompts else self._feedback_ids
-        limit = max(limits, default=1)
-        if self.generator.equal_rows:  # one engine serves all ranks, and takes one rank's limit for all of them
-            limit = self.max_over_ranks(limit)
+        output: dict[int, Generation] = {}
         started = time.perf_counter()
-        output = self.generator.generate(prompts + [dummy] * dummies, max_new_tokens=limit)
+        for asked, limit, count in self._calls(prompts, limits, rows):
+            dummies = [self._feedback_ids[:1]] * (count - len(asked))
+            answers = self.generator.generate([prompts[row] for row in asked] + dummies, max_new_tokens=limit)
+            output.update(zip(asked, answers, strict=False))
+            self.generate_calls += 1
         self.seconds.generation += time.perf_counter() - started
-        self.generate_calls += 1
         return [
             replace(
                 generation,
@@ -186,8 +188,28 @@ class RolloutEngine:
                 logprobs=generation.logprobs[:limit] if generation.logprobs is not None else None,
                 is_cut=bool(generation.is_cut) or len(generation.ids) >= limit,
             )
-            for generation, limit in zip(output, limits, strict=False)
+            for generation, limit in ((output[row], limit) for row, limit in enumerate(limits))
         ]
+
+    def _calls(self, prompts: list[list[int]], limits: list[int], rows: int) -> Iterator[tuple[list[int], int, int]]:
+        """Split a turn into generate calls, equally many on every process: (indices of rows, token limit, rows sent).
+
+        An engine of this process alone ends each row where its context does, so one call with the largest limit does.
+        An engine that serves all processes takes one limit for all rows, and refuses a call in which a single row
+        could outgrow its context: rows of little room wait for a call with a limit that they can take. A row is in
+        one call a turn, so it is sampled as if it were alone.
+        """
+        if not self.generator.equal_rows:
+            yield list(range(len(prompts))), max(limits, default=1), max(1, len(prompts))
+            return
+        context = self.context_length or self.budget.max_sequence_length
+        waiting = list(range(len(prompts)))
+        while rows:
+            limit = self.max_over_ranks(max((limits[row] for row in waiting), default=1))
+            asked = [row for row in waiting if len(prompts[row]) + limit <= context]
+            yield asked, limit, self.max_over_ranks(len(asked))
+            waiting = [row for row in waiting if row not in asked]
+            rows = self.max_over_ranks(len(waiting))
 
     def _apply(self, trajectory: Trajectory, generation: Generation, text: str) -> str | None:
         """Append what was sampled and act on it; return the query where a search is to be executed."""

@@ -27,6 +27,7 @@ from rex_rag.config import REXRAGConfig
 from rex_rag.corrected_loss import CorrectedLoss
 from rex_rag.exploration import ExplorationPool
 from rex_rag.generation import TransformersGenerator, VLLMGenerator
+from rex_rag.grpo_options import refuse_short_server, training_problems, training_warnings
 from rex_rag.metrics import mixed_counts, ratio_metrics, ratio_statistics, rollout_counts, summarize
 from rex_rag.mixed_sampling import MixedBatch, MixedSampler
 from rex_rag.model_card import PAPER, write_card
@@ -131,13 +132,16 @@ class REXRAGTrainer(CorrectedLoss):
         self._warned: set[str] = set()
         self._last_draw = (-1, 0)
         self._prompt_template = template = args.prompt_text()
+        train_dataset = add_prompts(train_dataset, template, "train_dataset")
+        if problems := training_problems(args, train_dataset):
+            raise ValueError("; ".join(problems))
         given_weights = args.reward_weights
         functions, args.reward_weights = compose_rewards(reward_funcs, given_weights, args.format_reward_weight)
         super().__init__(
             model=model,
             reward_funcs=functions,
             args=args,
-            train_dataset=add_prompts(train_dataset, template, "train_dataset"),
+            train_dataset=train_dataset,
             eval_dataset=add_prompts(eval_dataset, template, "eval_dataset"),
             processing_class=processing_class,
             callbacks=callbacks,
@@ -147,6 +151,8 @@ class REXRAGTrainer(CorrectedLoss):
         )
         args.reward_weights = given_weights  # `args` is the caller's, and may serve another trainer
         self._refuse_long_prompts()
+        for warning in training_warnings(args, self.train_dataset, self.model):
+            logger.warning(warning)
         pool = ExplorationPool(args.exploration_pool(), self._tokenizer, args.probe_density)
         engine = RolloutEngine(
             generator=self._make_generator(),
@@ -155,6 +161,7 @@ class REXRAGTrainer(CorrectedLoss):
             budget=args.rollout_budget(),
             max_over_ranks=self._max_over_ranks,
             feedback=args.feedback(),
+            context_length=args.vllm_max_model_length,
         )
         self.sampler = MixedSampler(
             engine,
@@ -176,6 +183,8 @@ class REXRAGTrainer(CorrectedLoss):
 
     def _make_generator(self) -> TransformersGenerator | VLLMGenerator:
         if self.use_vllm:
+            if self.vllm_mode == "server" and self.accelerator.is_main_process:
+                refuse_short_server(self.vllm_generation.vllm_client, self.args)
             return VLLMGenerator(
                 single_turn=lambda prompt_ids: self._generate_single_turn(prompt_ids, None, {}, 1),
                 set_max_tokens=lambda count: setattr(self.vllm_generation, "max_completion_length", count),

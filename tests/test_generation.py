@@ -3,6 +3,8 @@
 import pytest
 import torch
 from parts import make_bpe_tokenizer, make_tiny_model, make_word_tokenizer
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import GenerationConfig
 
 from rex_rag.generation import TransformersGenerator
 from rex_rag.protocol import STOP_STRINGS
@@ -89,3 +91,48 @@ def test_a_models_own_generation_settings_are_hidden_and_restored():
     assert TransformersGenerator(model, tokenizer, temperature=0).generate([[5, 6]], 30) == plain
     assert len(set(plain[0].ids)) < len(plain[0].ids)  # what the penalties would have forbidden
     assert model.generation_config.repetition_penalty == 5.0
+
+
+LORA = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False}
+
+
+@pytest.mark.parametrize(
+    "wrappers",
+    [
+        [LoraConfig(**LORA)],
+        [LoraConfig(**LORA, task_type="CAUSAL_LM")],
+        [LoraConfig(**LORA), LoraConfig(**LORA, task_type="CAUSAL_LM")],
+        [PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")],
+    ],
+    ids=["adapter of no task", "adapter", "adapter over an adapter", "prompt learning"],
+)
+@pytest.mark.filterwarnings(
+    "ignore:You are trying to modify a model with PEFT", "ignore:Already found a `peft_config`"
+)
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+def test_generation_settings_below_an_adapter_are_hidden_and_restored(wrappers, tmp_path):
+    """Also the wrapper's own where it has some, and what peft writes into the base model while it generates."""
+    tokenizer = make_word_tokenizer()
+    model = base = make_tiny_model(tokenizer)
+    for wrapper in wrappers:
+        model = get_peft_model(model, wrapper)
+
+    def sample():
+        generator = TransformersGenerator(model, tokenizer, temperature=0, eos_token_ids=[], stop_strings=())
+        return generator.generate([[5, 6], [7]], 60)
+
+    bare = sample()
+    held = {module for module in model.modules() if "generation_config" in vars(module)}
+    base.generation_config = own = GenerationConfig(
+        repetition_penalty=5.0, no_repeat_ngram_size=1, eos_token_id=[2, 9]
+    )
+    assert sample() == bare
+    assert len(set(bare[0].ids)) < len(bare[0].ids)  # what the penalties would have forbidden
+    assert base.generation_config is own
+    assert {module for module in model.modules() if "generation_config" in vars(module)} == held
+    model.generation_config = wrapping = GenerationConfig(repetition_penalty=3.0)
+    assert sample() == bare
+    assert model.generation_config is wrapping and base.generation_config is own
+    base.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).to_diff_dict().items() >= {"no_repeat_ngram_size": 1}.items()
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [2, 9]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from parts import ScriptedGenerator
 
 from rex_rag.exploration import ExplorationPool, draw_probe
+from rex_rag.generation import VLLMGenerator
 from rex_rag.metrics import mixed_counts, summarize
 from rex_rag.mixed_sampling import MixedSampler, MixedSamplingConfig
 from rex_rag.rollout import RolloutBudget, RolloutEngine
@@ -202,6 +203,30 @@ def test_served_engines_get_one_token_limit_and_equally_many_rows(word_tokenizer
     run_on_both(work)
     # turn 1: two rows each; turn 2: rank 1 has one live row, rank 0 joins with as many rows and the same limit
     assert calls[0] == calls[1] == [(2, 40), (1, 40)]
+
+
+def test_served_engines_are_called_equally_often_whatever_room_the_ranks_rows_have(word_tokenizer, retriever):
+    """Of 120 tokens, 40 a turn: rank 0's rows have room for 40 and 15, rank 1's for 40 and 25."""
+    ranks = TwoRanks()
+    calls = [[], []]
+
+    def work(rank):
+        def turn(prompts):
+            calls[rank].append((limits[rank], [len(prompt) for prompt in prompts]))
+            return [[5] * limits[rank] for _ in prompts], [[-1.0] * limits[rank] for _ in prompts]
+
+        gather = ranks.gather(rank)
+        generator = VLLMGenerator(turn, lambda limit: limits.__setitem__(rank, limit), equal_rows=True)
+        budget = RolloutBudget(
+            max_turns=0, max_turn_tokens=40, max_observation_tokens=40, max_sequence_length=120, top_k=1
+        )
+        engine = RolloutEngine(generator, retriever, word_tokenizer, budget, lambda count: max(gather(count)))
+        engine.rollout([[5], [6] * (105 if rank == 0 else 95)])
+
+    limits = [0, 0]
+    run_on_both(work)
+    # a rank without a row of that room joins with a row of one token
+    assert calls == [[(40, [1]), (25, [1]), (15, [105])], [(40, [1]), (25, [95]), (15, [1])]]
 
 
 def run_on_both(work) -> None:

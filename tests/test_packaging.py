@@ -217,37 +217,32 @@ def readme() -> str:
     return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def listed_files(readme: str) -> set[str]:
-    """The paths of the tree under "What is where", folders with a slash at the end."""
-    tree = re.search(r"## What is where\n\n```\n(.*?)```", readme, re.DOTALL)[1]
-    found, folder = set(), ""
-    for line in tree.splitlines():
-        names = line.split("  ")[0] if not line.startswith("  ") else line[2:].split("  ")[0]
-        folder = folder if line.startswith("  ") else ""
-        if not line.startswith("  ") and line.endswith("/"):
-            folder = line
-        else:
-            found.update(folder + name for name in names.split(", "))
-    return found
+def test_the_readmes_tree_holds_every_folder_and_nothing_else(readme: str):
+    tree = re.search(r"## What is where\n\n```\nrex_rag/\n(.*?)```", readme, re.DOTALL)[1]
+    inside, _, beside = tree.partition("\nrecipes/")
+    names = {name for line in inside.splitlines() for name in re.findall(r"[\w/]+", line[2:33])}
+    assert {name for name in names if name.endswith("/")} == {
+        f"{path.parent.name}/" for path in (ROOT / "rex_rag").glob("*/__init__.py")
+    }
+    assert not {name for name in names if not name.endswith("/") and not (ROOT / f"rex_rag/{name}.py").is_file()}
+    folders = re.findall(r"([\w.-]+)/", beside)
+    assert not {name for name in folders if not list(ROOT.glob(f"*/{name}")) and not (ROOT / name).is_dir()}
 
 
-def test_the_readme_lists_every_file_of_package_and_scripts_and_no_other(readme: str):
-    listed = listed_files(readme)
-    missing = sorted(path for path in listed if not (ROOT / path).exists())
-    assert not missing, f"listed but not there: {missing}"
-    package = {path.relative_to(ROOT).as_posix() for path in MODULES.values() if path.read_text(encoding="utf-8")}
-    scripts = {path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts").glob("*.*")}
-    # Folders of the package speak through their modules.
-    unlisted = {path for path in (package | scripts) - listed if path.count("/") == 1 or "__init__" not in path}
-    assert not unlisted, f"there but not listed: {sorted(unlisted)}"
+def test_every_module_says_what_it_is():
+    silent = [
+        path for path in MODULES.values() if path.read_text() and not ast.get_docstring(ast.parse(path.read_text()))
+    ]
+    assert not silent
 
 
-def test_the_readme_names_every_setting_with_its_default(readme: str):
+def test_the_docs_name_every_setting_with_its_default():
     from dataclasses import fields
 
     from rex_rag.config import REXRAGConfig
 
-    rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", readme, re.MULTILINE))
+    text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", text, re.MULTILINE))
     own = set(REXRAGConfig.__annotations__) - {
         "num_generations_eval",
         "per_device_train_batch_size",

@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from transformers import tokenization_utils_base
 
 from rex_rag.exploration import ExplorationPool
-from rex_rag.generation import Generation
+from rex_rag.generation import Generation, VLLMGenerator
 from rex_rag.protocol import FEEDBACK_TEXT, OBSERVATION_HEAD, OBSERVATION_TAIL
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
@@ -384,3 +384,67 @@ def test_trained_ids_are_the_sampled_ids(name, fragments, rng):
         for segment in trajectory.segments:
             if segment.kind is SegmentKind.INFORMATION and name != "word":
                 assert tokenizer.decode(segment.ids).startswith(OBSERVATION_HEAD)
+
+
+class OneLimitEngine:
+    """A served engine: one limit for all rows of a call, and no call in which a row could outgrow its context.
+
+    Every row would write `words` words, whatever it is asked.
+    """
+
+    def __init__(self, tokenizer, context, words):
+        self.word = encode(tokenizer, "red")
+        self.context, self.words, self.limit = context, words, 0
+        self.calls = []  # (limit, lengths of the prompts)
+
+    def generator(self):
+        return VLLMGenerator(self.turn, lambda limit: setattr(self, "limit", limit), equal_rows=True)
+
+    def turn(self, prompts):
+        lengths = [len(prompt) for prompt in prompts]
+        self.calls.append((self.limit, lengths))
+        assert self.limit + max(lengths) <= self.context, "a server answers 400"
+        return (
+            [self.word * min(self.words, self.limit) for _ in prompts],
+            [[-1.0] * min(self.words, self.limit) for _ in prompts],
+        )
+
+
+def test_a_served_engine_is_never_asked_beyond_the_context_and_no_row_loses_room(word_tokenizer, retriever):
+    """The first row may write 50 tokens and writes 45; the others have room for 35, 20 and 20 of them."""
+    served = OneLimitEngine(word_tokenizer, context=200, words=45)
+    budget = RolloutBudget(
+        max_turns=0, max_turn_tokens=50, max_observation_tokens=40, max_sequence_length=200, top_k=1
+    )
+    engine = RolloutEngine(served.generator(), retriever, word_tokenizer, budget)
+    rows = engine.rollout([[5] * 8, [5] * 165, [5] * 180, [5] * 180])
+    assert served.calls == [(50, [8]), (35, [165]), (20, [180, 180])]
+    assert [row.completion_length for row in rows] == [45, 35, 20, 20]
+    assert [dict(row.truncations) for row in rows] == [{}, *[{Truncation.SEQUENCE: 1}] * 3]
+
+
+def test_a_larger_context_of_the_server_spares_the_calls(word_tokenizer, retriever):
+    served = OneLimitEngine(word_tokenizer, context=250, words=45)
+    budget = RolloutBudget(
+        max_turns=0, max_turn_tokens=50, max_observation_tokens=40, max_sequence_length=200, top_k=1
+    )
+    engine = RolloutEngine(served.generator(), retriever, word_tokenizer, budget, context_length=250)
+    rows = engine.rollout([[5] * 8, [5] * 165, [5] * 180])
+    assert served.calls == [(50, [8, 165, 180])]
+    assert [row.completion_length for row in rows] == [45, 35, 20]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(1, 199), min_size=1, max_size=12), st.integers(1, 60))
+def test_whatever_room_rows_have_each_writes_what_it_would_alone(retriever, lengths, words):
+    tokenizer = TOKENIZERS["word"]
+    budget = RolloutBudget(
+        max_turns=2, max_turn_tokens=50, max_observation_tokens=40, max_sequence_length=200, top_k=1
+    )
+
+    def run(prompts):
+        served = OneLimitEngine(tokenizer, context=200, words=words)
+        return RolloutEngine(served.generator(), retriever, tokenizer, budget).rollout(prompts)
+
+    prompts = [[5] * length for length in lengths]
+    assert run(prompts) == [row for prompt in prompts for row in run([prompt])]

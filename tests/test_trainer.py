@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -763,3 +764,16 @@ def test_kl_on_inserted_tokens(probed, settings, divergence):
     scaled = gradient * float(inputs["num_items_in_batch"])
     assert torch.allclose(scaled[inserted], surrogate[inserted] + slope, rtol=1e-4, atol=1e-4)
     assert torch.allclose(scaled[sampled], surrogate[sampled], rtol=1e-4, atol=1e-4)
+
+
+def test_a_vllm_server_of_too_short_a_context_is_refused_before_the_run(model_path, tmp_path):
+    """Stands in for TRL's connection to a server, which needs a GPU."""
+    trainer = make_trainer(model_path, tmp_path)
+    trainer.use_vllm, trainer.args.vllm_max_model_length = True, 256
+    info = {"model_config": {"max_model_len": 200}}
+    trainer.vllm_mode = "server"
+    trainer.vllm_generation = SimpleNamespace(vllm_client=SimpleNamespace(get_server_info=lambda: info))
+    with pytest.raises(ValueError, match=r"takes 200 tokens of a row, less than vllm_max_model_length 256"):
+        trainer._make_generator()
+    info["model_config"]["max_model_len"] = 256
+    assert trainer._make_generator().equal_rows
