@@ -225,6 +225,22 @@ def test_group_advantages_with_probes(probed):
     assert float(output["mixing_share"]) == 2 / 6 and float(output["failure_rate"]) == 0.75
 
 
+def test_padding_to_a_multiple_changes_no_gradient(probed):
+    """TRL pads prompts and completions; what describes the rows' tokens is padded along."""
+    found = []
+    for multiple in (None, 16):
+        trainer = probed(pad_to_multiple_of=multiple, epsilon=0.9)
+        leave_reference(trainer)
+        inputs = scored(trainer)
+        found.append((inputs["completion_ids"].size(1), *gradients(trainer, inputs)))
+    (width, loss, plain), (padded_width, padded_loss, padded) = found
+    assert width % 16 and padded_width % 16 == 0
+    assert torch.allclose(loss, padded_loss, atol=1e-6)
+    for name, value in plain.items():
+        assert torch.allclose(value, padded[name], atol=1e-5), name
+    assert max(value.abs().max() for value in plain.values()) > 1e-2
+
+
 def test_loss_mask_is_policy_and_probe(probed):
     trainer = probed()
     output = scored(trainer)
