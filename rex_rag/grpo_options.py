@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
+from rex_rag.correction_forms import FORMS
+
 if TYPE_CHECKING:
     from torch import nn
     from trl import GRPOConfig
@@ -84,11 +86,12 @@ def bound_problems(args: REXRAGConfig) -> list[str]:
     if args.epsilon <= 0:
         problems.append(f"epsilon is {args.epsilon}, which clips every token that moved; use 0.2 or another share")
     share = args.probe_probability if args.probe_filter == "none" else args.keep_ratio
-    start = 1 + share if args.num_probe_slots and args.correction == "token" else 1.0
+    form = FORMS.get(args.correction)
+    start = 1 + share if args.num_probe_slots and form is not None and form.in_ratio else 1.0
     if args.delta is not None and args.delta <= start:
         problems.append(
-            f"delta is {args.delta}, but ratios of originals start at up to {start:g} (1/(1-a) under correction "
-            f"'token', else 1): cut at delta they have no gradient; use more than {start + args.epsilon:g}, or none"
+            f"delta is {args.delta}, but ratios of originals start at up to {start:g} under correction "
+            f"{args.correction!r}: cut at delta they have no gradient; use more than {start + args.epsilon:g}, or none"
         )
     return problems
 

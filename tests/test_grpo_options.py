@@ -46,6 +46,7 @@ REFUSED = {
     "vllm_max_model_length": SERVES | {"vllm_max_model_length": 4095},
     "num_iterations": {"num_iterations": 0},
     "epsilon": {"epsilon": 0.0},
+    "epsilon_high": {"loss_type": "cispo"},
     "delta": {"delta": 1.1},  # originals start at up to 1 + keep_ratio = 1.12
     "loss_type": {"loss_type": "drgrpo"},
     "importance_sampling_level": {"importance_sampling_level": "turn"},
@@ -65,6 +66,7 @@ REFUSED = {
     "load_best_model_at_end": {"load_best_model_at_end": True, "eval_strategy": "steps"},
     "lr_scheduler_type": {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"},
     "remove_unused_columns": {"remove_unused_columns": True},
+    "neftune_noise_alpha": {"neftune_noise_alpha": 5.0},
     "label_smoothing_factor": {"label_smoothing_factor": 0.1},
     "train_sampling_strategy": {"train_sampling_strategy": "group_by_length"},
     "data_seed": {"data_seed": 7},
@@ -84,6 +86,7 @@ WARNED = {
     "sync_ref_model": {"sync_ref_model": True},
     "entropy_coef": {"entropy_coef": 0.01},
     "use_adaptive_entropy": {"use_adaptive_entropy": True},
+    "use_bias_correction_kl": {"use_bias_correction_kl": True},
     "save_steps": {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "save_steps": 101},
 }
 
@@ -96,6 +99,7 @@ SILENT = {
     "sync_ref_model": {},
     "entropy_coef": {"entropy_coef": 0.01, "num_probe_slots": 0},
     "use_adaptive_entropy": {"use_adaptive_entropy": True, "num_probe_slots": 0},
+    "use_bias_correction_kl": {"use_bias_correction_kl": True, "beta": 0.0},
     "save_steps": {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "save_steps": 100},
 }
 
@@ -103,6 +107,9 @@ OTHER_REFUSALS = [
     {"accelerator_config": {"dispatch_batches": True}},
     {"accelerator_config": {"even_batches": False}},
     {"loss_type": None},
+    {"loss_type": "bnpo"},
+    {"loss_type": "vespo"},
+    {"importance_sampling_level": "sequence"},
     {"top_entropy_quantile": 1.5},
     {"delta": 1.0, "num_probe_slots": 0},
     {"delta": 1.15, "keep_ratio": 0.2},
@@ -156,7 +163,7 @@ def make(tmp_path, monkeypatch, processes=1, lora_dropout=None, **settings) -> R
 def test_every_setting_of_trl_is_judged_and_no_other():
     assert set(VERDICTS) == {field.name for field in fields(GRPOConfig)}
     words = {word for verdict in VERDICTS.values() for word in verdict.split(", ")}
-    assert words == {"handled", "refused", "warned", "by form", "harmless"}
+    assert words == {"handled", "refused", "warned", "harmless"}
 
 
 def test_every_argument_of_trls_trainer_is_taken_or_judged():
