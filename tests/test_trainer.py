@@ -438,15 +438,15 @@ def test_ratios_between_trainer_and_engine_are_of_rollouts_alone(probed, mode, c
 
 
 @pytest.mark.parametrize("correction", ["floor", "continuation", "unprompted"])
-def test_two_training_steps_with_a_sampling_policy(model_path, tmp_path, correction):
-    sizes = {"num_generations": 8, "num_probe_slots": 4, "per_device_train_batch_size": 32, "keep_ratio": 1.0}
+def test_two_training_steps(model_path, tmp_path, correction):
     brevity = lambda completions, **_: [-0.01 * len(one[0]["content"]) for one in completions]  # noqa: E731
-    trainer = make_trainer(model_path, tmp_path, reward_funcs=brevity, correction=correction, **sizes)
+    trainer = make_trainer(model_path, tmp_path, PROBED_TURNS * 2, reward_funcs=brevity, correction=correction)
+    score_by_parent(trainer, {0: -4.0, 1: -1.0, 2: -3.0, 3: -2.0})
     before = {name: value.clone() for name, value in trainer.model.named_parameters()}
     trainer.train()
     history = [row for row in trainer.state.log_history if "em/originals" in row]
-    assert len(history) == 2 and sum(row["probes/kept"] for row in history) > 0
-    assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in history)
+    assert [row["probes/kept"] for row in history] == [2, 2]
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in history)
     assert any(not torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
 
 
