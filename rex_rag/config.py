@@ -10,6 +10,7 @@ from pathlib import Path
 from trl import GRPOConfig
 
 from rex_rag.correction_forms import FORMS, CorrectionForm
+from rex_rag.dynamic_sampling import signal_problems
 from rex_rag.exploration import load_pool
 from rex_rag.grpo_options import bound_problems, data_loading_problems, option_problems, option_warnings
 from rex_rag.mixed_sampling import MixedSamplingConfig
@@ -92,6 +93,16 @@ class REXRAGConfig(GRPOConfig):
             Text file with what is inserted after an invalid action, taken as it is; `None` uses the built-in text.
         format_reward_weight (`float`, *optional*, defaults to `0.0`):
             Weight of the reward for well-formed trajectories beside exact match; off by default, as in the paper.
+        shaping_needs_right_answer (`bool`, *optional*, defaults to `True`):
+            Count the format reward and further reward functions in the advantage only where the group (originals and
+            kept probes) holds a right answer. Elsewhere they alone would tell its rows apart, and the group's std
+            would make full-size advantages of any difference. `False` counts them everywhere.
+        dynamic_sampling_rounds (`int`, *optional*, defaults to `0`):
+            How many times a step may replace groups without signal, all right or all wrong by exact match, by fresh
+            questions and generate for them (DAPO, arXiv 2503.14476); `0` switches dynamic sampling off.
+        rest_after (`int`, *optional*, defaults to `0`):
+            Difficulty buffer: a question whose originals were all right so many times in a row rests, and is replaced
+            by a fresh one, the next so many times that it comes up; `0` switches the buffer off.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -176,6 +187,16 @@ class REXRAGConfig(GRPOConfig):
         default=None, metadata={"help": "Text file with what is inserted after an invalid action."}
     )
     format_reward_weight: float = field(default=0.0, metadata={"help": "Weight of the well-formedness reward."})
+    shaping_needs_right_answer: bool = field(
+        default=True,
+        metadata={"help": "Count rewards beside exact match only in groups that hold a right answer."},
+    )
+    dynamic_sampling_rounds: int = field(
+        default=0, metadata={"help": "Times a step may replace groups without signal by fresh questions; 0: never."}
+    )
+    rest_after: int = field(
+        default=0, metadata={"help": "A question all right so many times in a row rests as many turns; 0: never."}
+    )
 
     def __post_init__(self) -> None:
         self._refuse_bad_values()
@@ -244,7 +265,7 @@ class REXRAGConfig(GRPOConfig):
             for name, choices in _CHOICES.items()
             if getattr(self, name) not in choices
         ]
-        problems += option_problems(self) + bound_problems(self)
+        problems += option_problems(self) + bound_problems(self) + signal_problems(self)
         problems += self._rollout_problems() + self._sampling_problems() + self._loss_problems()
         for check in (self.exploration_pool, lambda: build_prompt("", self.prompt_text()), self.feedback):
             try:

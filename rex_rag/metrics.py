@@ -43,12 +43,26 @@ def mixed_counts(batch: MixedBatch, originals_per_question: int) -> Counter:
         question = probe.parent // originals_per_question
         probed[question] = probed.get(question, False) or right
     for question in range(len(batch.originals) // originals_per_question):
-        first = question * originals_per_question
-        dead = not any(batch.correct[first : first + originals_per_question])
+        first, last = question * originals_per_question, (question + 1) * originals_per_question
+        dead = not any(batch.correct[first:last])
         counts["questions"] += 1
+        counts["with_signal"] += probed.get(question, False) if dead else not all(batch.correct[first:last])
         counts["dead_ends"] += dead
         counts["dead_ends_probed"] += dead and question in probed
         counts["dead_ends_rescued"] += dead and probed.get(question, False)
+    return counts
+
+
+def training_counts(batch: MixedBatch, discarded: MixedBatch | None, originals_per_question: int) -> Counter:
+    """Sums over all that was sampled for a batch, the groups that dynamic sampling discarded included.
+
+    So the rates are of questions as they were drawn; `trained` counts the groups that are left for the optimiser.
+    """
+    counts = rollout_counts([*batch.originals, *batch.probes]) + mixed_counts(batch, originals_per_question)
+    counts += Counter(trained=counts["questions"], trained_with_signal=counts["with_signal"])
+    if discarded is not None:
+        counts += rollout_counts([*discarded.originals, *discarded.probes])
+        counts += mixed_counts(discarded, originals_per_question)
     return counts
 
 
@@ -76,6 +90,11 @@ def summarize(counts: Iterable[Counter]) -> dict[str, float]:
             "probes/dropped": float(total["probes_dropped"]),
         }
         metrics |= {name: float(count) for name, count in sorted(total.items()) if name.startswith(_DROPPED)}
+    if total["trained"]:
+        metrics |= {
+            "signal/asked": _rate(total["with_signal"], total["questions"]),
+            "signal/trained": _rate(total["trained_with_signal"], total["trained"]),
+        }
     return metrics
 
 

@@ -96,8 +96,9 @@ class MixedSampler:
         is_correct: Callable[[int, Trajectory], bool],
         *,
         step: tuple[int, ...],
-        first_row: int,
+        rows: Sequence[int],
         keep_ratio: float,
+        standing: tuple[int, int] = (0, 0),
     ) -> MixedBatch:
         """Sample a mixed batch.
 
@@ -105,8 +106,10 @@ class MixedSampler:
             prompts: token ids of every original of this process, those of a question adjacent.
             is_correct: (index of the original, trajectory) -> whether its answer is right.
             step: seeds the draws together with the configured seed and the row.
-            first_row: the global index of this process's first original.
+            rows: the global index of every original of this process.
             keep_ratio: the filter keeps the best floor(keep_ratio * N) probes, N originals in the global batch.
+            standing: originals and kept probes of the global batch that an earlier call sampled and that stay; the
+                filter counts them in.
         """
         originals = self.engine.rollout(prompts)
         correct = [is_correct(row, trajectory) for row, trajectory in enumerate(originals)]
@@ -115,10 +118,11 @@ class MixedSampler:
             for row, (trajectory, right) in enumerate(zip(originals, correct, strict=True))
             if trajectory.answer is not None and not right
         ]
-        started = self._start_probes(originals, failed, step=step, first_row=first_row)
+        started = self._start_probes(originals, failed, step=step, rows=rows)
         counts = self._gather((len(originals), len(failed), len(started)))
         num_originals, num_failed, num_made = (sum(column) for column in zip(*counts, strict=True))
-        kept = self._filter(started, num_made, keep_count(keep_ratio, num_originals), step) if num_made else []
+        num_keep = keep_count(keep_ratio, num_originals + standing[0]) - standing[1]
+        kept = self._filter(started, num_made, num_keep, step) if num_made else []
         global_kept, dropped = num_made, Counter()
         if num_made:
             self.engine.resume(kept)
@@ -138,13 +142,13 @@ class MixedSampler:
         )
 
     def _start_probes(
-        self, originals: list[Trajectory], failed: list[int], *, step: tuple[int, ...], first_row: int
+        self, originals: list[Trajectory], failed: list[int], *, step: tuple[int, ...], rows: Sequence[int]
     ) -> list[Trajectory]:
         started: list[Trajectory] = []
         per_question: dict[int, int] = {}
         for row in failed:
             draw = draw_probe(
-                self.config.probe_probability, len(self.pool), seed=self.config.seed, step=step, row=first_row + row
+                self.config.probe_probability, len(self.pool), seed=self.config.seed, step=step, row=rows[row]
             )
             question = row // self.config.originals_per_question
             if not draw.probed or per_question.get(question, 0) >= self.config.probe_slots:

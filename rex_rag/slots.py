@@ -19,11 +19,13 @@ class Slots:
     """One process's generation batch: a rollout per row, `None` in a probe slot that no probe filled.
 
     `live` holds the indices of the rows to score and optimise, equally many on every process; `None` means all.
+    `discarded` holds what was sampled for it and replaced by dynamic sampling.
     """
 
     rows: list[Trajectory | None]
     batch: MixedBatch
     live: torch.Tensor | None = None
+    discarded: MixedBatch | None = None
 
     @property
     def filled(self) -> list[Trajectory]:
@@ -33,6 +35,13 @@ class Slots:
     def trained(self) -> list[Trajectory | None]:
         """What enters the loss in the rows' places."""
         return [row and (row.trained or row) for row in self.rows]
+
+    @property
+    def sampled(self) -> list[Trajectory]:
+        """All that was sampled for the batch."""
+        if self.discarded is None:
+            return self.filled
+        return [*self.filled, *self.discarded.originals, *self.discarded.probes]
 
 
 def original_rows(num_rows: int, group: int, originals: int) -> list[int]:

@@ -9,6 +9,7 @@ optimisation. So every process holds equally many rows and TRL does the rest. Da
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -25,10 +26,18 @@ from trl.trainer.utils import pad
 from rex_rag.answers import exact_match
 from rex_rag.config import REXRAGConfig
 from rex_rag.corrected_loss import CorrectedLoss
+from rex_rag.dynamic_sampling import DynamicSampler, fresh_questions
 from rex_rag.exploration import ExplorationPool
 from rex_rag.generation import TransformersGenerator, VLLMGenerator
 from rex_rag.grpo_options import refuse_short_server, training_problems, training_warnings
-from rex_rag.metrics import mixed_counts, ratio_metrics, ratio_statistics, rollout_counts, summarize
+from rex_rag.metrics import (
+    mixed_counts,
+    ratio_metrics,
+    ratio_statistics,
+    rollout_counts,
+    summarize,
+    training_counts,
+)
 from rex_rag.mixed_sampling import MixedBatch, MixedSampler
 from rex_rag.model_card import PAPER, write_card
 from rex_rag.policy_correction import CLIPPED_LOSSES, KeepRatio, clip_bound
@@ -36,6 +45,7 @@ from rex_rag.prompts import add_prompts, refuse_long_prompt, refuse_long_prompts
 from rex_rag.retrieval.base import Retriever
 from rex_rag.rewards import compose_rewards
 from rex_rag.rollout import RolloutEngine, RolloutSeconds
+from rex_rag.shaping import gate_shaping, log_given_rewards
 from rex_rag.slots import (
     Slots,
     completion_columns,
@@ -43,7 +53,6 @@ from rex_rag.slots import (
     drop_empty_rows,
     lay_out,
     live_rows,
-    original_rows,
     table_columns,
 )
 from rex_rag.types import Segment, SegmentKind, Trajectory
@@ -89,7 +98,8 @@ class REXRAGTrainer(CorrectedLoss):
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
             Further TRL reward functions, added to exact match. They receive model-written text as `completions`, and
             `predicted_answer`, `golden_answers` and `trajectory` beside TRL's arguments. `args.reward_weights` counts
-            exact match first, then the format reward where it is on, then these.
+            exact match first, then the format reward where it is on, then these. All but exact match is shaping, and
+            counts where a question was answered right (`args.shaping_needs_right_answer`).
         recipe (`str`, *optional*):
             Where the settings came from, for the model card.
 
@@ -130,11 +140,11 @@ class REXRAGTrainer(CorrectedLoss):
         self._keep_ratio = KeepRatio(args.keep_ratio, args.keep_ratio_schedule)
         self._slots: Slots | None = None
         self._warned: set[str] = set()
-        self._last_draw = (-1, 0)
         self._prompt_template = template = args.prompt_text()
         train_dataset = add_prompts(train_dataset, template, "train_dataset")
         if problems := training_problems(args, train_dataset):
             raise ValueError("; ".join(problems))
+        fresh = fresh_questions(train_dataset, args)
         given_weights = args.reward_weights
         functions, args.reward_weights = compose_rewards(reward_funcs, given_weights, args.format_reward_weight)
         super().__init__(
@@ -163,14 +173,23 @@ class REXRAGTrainer(CorrectedLoss):
             feedback=args.feedback(),
             context_length=args.vllm_max_model_length,
         )
+        ranks = {"gather": lambda item: gather_object([item]), "rank": self.accelerator.process_index}
         self.sampler = MixedSampler(
             engine,
             pool,
             args.mixed_sampling(),
             score_probes=self._score_probes,
             trained=lambda probe: args.correction_form.trained(probe, engine.decode),
-            gather=lambda item: gather_object([item]),
-            rank=self.accelerator.process_index,
+            **ranks,
+        )
+        self.dynamic_sampler = DynamicSampler(
+            self.sampler,
+            encode=lambda prompt: self._tokenize_prompts([prompt])[0][0],
+            group=self.num_generations,
+            fresh=fresh,
+            rounds=args.dynamic_sampling_rounds,
+            rest_after=args.rest_after,
+            **ranks,
         )
 
     def _refuse_long_prompts(self) -> None:
@@ -222,30 +241,18 @@ class REXRAGTrainer(CorrectedLoss):
         """Run the rollouts of this process's rows and lay the trajectories into the rows."""
         if not self.model.training:
             rows = self.sampler.engine.rollout(prompt_ids)
-            correct = [self._is_correct(row, trajectory) for row, trajectory in enumerate(rows)]
+            asked = zip(rows, self._batch_inputs, strict=True)
+            correct = [exact_match(row.answer, example["golden_answers"]) for row, example in asked]
             return Slots(rows, MixedBatch(rows, correct, [], [], 0, len(rows), 0, 0, 0))
-        group, n = self.num_generations, self.args.num_originals
-        chosen = original_rows(len(prompt_ids), group, n)
-        batch = self.sampler.sample(
-            [prompt_ids[row] for row in chosen],
-            lambda index, trajectory: self._is_correct(chosen[index], trajectory),
-            step=self._draw_step(),
-            first_row=self.accelerator.process_index * len(chosen),
-            keep_ratio=self._keep_ratio.value,
+        sampled = self.dynamic_sampler.sample(
+            self._batch_inputs, prompt_ids, step=self.state.global_step, keep_ratio=self._keep_ratio.value
         )
-        slots = Slots(lay_out(batch, len(prompt_ids), group, n), batch)
+        self._log_all(sampled.metrics)
+        rows = lay_out(sampled.batch, len(prompt_ids), self.num_generations, self.args.num_originals)
+        slots = Slots(rows, sampled.batch, discarded=sampled.discarded)
         largest = self._max_over_ranks(len(slots.filled))
         slots.live = live_rows(slots.rows, largest, self.args.steps_per_generation)
         return slots
-
-    def _draw_step(self) -> tuple[int, int]:
-        """Optimiser step and number of the generation within it: the same in a resumed run."""
-        step, count = self._last_draw
-        self._last_draw = (self.state.global_step, count + 1 if step == self.state.global_step else 0)
-        return self._last_draw
-
-    def _is_correct(self, row: int, trajectory: Trajectory) -> bool:
-        return exact_match(trajectory.answer, self._batch_inputs[row]["golden_answers"])
 
     def _generate(self, prompts: list):
         """Search rollouts instead of single completions; the one change to what TRL expects back is empty slots.
@@ -261,6 +268,7 @@ class REXRAGTrainer(CorrectedLoss):
         engine = self.sampler.engine
         engine.seconds = RolloutSeconds()
         slots = self._slots = self._sample(prompt_ids)
+        prompts[:] = [example["prompt"] for example in self._batch_inputs]  # the parent's own list, of what was asked
         self._log_rollouts(slots)
         pad_id = self._tokenizer.pad_token_id
         completion_ids = [row.completion_ids if row else [pad_id] for row in slots.trained]
@@ -322,7 +330,14 @@ class REXRAGTrainer(CorrectedLoss):
         all_empty, all_probe = self.accelerator.gather(empty), self.accelerator.gather(is_probe)
         self._log("reward/originals", rewards[~all_empty & ~all_probe].mean().item())
         self._log("reward/probes", rewards[all_probe].mean().item())
-        return rewards_per_func
+        if not self._shaping_is_gated:
+            return rewards_per_func
+        self._given_rewards = rewards_per_func
+        return gate_shaping(rewards_per_func, self.num_generations)
+
+    @property
+    def _shaping_is_gated(self) -> bool:
+        return self.model.training and self.args.shaping_needs_right_answer and len(self.reward_funcs) > 1
 
     def _generate_and_score_completions(self, inputs):
         """As in the parent, plus what the correction needs, minus the empty slots."""
@@ -332,6 +347,10 @@ class REXRAGTrainer(CorrectedLoss):
             for column in table_columns(self._logs):
                 column.clear()  # TRL's table holds the newest generation batch, which is rid of empty slots below
         output = super()._generate_and_score_completions(inputs)
+        if self._shaping_is_gated:
+            log_given_rewards(
+                self._given_rewards, self.reward_func_names, self.reward_weights, self._metrics["train"], self._logs
+            )
         slots = self._slots
         started = time.perf_counter()
         output |= describe_rows(slots, output["completion_ids"].shape, self.accelerator.device)
@@ -376,10 +395,12 @@ class REXRAGTrainer(CorrectedLoss):
         """Everything known once the rollouts are done, over the filled rows of all processes."""
         training, filled = self.model.training, slots.filled
         batch = slots.batch if training else self._without_repeats(slots.batch)
-        counts = rollout_counts(filled if training else batch.originals)
-        counts += mixed_counts(batch, self.args.num_originals if training else self.num_generations_eval)
+        if training:
+            counts = training_counts(batch, slots.discarded, self.args.num_originals)
+        else:
+            counts = rollout_counts(batch.originals) + mixed_counts(batch, self.num_generations_eval)
         lengths = [row.model_length for row in filled]
-        tokens = sum(len(row.prompt_ids) for row in filled) + sum(lengths)
+        tokens = sum(len(row.prompt_ids) + row.model_length for row in slots.sampled)
         seconds = self.sampler.engine.seconds
         gathered = gather_object([(counts, lengths, tokens, (seconds.generation, seconds.retrieval, seconds.engine))])
         lengths = [length for part in gathered for length in part[1]]
@@ -398,12 +419,12 @@ class REXRAGTrainer(CorrectedLoss):
             self._log("probes/mixing_share", slots.batch.mixing_share)
             self._log("probes/failure_rate", slots.batch.failure_rate)
             self._log("probes/keep_ratio", self._keep_ratio.value)
-            self._watch_probes(slots.batch, int(summary["probes/dropped"]))
-            if slots.batch.global_kept:
+            self._watch_probes(slots.batch, int(summary["probes/kept"]), int(summary["probes/dropped"]))
+            if not math.isnan(summary["em/probes"]):
                 self._keep_ratio.update(summary["em/probes"])
         self._metrics["train" if training else "eval"]["num_tokens"] = [self.state.num_input_tokens_seen]
 
-    def _watch_probes(self, batch: MixedBatch, dropped: int) -> None:
+    def _watch_probes(self, batch: MixedBatch, kept: int, dropped: int) -> None:
         """Say once where probes take the originals' gradient away, or where the filter or the form drops them all."""
         widened = self.args.correction_form.in_ratio and self.loss_type in CLIPPED_LOSSES
         if widened and batch.mixing_share > clip_bound(self.epsilon_high):
@@ -413,13 +434,13 @@ class REXRAGTrainer(CorrectedLoss):
                 "positive advantage get no gradient. Lower keep_ratio or use correction='decoupled'",
                 key="clip",
             )
-        if dropped and not batch.global_kept:
+        if dropped and not kept:
             self._warn_once(
                 f"correction {self.args.correction!r} could train none of the {dropped} probes that the filter kept; "
                 "probes/dropped/… counts the causes",
                 key="dropped",
             )
-        filtered = batch.global_made and not batch.global_kept + dropped
+        filtered = batch.global_made and not kept + dropped
         if filtered and self._keep_ratio.value < self.args.keep_ratio:
             self._warn_once(
                 f"keep_ratio followed probe accuracy down to {self._keep_ratio.value:.4f}, which keeps none of "
@@ -436,21 +457,24 @@ class REXRAGTrainer(CorrectedLoss):
     # Checkpoints and cards
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As in the parent, plus the keep ratio's moving average, written before the checkpoint can be pushed."""
+        """As in the parent, plus keep ratio and difficulty buffer, written before the checkpoint can be pushed."""
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             partial = Path(output_dir) / f"{_STATE_FILE}.partial"
-            partial.write_text(json.dumps({"keep_ratio": self._keep_ratio.state_dict()}))
+            state = {"keep_ratio": self._keep_ratio.state_dict(), **self.dynamic_sampler.state_dict()}
+            partial.write_text(json.dumps(state))
             partial.replace(Path(output_dir) / _STATE_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        """As in the parent, plus the keep ratio's moving average."""
+        """As in the parent, plus keep ratio and difficulty buffer."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         path = Path(checkpoint) / _STATE_FILE
         if path.is_file():
-            self._keep_ratio.load_state_dict(json.loads(path.read_text())["keep_ratio"])
+            state = json.loads(path.read_text())
+            self._keep_ratio.load_state_dict(state["keep_ratio"])
+            self.dynamic_sampler.load_state_dict(state)
         elif self.args.keep_ratio_schedule == "accuracy_ema":
             raise ValueError(
                 f"{path} is missing, so the keep ratio's moving average cannot be resumed; the checkpoint was not "

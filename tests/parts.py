@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from rex_rag.exploration import ExplorationPool
 from rex_rag.generation import Generation
+from rex_rag.mixed_sampling import MixedSampler, MixedSamplingConfig
 from rex_rag.protocol import ALL_TAGS, FEEDBACK_TEXT
+from rex_rag.rollout import RolloutBudget, RolloutEngine
 from rex_rag.types import Passage
 
 WORDS = "red blue green gold oak elm fox owl river hill where is the tree of Doc Title ( ) 1 2 : . abcdef Question"
@@ -101,3 +106,60 @@ class ScriptedGenerator:
         assert len(texts) == len(prompt_ids), f"{len(prompt_ids)} rows asked, {len(texts)} scripted"
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return [Generation(row[:max_new_tokens], [-1.0] * len(row[:max_new_tokens])) for row in ids]
+
+
+PROBE_POOL = ["<think> Wait I may be wrong .", "<think> Maybe not so .", "<think> Hold on ."]
+RIGHT, WRONG, SILENT = "<answer> oak </answer>", "<answer> red </answer>", "<think> oak </think>"
+BUDGET = RolloutBudget(max_turns=1, max_turn_tokens=40, max_observation_tokens=60, max_sequence_length=300, top_k=1)
+
+
+class TwoRanks:
+    """Two threads in the place of two processes: a gather that waits for both."""
+
+    def __init__(self):
+        self.barrier = threading.Barrier(2, timeout=20)
+        self.items = [None, None]
+
+    def gather(self, rank):
+        def call(item):
+            self.items[rank] = item
+            self.barrier.wait()
+            items = list(self.items)
+            self.barrier.wait()
+            return items
+
+        return call
+
+
+def sampler_for(
+    tokenizer,
+    retriever,
+    turns,
+    *,
+    score=None,
+    trained=lambda probe: probe,
+    gather=lambda item: [item],
+    rank=0,
+    **config,
+):
+    settings = {"originals_per_question": 2, "probe_slots": 2, "probe_probability": 1.0, "probe_filter": "likelihood"}
+    gathered_max = lambda count: max(gather(count))  # noqa: E731
+    engine = RolloutEngine(ScriptedGenerator(tokenizer, turns), retriever, tokenizer, BUDGET, gathered_max)
+    return MixedSampler(
+        engine,
+        ExplorationPool(PROBE_POOL, tokenizer),
+        MixedSamplingConfig(**{**settings, "seed": 0, **config}),
+        score_probes=score or (lambda probes: [0.0] * len(probes)),
+        trained=trained,
+        gather=gather,
+        rank=rank,
+    )
+
+
+def run_on_both(work) -> None:
+    """Run `work(rank)` in two threads that stand for two processes."""
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)

@@ -1,63 +1,15 @@
 """Mixed sampling: which originals are probed, and the filter's order and count over two ranks."""
 
 import math
-import threading
 from dataclasses import replace
 
-from parts import ScriptedGenerator
+from parts import BUDGET, RIGHT, SILENT, WRONG, ScriptedGenerator, TwoRanks, run_on_both, sampler_for
+from parts import PROBE_POOL as POOL
 
-from rex_rag.exploration import ExplorationPool, draw_probe
+from rex_rag.exploration import draw_probe
 from rex_rag.generation import VLLMGenerator
 from rex_rag.metrics import mixed_counts, summarize
-from rex_rag.mixed_sampling import MixedSampler, MixedSamplingConfig
 from rex_rag.rollout import RolloutBudget, RolloutEngine
-
-POOL = ["<think> Wait I may be wrong .", "<think> Maybe not so .", "<think> Hold on ."]
-BUDGET = RolloutBudget(max_turns=1, max_turn_tokens=40, max_observation_tokens=60, max_sequence_length=300, top_k=1)
-RIGHT, WRONG, SILENT = "<answer> oak </answer>", "<answer> red </answer>", "<think> oak </think>"
-
-
-class TwoRanks:
-    """Two threads in the place of two processes: a gather that waits for both."""
-
-    def __init__(self):
-        self.barrier = threading.Barrier(2, timeout=20)
-        self.items = [None, None]
-
-    def gather(self, rank):
-        def call(item):
-            self.items[rank] = item
-            self.barrier.wait()
-            items = list(self.items)
-            self.barrier.wait()
-            return items
-
-        return call
-
-
-def sampler_for(
-    tokenizer,
-    retriever,
-    turns,
-    *,
-    score=None,
-    trained=lambda probe: probe,
-    gather=lambda item: [item],
-    rank=0,
-    **config,
-):
-    settings = {"originals_per_question": 2, "probe_slots": 2, "probe_probability": 1.0, "probe_filter": "likelihood"}
-    gathered_max = lambda count: max(gather(count))  # noqa: E731
-    engine = RolloutEngine(ScriptedGenerator(tokenizer, turns), retriever, tokenizer, BUDGET, gathered_max)
-    return MixedSampler(
-        engine,
-        ExplorationPool(POOL, tokenizer),
-        MixedSamplingConfig(**{**settings, "seed": 0, **config}),
-        score_probes=score or (lambda probes: [0.0] * len(probes)),
-        trained=trained,
-        gather=gather,
-        rank=rank,
-    )
 
 
 def is_oak(_, trajectory):
@@ -65,7 +17,8 @@ def is_oak(_, trajectory):
 
 
 def run(sampler, count, keep_ratio=1.0, first_row=0, step=(3, 0)):
-    return sampler.sample([[5]] * count, is_oak, step=step, first_row=first_row, keep_ratio=keep_ratio)
+    rows = range(first_row, first_row + count)
+    return sampler.sample([[5]] * count, is_oak, step=step, rows=rows, keep_ratio=keep_ratio)
 
 
 def test_only_wrong_answers_are_probed(word_tokenizer, retriever):
@@ -227,11 +180,3 @@ def test_served_engines_are_called_equally_often_whatever_room_the_ranks_rows_ha
     run_on_both(work)
     # a rank without a row of that room joins with a row of one token
     assert calls == [[(40, [1]), (25, [1]), (15, [105])], [(40, [1]), (25, [95]), (15, [1])]]
-
-
-def run_on_both(work) -> None:
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)

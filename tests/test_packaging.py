@@ -84,6 +84,8 @@ FORBIDDEN = {
     "rex_rag.generation": (*ABOVE, "rex_rag.rollout", "rex_rag.retrieval"),
     "rex_rag.rollout": ABOVE,
     "rex_rag.mixed_sampling": ABOVE,
+    "rex_rag.dynamic_sampling": ABOVE,
+    "rex_rag.shaping": ABOVE,
     "rex_rag.rewards": ("rex_rag.trainer", "rex_rag.config", "rex_rag.rollout", "rex_rag.evaluation"),
     "rex_rag.config": ("rex_rag.trainer", "rex_rag.evaluation"),
     "rex_rag.trainer": ("rex_rag.evaluation", "rex_rag.cli"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +28,45 @@ def save_tiny_policy(folder: Path) -> Path:
 
 
 def brevity(completions, **_):
-    """A reward that differs between any two rollouts: with exact match alone a random policy learns nothing."""
+    """A reward that differs between any two rollouts: with exact match alone a random policy learns nothing.
+
+    It never answers rightly either, so the reward must count without a right answer (`shaping_needs_right_answer`).
+    """
     return [-0.01 * len(completion[0]["content"]) for completion in completions]
 
 
 def tiny_trainer(
-    folder: Path, output: Path, retriever: Retriever, rounds: int = 4, recipe: str | None = None, **settings: Any
+    folder: Path,
+    output: Path,
+    retriever: Retriever,
+    rounds: int = 4,
+    recipe: str | None = None,
+    questions: list[dict[str, Any]] | None = None,
+    reward_funcs: Callable | None = brevity,
+    **settings: Any,
 ) -> REXRAGTrainer:
-    """A trainer of `save_tiny_policy`'s model on four questions, `rounds` times over; `settings` are the config's."""
+    """A trainer of `save_tiny_policy`'s model on four questions, `rounds` times over, or on those that are given.
+
+    `settings` are the config's.
+    """
     shared = {
         **{"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"},
         **{"disable_tqdm": True, "logging_steps": 1, "learning_rate": 2e-3},
         **{"num_generations": 6, "num_probe_slots": 3, "probe_probability": 0.7, "keep_ratio": 0.4},
         **{"max_prompt_length": 32, "max_turn_tokens": 30, "max_observation_tokens": 40, "max_sequence_length": 200},
+        "shaping_needs_right_answer": False,
         "exploration_prompts": str(folder / "pool.txt"),
         "prompt_template": str(folder / "prompt.txt"),
     }
-    questions = [{"question": f"where is the {word}", "golden_answers": ["oak"]} for word in WORDS]
+    if questions is None:
+        questions = [{"question": f"where is the {word}", "golden_answers": ["oak"]} for word in WORDS] * rounds
     return REXRAGTrainer(
         model=Qwen2ForCausalLM.from_pretrained(folder),
         args=REXRAGConfig(output_dir=str(output), **shared | settings),
-        train_dataset=Dataset.from_list(questions * rounds),
+        train_dataset=Dataset.from_list(questions),
         retriever=retriever,
         processing_class=make_word_tokenizer(),
-        reward_funcs=brevity,
+        reward_funcs=reward_funcs,
         recipe=recipe,
     )
 

@@ -48,6 +48,13 @@ class CoverageArguments:
         default=None, metadata={"help": "Revision of the Hub's repository of the seven benchmarks."}
     )
     json: str | None = field(default=None, metadata={"help": "Write figures, and each question's own, to this file."})
+    write_answerable: str | None = field(
+        default=None,
+        metadata={
+            "help": "Write the questions of which a gold answer stands in the corpus to this new .jsonl file, to be "
+            "named under `datasets:` in a recipe."
+        },
+    )
 
     def __post_init__(self) -> None:
         from rex_rag.evaluation.benchmarks import benchmark_specs
@@ -56,18 +63,39 @@ class CoverageArguments:
         self.passages = [self.passages] if isinstance(self.passages, str) else self.passages
         self.top_k = [self.top_k] if isinstance(self.top_k, int) else self.top_k
         # Not found out after hours over a large corpus.
-        if self.json is not None and not Path(self.json).absolute().parent.is_dir():
-            raise ValueError(f"json={self.json!r}: there is no such folder (working directory: {Path.cwd()}); make it")
+        for name in ("json", "write_answerable"):
+            value = getattr(self, name)
+            if value is not None and not Path(value).absolute().parent.is_dir():
+                raise ValueError(
+                    f"{name}={value!r}: there is no such folder (working directory: {Path.cwd()}); make it"
+                )
         if not self.benchmarks:
             raise ValueError("no benchmark was given; name one, for example --benchmarks bamboogle=FILE.jsonl")
+        if self.write_answerable is None:
+            return
+        if len(self.benchmarks) > 1:
+            raise ValueError(
+                f"write_answerable={self.write_answerable!r} takes the questions of one set, but "
+                f"{len(self.benchmarks)} were given; run the command once for each, to a file of its own"
+            )
+        if Path(self.write_answerable).suffix != ".jsonl":
+            raise ValueError(
+                f"write_answerable={self.write_answerable!r} is written as JSON lines, and a recipe knows them by "
+                "their name; let it end in .jsonl"
+            )
+        if Path(self.write_answerable).exists():
+            raise ValueError(
+                f"write_answerable={self.write_answerable!r} exists, and runs may have been trained on it; remove it "
+                "or name another file"
+            )
 
 
 def coverage(words: Sequence[str]) -> None:
     """Print a table of coverage."""
     from rex_rag.data.jsonl import counted
     from rex_rag.durable import write_json
-    from rex_rag.evaluation.benchmarks import load_benchmark, subset
-    from rex_rag.evaluation.coverage import coverage_table, measure_coverage, open_corpus
+    from rex_rag.evaluation.benchmarks import OPEN, load_benchmark, subset
+    from rex_rag.evaluation.coverage import coverage_table, measure_coverage, open_corpus, write_answerable
     from rex_rag.retrieval.load import RetrieverArguments, load_retriever
 
     arguments, retrieval, _ = parse_section(
@@ -79,6 +107,14 @@ def coverage(words: Sequence[str]) -> None:
     sources = arguments.passages or retrieval.corpus or (retrieval.retriever if retrieval.kind == "index" else [])
     if not sources and not arguments.search:
         raise ValueError("there is nothing to look through; name --corpus, --passages or an index, or search")
+    if arguments.write_answerable is not None:
+        if not sources:
+            raise ValueError("write_answerable needs a corpus to look through; name --corpus, --passages or an index")
+        if benchmarks[0].kind != OPEN:
+            raise ValueError(
+                f"write_answerable writes open questions, as training reads them, but {benchmarks[0].name} is "
+                f"{benchmarks[0].kind}"
+            )
     retriever = load_retriever(retrieval) if arguments.search else None
     if retriever is not None:
         # A server that is away should not be found out after hours over a large corpus.
@@ -93,3 +129,7 @@ def coverage(words: Sequence[str]) -> None:
     if arguments.json:
         rows = [{**one.as_row(), "benchmark": bench.as_row()} for one, bench in zip(measured, benchmarks, strict=True)]
         write_json(Path(arguments.json), rows)
+    if arguments.write_answerable is not None:
+        path = Path(arguments.write_answerable)
+        kept = write_answerable(path, benchmarks[0], measured[0])
+        print(f"{path}: {kept:,} of {counted(len(benchmarks[0]), 'question')} have an answer in the corpus")

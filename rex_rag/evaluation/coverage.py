@@ -12,6 +12,7 @@ Where every gold answer is yes or no they say nothing, so they are given without
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +24,7 @@ import numpy as np
 from rex_rag.answers import normalize_answer
 from rex_rag.bars import progress_bar
 from rex_rag.data.corpus import corpus_files, iter_passages
+from rex_rag.durable import written_whole
 from rex_rag.evaluation.benchmarks import Benchmark
 from rex_rag.evaluation.bootstrap import Estimate, bootstrap
 from rex_rag.evaluation.records import Question
@@ -204,6 +206,29 @@ def open_corpus(sources: Sequence[str | Path]) -> tuple[Iterator[Passage], int |
     stores = [one for one in opened if isinstance(one, PassageStore)]
     total = sum(map(len, stores)) if len(stores) == len(opened) else None
     return _passages_of(opened), total
+
+
+def write_answerable(path: Path, benchmark: Benchmark, measured: Coverage) -> int:
+    """Write the questions of which a gold answer stands in the corpus, in FlashRAG's layout; returns how many.
+
+    The file is JSON lines with `id`, `question`, `golden_answers` and what there is of short `metadata`; it appears
+    whole or not at all. Questions of yes or no are nearly always among them, since these words stand in any corpus.
+
+    Raises:
+        ValueError: where no question is left.
+    """
+    kept = [question for question, held in zip(benchmark.questions, measured.in_corpus, strict=True) if held]
+    if not kept:
+        raise ValueError(
+            f"{path} was not written: of {len(benchmark)} questions of {benchmark.name} none has a gold answer in the "
+            "corpus; look whether this is the corpus that you mean"
+        )
+    with written_whole(path) as file:
+        for question in kept:
+            row = {"id": question.id, "question": question.question, "golden_answers": list(question.golden_answers)}
+            row |= {"metadata": question.metadata} if question.metadata else {}
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    return len(kept)
 
 
 def coverage_table(measured: Sequence[Coverage]) -> str:

@@ -2,11 +2,13 @@
 
     accelerate launch --config_file ... tests/e2e/rank_worker.py MODEL_DIRECTORY OUTPUT_DIRECTORY
 
-Rank 1 answers in its first turn (its sampled ids are replaced behind the real generate call), rank 0 samples freely:
-the ranks finish their rollouts after different numbers of turns. Afterwards they evaluate on five questions, two
-each at a time, of which rank 1's answers are right.
+Rank 1 answers in its first turn, rightly and wrongly in turns (its sampled ids are replaced behind the real generate
+call), rank 0 samples freely: the ranks finish their rollouts after different numbers of turns, and dynamic sampling
+replaces rank 0's groups alone. Afterwards they evaluate on five questions, two each at a time, of which rank 1's
+answers are right.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -42,6 +44,8 @@ def main() -> None:
             gradient_accumulation_steps=2,
             probe_probability=0.6,
             keep_ratio=0.25,
+            shaping_needs_right_answer=False,
+            dynamic_sampling_rounds=1,
             max_prompt_length=200,
             max_turn_tokens=16,
             max_observation_tokens=60,
@@ -62,8 +66,9 @@ def main() -> None:
     )
     rank = trainer.accelerator.process_index
     engine, sampler = trainer.sampler.engine, trainer.sampler
+    answers = ["nobody", "somebody"]
     if rank == 1:
-        answer_at_once(engine)
+        answer_at_once(engine, answers)
     records = []
     score_probes, sample = sampler._score_probes, sampler.sample
 
@@ -82,7 +87,8 @@ def main() -> None:
             "kept": [probe.parent for probe in batch.probes],
             "global": [batch.global_originals, batch.global_failed, batch.global_made, batch.global_kept],
             "generate_calls": engine.generate_calls - before,
-            "own_turns": max(trajectory.turns for trajectory in batch.originals),
+            "own_turns": max((trajectory.turns for trajectory in batch.originals), default=0),
+            "originals": len(batch.originals),
         }
         return batch
 
@@ -92,6 +98,7 @@ def main() -> None:
     checksum = sum(float(value.double().abs().sum()) for value in weights.values()) if weights else None
     log = [row for row in trainer.state.log_history if "em/originals" in row]
     result = {"records": list(records), "checksum": checksum, "log": log}
+    answers[:] = ["somebody"]
     result["evaluated"] = trainer.evaluate()["eval_em/originals"]
     (output / f"rank{rank}.json").write_text(json.dumps(result))
 
@@ -100,12 +107,16 @@ def brevity(completions, **_):
     return [-0.01 * len(completion[0]["content"]) for completion in completions]
 
 
-def answer_at_once(engine) -> None:
+def answer_at_once(engine, answers) -> None:
     generate = engine.generator.generate
-    ids = engine.tokenizer("<answer> somebody </answer>", add_special_tokens=False)["input_ids"]
 
     def replaced(prompt_ids, max_new_tokens):
-        return [Generation(list(ids)) for _ in generate(prompt_ids, max_new_tokens)]
+        texts = itertools.cycle(f"<answer> {answer} </answer>" for answer in answers)
+        rows = generate(prompt_ids, max_new_tokens)
+        return [
+            Generation(engine.tokenizer(text, add_special_tokens=False)["input_ids"])
+            for text, _ in zip(texts, rows, strict=False)
+        ]
 
     engine.generator.generate = replaced
 

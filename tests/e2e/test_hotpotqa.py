@@ -75,9 +75,11 @@ def test_the_recipe_searches_real_text_logs_and_resumes(model, openings, tmp_pat
     from rex_rag.visualization.records import read_completion_tables
 
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    train("--model_name_or_path", model, "--output_dir", whole)
+    # Such a model answers nothing right: only a format that counts all the same gives it something to learn from.
+    learning = ("--model_name_or_path", model, "--shaping_needs_right_answer", "false")
+    train(*learning, "--output_dir", whole)
     train(
-        *("--model_name_or_path", model, "--output_dir", resumed),
+        *(*learning, "--output_dir", resumed),
         *("--resume_from_checkpoint", whole / "checkpoint-2"),
     )
 
@@ -153,6 +155,18 @@ def test_no_token_of_a_passage_is_trained(model, openings, tmp_path, monkeypatch
 
     monkeypatch.setattr(trainer, "compute_loss", watch)
     trainer.train()
+    rows = list(
+        zip(
+            trainer._logs["extra"]["question"],
+            *(trainer._logs["rewards"][name] for name in ("exact_match_reward", "format_reward")),
+            trainer._logs["advantages"],
+            strict=True,
+        )
+    )
+    answered = {question for question, right, _, _ in rows if right}
+    others = [row for row in rows if row[0] not in answered]
+    assert {shape for _, _, shape, _ in others} == {0.0, 1.0}, "format differs where nothing is right"
+    assert not any(advantage for *_, advantage in others), "and is not learnt there"
 
     decode = trainer.processing_class.decode
     passages = 0

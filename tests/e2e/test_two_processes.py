@@ -1,4 +1,4 @@
-"""Two real processes on CPU: DDP and DeepSpeed ZeRO-3 train without a hang and agree on the filter."""
+"""Two real processes on CPU: DDP and DeepSpeed ZeRO-3 train without a hang, agree on the filter and replace groups."""
 
 import json
 import math
@@ -39,14 +39,20 @@ def test_ranks_finish_together_and_agree(name, model, tmp_path):
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     first, second = (rank["records"] for rank in ranks)
-    assert len(first) == len(second) == 3
-    for one, two in zip(first, second, strict=True):
-        assert one["generate_calls"] == two["generate_calls"]
-        assert two["own_turns"] == 1 < one["own_turns"]
+    assert len(first) == len(second) == 3 * 2  # every step asks once more for groups without signal
+    for call, (one, two) in enumerate(zip(first, second, strict=True)):
+        assert one["generate_calls"] == two["generate_calls"] > 0
         assert one["global"] == two["global"]
         originals, _, made, kept = one["global"]
-        assert originals == 12 and made == len(one["scores"]) + len(two["scores"])
-        assert kept == min(made, math.floor(0.25 * originals)) == len(one["kept"]) + len(two["kept"])
+        assert made == len(one["scores"]) + len(two["scores"])
+        if call % 2 == 0:  # two groups of three originals each
+            assert two["own_turns"] == 1 < one["own_turns"]
+            assert (originals, one["originals"], two["originals"]) == (12, 6, 6)
+            room = math.floor(0.25 * originals)
+        else:  # rank 1's groups hold right and wrong answers, and stay with their probes
+            assert (originals, one["originals"], two["originals"]) == (6, 6, 0)
+            room = math.floor(0.25 * 12) - len(second[call - 1]["kept"])
+        assert kept == min(made, room) == len(one["kept"]) + len(two["kept"])
         scores = [
             (-score, rank, parent) for rank, record in ((0, one), (1, two)) for parent, score in record["scores"]
         ]
@@ -59,3 +65,4 @@ def test_ranks_finish_together_and_agree(name, model, tmp_path):
     assert [rank["evaluated"] for rank in ranks] == [2 / 5, 2 / 5]
     log = ranks[0]["log"]
     assert len(log) == 3 and all(row["grad_norm"] > 0 for row in log)
+    assert [(row["dynamic_sampling/rounds"], row["dynamic_sampling/replaced"]) for row in log] == [(1, 2)] * 3

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from rex_rag.answers import sub_match
 from rex_rag.commands.coverage import coverage
 from rex_rag.data.corpus import CorpusError, write_corpus
+from rex_rag.data.qa import QuestionArguments, load_questions
 from rex_rag.evaluation.benchmarks import load_benchmark
 from rex_rag.evaluation.bootstrap import Estimate
 from rex_rag.evaluation.coverage import AnswerMatcher, coverage_table, measure_coverage, open_corpus
@@ -240,6 +241,49 @@ def test_the_command_refuses_what_it_cannot_do(corpus, tmp_path):
     with pytest.raises(RetrievalError, match=r"127\.0\.0\.1:9"):
         coverage([*away, "--retriever_max_attempts", "1", "--passages", str(corpus), "--json", str(out)])
     assert not out.exists()
+
+
+def test_answerable_questions_become_a_training_set(corpus, tmp_path, capsys):
+    """The four questions whose answers stand in the corpus, of six, as training reads them."""
+    path, out = tmp_path / "mine.jsonl", tmp_path / "answerable.jsonl"
+    rows = [{"id": f"train_{number}", **row, "metadata": {"level": number}} for number, row in enumerate(QUESTIONS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["--benchmarks", f"mine={path}", "--corpus", str(corpus), "--no_search", "--write_answerable", str(out)]
+    coverage(command)
+    assert f"{out}: 4 of 6 questions have an answer in the corpus" in capsys.readouterr().out
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [rows[0], rows[1], rows[3], rows[4]]
+    [source] = QuestionArguments(datasets=[str(out)]).datasets
+    loaded = load_questions(QuestionArguments(datasets=[source]))
+    assert loaded["id"][:] == ["train_0", "train_1", "train_3", "train_4"]
+    with pytest.raises(ValueError, match="exists, and runs may have been trained on it"):
+        coverage(command)
+
+
+def test_answerable_questions_that_cannot_be_written(corpus, tmp_path, capsys):
+    path, out = tmp_path / "mine.jsonl", tmp_path / "answerable.jsonl"
+    path.write_text(json.dumps(QUESTIONS[5]))  # no passage holds its answer
+    look = ["--benchmarks", f"mine={path}", "--no_search", "--corpus", str(corpus)]
+    with pytest.raises(ValueError, match=r"of 1 questions of mine none has a gold answer"):
+        coverage([*look, "--write_answerable", str(out)])
+    assert not out.exists() and not list(tmp_path.glob("*.part"))
+    with pytest.raises(ValueError, match=r"let it end in \.jsonl"):
+        coverage([*look, "--write_answerable", str(tmp_path / "answerable.txt")])
+    with pytest.raises(ValueError, match="there is no such folder"):
+        coverage([*look, "--write_answerable", str(tmp_path / "nowhere" / "answerable.jsonl")])
+    with pytest.raises(ValueError, match="takes the questions of one set, but 2 were given"):
+        coverage([*look, "--benchmarks", f"one={path}", f"two={path}", "--write_answerable", str(out)])
+    server = ["--benchmarks", f"mine={path}", "--retriever", "http://127.0.0.1:9", "--write_answerable", str(out)]
+    with pytest.raises(ValueError, match="needs a corpus to look through"):
+        coverage(server)
+    described = tmp_path / "chosen.yaml"
+    (tmp_path / "chosen.jsonl").write_text(
+        json.dumps({"question": "?", "golden_answers": "A", "options": ["Oslo", "x"]})
+    )
+    described.write_text("{path: chosen.jsonl, kind: multiple_choice, choices_column: options}")
+    with pytest.raises(
+        ValueError, match="writes open questions, as training reads them, but chosen is multiple_choice"
+    ):
+        coverage(["--benchmarks", str(described), *look[2:], "--write_answerable", str(out)])
 
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="real questions and passages are not at ../shared/data")
