@@ -95,6 +95,25 @@ def read_row(row: Mapping[str, Any], columns: Columns, place: str, may_be_lists:
     )
 
 
+def checked_answers(row: Mapping[str, Any], place: str) -> list[str]:
+    """The gold answers of a row that is not a file's, but of a dataset that a program made: nothing is converted.
+
+    Raises:
+        QuestionError: for what `read_row` refuses, for a question that is absent, and for anything but texts.
+    """
+    question, value = row["question"], row["golden_answers"]
+    if not isinstance(question, str) or not text_of(question, "question", place):
+        raise QuestionError(f"{place}: the question is {shorten(question)}; it must be a non-blank string")
+    value = value.tolist() if hasattr(value, "tolist") else value
+    entries = value if isinstance(value, list | tuple) else [value]
+    if all(isinstance(entry, str) for entry in entries) and (answers := read_answers(value, place)[0]):
+        return answers
+    raise QuestionError(
+        f"{place}: golden_answers is {shorten(value)}; it must be a list of strings, at least one of them not blank "
+        "(a string alone is a list of one). rex_rag.data.qa.load_questions makes such rows of files and datasets"
+    )
+
+
 def is_alias_of(name: str, columns: Columns) -> bool:
     """Whether a column that is not read seems to hold further spellings of the gold answers."""
     return name not in columns.of_answers and _ALIASES.fullmatch(name) is not None
