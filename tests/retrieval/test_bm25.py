@@ -52,7 +52,7 @@ def test_stop_words_are_left_out_unless_asked_for():
     assert BM25Retriever(passages, stopwords=["oslo"]).search(["the oslo"], 1)[0][0].id == "1"
 
 
-@pytest.mark.parametrize("query", ["zzz", "the of", "!?", "\u4e2d", "a"])
+@pytest.mark.parametrize("query", ["zzz", "the of", "!?", "\u4e2d", "a", "", " \n", "\0"])
 def test_a_query_that_matches_nothing_gets_corpus_order(query):
     retriever = BM25Retriever(_passages("oslo", "rome", "paris"))
     [ranking] = retriever.search([query], top_k=2)
@@ -145,8 +145,6 @@ def test_what_a_search_adds_up_does_not_leak_into_the_next():
         (["oslo"], 0, "top_k=0"),
         (["oslo"], -1, "top_k=-1"),
         (["oslo"], 1.5, "top_k=1.5"),
-        (["oslo", ""], 1, "query 1 of 2 is blank"),
-        (["  \t"], 1, "query 0 of 1 is blank"),
         ([None], 1, "query 0 is None"),
         ("oslo", 1, "single string"),
     ],
