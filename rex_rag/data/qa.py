@@ -150,7 +150,10 @@ class QuestionArguments:
         for name in ("question_column", "answers_column"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
-                raise QuestionError(f"{name}={value!r}; it must be the name of a column")
+                raise QuestionError(
+                    f"{name}={value!r}; it must be the name of a column (an entry of `datasets` may name several of "
+                    "answers)"
+                )
         check_count(self.max_questions, "max_questions")
         if isinstance(self.subset_seed, bool) or not isinstance(self.subset_seed, int):
             raise QuestionError(f"subset_seed={self.subset_seed!r}; it must be an integer")

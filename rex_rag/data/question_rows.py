@@ -82,7 +82,7 @@ def read_row(row: Mapping[str, Any], columns: Columns, place: str, may_be_lists:
         raise QuestionError(f"{place}: the question is {shorten(question)}; it must be a string: repair the row")
     found = [read_answers(row.get(name), place, may_be_lists) for name in columns.of_answers]
     unread = [name for name in map(str, row) if isinstance(columns.answers, str) and is_alias_of(name, columns)]
-    if aliases := [name for name in unread if read_answers(row[name], f"{place}, column {name!r}")[0]]:
+    if aliases := [name for name in unread if str(row[name]).strip() not in ("", "None", "[]")]:
         raise QuestionError(
             f"{place}: the column {aliases[0]!r} holds more gold answers than {columns.answers!r}; set answers_column "
             f"to [{columns.answers}, {aliases[0]}] to read both, or to [{columns.answers}] to read it alone"
@@ -149,7 +149,7 @@ def text_of(value: Any, what: str, place: str) -> str:
     if value is None:
         return ""
     if isinstance(value, float | Decimal) and math.isfinite(value):
-        text = format(Decimal(str(value)), "f")
+        text = format(Decimal(_shortest(value)), "f")
         return text.rstrip("0").rstrip(".") if "." in text else text
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -160,6 +160,15 @@ def text_of(value: Any, what: str, place: str) -> str:
         problem = "a NUL character" if "\0" in value else "half a surrogate pair, which no tokenizer can encode"
         raise QuestionError(f"{place}: {shorten(value)} holds {problem}; repair the row")
     return value.strip().strip("\ufeff").strip()
+
+
+def _shortest(number: float | Decimal) -> str:
+    import numpy as np
+
+    # Single precision turns 3.1 into 3.0999999046325684, which is exactly a number of single precision.
+    if isinstance(number, float) and not number.is_integer() and float(np.float32(number)) == number:
+        return str(np.float32(number))
+    return str(number)
 
 
 def check_answers_column(value: Any, where: str) -> None:

@@ -70,6 +70,10 @@ def write(path: Path, *rows) -> Path:
         (1e-7, ["0.0000001"]),
         (100.0, ["100"]),
         (-0.5, ["-0.5"]),
+        (1073741824.0, ["1073741824"]),
+        (1234.5678, ["1234.5678"]),
+        (np.float32(3.1), ["3.1"]),
+        (np.array([3.1, 1e-7], dtype=np.float32), ["3.1", "0.0000001"]),
         (Decimal("1999.00"), ["1999"]),
         (Decimal("1E+2"), ["100"]),
         (np.float64(1999), ["1999"]),
@@ -228,6 +232,8 @@ def test_aliases_in_a_second_column_are_read_if_it_is_named(tmp_path, read):
     both = read(path, answers_column=["answer", "answer_aliases"])
     assert both == [("Where?", ["Oslo", "Christiania", "Kristiania"]), ("Who?", ["Ann"])]
     assert read(path, answers_column=["answer"]) == [("Where?", ["Oslo"]), ("Who?", ["Ann"])]
+    path.write_text(path.read_text().replace('["Christiania", "Kristiania"]', '"[]"'))
+    assert read(path, answers_column="answer") == [("Where?", ["Oslo"]), ("Who?", ["Ann"])]
     with pytest.raises(QuestionError, match=r"no column 'answer_alias'; .*Set answers_column"):
         read(path, answers_column=["answer", "answer_alias"])
 
