@@ -17,12 +17,18 @@ def normalize_answer(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text).split())
 
 
+def answer_key(text: str) -> str:
+    """What two answers share if they are the same: the normalised text or, where nothing is left of it, as in "The
+    The", "A" or "!!!", the text with its articles or else its punctuation. Blank for blank text alone, which is no
+    answer. No key of the second kind is one of the first, since that holds neither bare articles nor punctuation."""
+    lowered = " ".join(text.lower().split())
+    return normalize_answer(text) or " ".join(lowered.translate(_PUNCTUATION).split()) or lowered
+
+
 def exact_match(prediction: str | None, gold_answers: Iterable[str]) -> bool:
-    """Whether the normalised prediction equals any normalised gold answer. No answer (`None`) is wrong."""
-    if prediction is None:
-        return False
-    predicted = normalize_answer(prediction)
-    return any(predicted == normalize_answer(gold) for gold in gold_answers)
+    """Whether the prediction is any of the gold answers, by `answer_key`. No answer (`None`, blank) is wrong."""
+    predicted = answer_key(prediction or "")
+    return bool(predicted) and any(predicted == answer_key(gold) for gold in gold_answers)
 
 
 def sub_match(prediction: str | None, gold_answers: Iterable[str]) -> bool:
@@ -31,27 +37,21 @@ def sub_match(prediction: str | None, gold_answers: Iterable[str]) -> bool:
     Whole words, so that "no" is not found in "I do not know"; FlashRAG's and Search-R1's measure of that name compares
     characters and does find it. A gold answer that normalises to nothing is matched by nothing but its like.
     """
-    if prediction is None:
-        return False
-    predicted = normalize_answer(prediction)
-    return any(_holds(predicted, normalize_answer(gold)) for gold in gold_answers)
-
-
-def _holds(text: str, words: str) -> bool:
-    return f" {words} " in f" {text} " if words else not text
+    text = f" {normalize_answer(prediction or '')} "
+    words = [(gold, normalize_answer(gold)) for gold in gold_answers]
+    return any(f" {part} " in text if part else exact_match(prediction, [gold]) for gold, part in words)
 
 
 def token_f1(prediction: str | None, gold_answers: Iterable[str]) -> float:
-    """The best bag-of-tokens F1 over the gold answers, after normalisation, in [0, 1]."""
-    if prediction is None:
-        return 0.0
-    predicted = normalize_answer(prediction).split()
-    return max((_f1(predicted, normalize_answer(gold).split()) for gold in gold_answers), default=0.0)
+    """The best bag-of-tokens F1 over the gold answers, after normalisation, in [0, 1]; where either normalises to
+    nothing, exact match."""
+    return max((_f1(prediction or "", gold) for gold in gold_answers), default=0.0)
 
 
-def _f1(predicted: list[str], gold: list[str]) -> float:
+def _f1(prediction: str, gold_answer: str) -> float:
+    predicted, gold = normalize_answer(prediction).split(), normalize_answer(gold_answer).split()
     if not predicted or not gold:
-        return float(predicted == gold)
+        return float(exact_match(prediction, [gold_answer]))
     shared = sum((Counter(predicted) & Counter(gold)).values())
     if shared == 0:
         return 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rex_rag.data.question_rows import checked_answers
 from rex_rag.protocol import build_prompt
 
 if TYPE_CHECKING:
@@ -19,9 +20,12 @@ REQUIRED_COLUMNS = ("question", "golden_answers")
 def add_prompts(dataset: Dataset | IterableDataset | dict | None, template: str, name: str):
     """Add the conversational `prompt` column that TRL trains on.
 
+    A string in `golden_answers` becomes a list of one, and blank answers beside others are left out.
+
     Raises:
         ValueError: naming the missing and the existing columns, for a dataset without questions or answers, or
-            without rows.
+            without rows; naming dataset and row, for one whose question or answers cannot be used (a stream's when it
+            comes).
     """
     if dataset is None:
         return None
@@ -36,7 +40,12 @@ def add_prompts(dataset: Dataset | IterableDataset | dict | None, template: str,
         )
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(f"{name} has no rows; nothing can be trained on it")
-    return dataset.map(lambda row: {"prompt": build_prompt(row["question"], template)})
+
+    def add_prompt(row: dict, index: int) -> dict:
+        answers = checked_answers(row, f"{name}[{index}]")
+        return {"prompt": build_prompt(row["question"], template), "golden_answers": answers}
+
+    return dataset.map(add_prompt, with_indices=True)
 
 
 def refuse_long_prompt(length: int, prompt: list[dict[str, str]], args: REXRAGConfig) -> None:

@@ -92,7 +92,8 @@ class REXRAGTrainer(CorrectedLoss):
         args ([`REXRAGConfig`], *optional*):
             Configuration; defaults are the paper's.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Questions: columns `question` (`str`) and `golden_answers` (`list[str]`). A `prompt` column is added.
+            Questions: columns `question` (`str`) and `golden_answers` (`list[str]`, or `str` for one). A `prompt`
+            column is added.
         eval_dataset ([`~datasets.Dataset`], *optional*):
             The same; evaluation samples `num_generations_eval` rollouts per question and never probes.
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
@@ -106,7 +107,8 @@ class REXRAGTrainer(CorrectedLoss):
     The remaining arguments are those of [`~trl.GRPOTrainer`].
 
     Raises:
-        ValueError: for a dataset without the columns, or with a prompt beyond `max_prompt_length`.
+        ValueError: for a dataset without the columns, with a row whose question or answers are not such, or with a
+            prompt beyond `max_prompt_length`.
         RetrievalError: when the retriever cannot answer.
     """
 

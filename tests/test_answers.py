@@ -2,7 +2,7 @@
 
 import pytest
 
-from rex_rag.answers import exact_match, normalize_answer, token_f1
+from rex_rag.answers import answer_key, exact_match, normalize_answer, sub_match, token_f1
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,34 @@ def test_exact_match(prediction, gold, expected):
 )
 def test_token_f1(prediction, gold, expected):
     assert token_f1(prediction, gold) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "same"),
+    [
+        ("The The", "The The", True),  # the band: SQuAD's normalisation leaves nothing of it
+        ("the  THE!", "The The", True),
+        ("The", "The The", False),
+        (".", "The The", False),
+        ("", "The The", False),
+        ("A", "A", True),
+        ("a.", "A", True),
+        ("an", "A", False),
+        ("B", "A", False),
+        ("!!!", "!!!", True),
+        ("! !", "!!!", False),
+        ("the", "!!!", False),
+        ("", "", False),  # nothing is no answer
+        (" ", "\n", False),
+    ],
+)
+def test_answers_that_normalise_to_nothing_are_equal_only_as_they_stand(prediction, gold, same):
+    scores = exact_match(prediction, [gold]), token_f1(prediction, [gold]), sub_match(prediction, [gold])
+    assert scores == (same, float(same), same)
+
+
+def test_no_answer_shares_the_key_of_one_that_normalises_to_something():
+    assert [answer_key(text) for text in ("The Owl!", "The", "a!", "?!", " ")] == ["owl", "the", "a", "?!", ""]
 
 
 def test_gold_answers_may_be_any_iterable():

@@ -260,7 +260,7 @@ def load_benchmarks(
     """The benchmarks that the arguments name, cut to the subset asked for; those that are smaller are told.
 
     Raises:
-        BenchmarkError: for one that cannot be loaded.
+        QuestionError: for one that cannot be loaded.
         ValueError: for two of the same name.
     """
     from rex_rag.evaluation.benchmarks import load_benchmark, subset

@@ -1,4 +1,5 @@
-"""Corpora of passages as JSON lines, in either of two layouts: `contents` (FlashRAG, Search-R1) or `title` + `text`.
+"""Corpora of passages as JSON lines, in either of two layouts: `contents` (Pyserini, FlashRAG, Search-R1) or `text`
+(BEIR, Tevatron), with a `title` beside it or without.
 
 Invariant: every passage read has a non-blank text that encodes to UTF-8, and ids are unique over everything read.
 """
@@ -6,9 +7,12 @@ Invariant: every passage read has a non-blank text that encodes to UTF-8, and id
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,14 @@ from rex_rag.data.jsonl import iter_json_objects, shorten
 from rex_rag.durable import written_whole
 from rex_rag.types import Passage
 
+logger = logging.getLogger(__name__)
+
 LAYOUTS = '{"id", "contents"} with contents = "\\"Title\\"\\ntext", or {"id", "title", "text"}'
+# What identifies a passage: here, in BEIR, MS MARCO and DPR, Tevatron. A document's id may stand beside a passage's.
+ID_FIELDS = ("id", "_id", "pid", "passage_id", "psg_id", "docid", "doc_id")
+_OTHER_FORMATS = (".tsv", ".csv", ".parquet")
+# A line that begins and ends with a quotation, as `"To be" is from "Hamlet"` does, without its outer quotes.
+_TWO_QUOTATIONS = re.compile(r'[^"]*[^\s"]"(?!\w).*(?<![\w"])"[^\s"][^"]*', re.DOTALL)
 
 
 class CorpusError(ValueError):
@@ -27,35 +38,52 @@ def passage_from_row(row: Mapping[str, Any], default_id: str) -> Passage:
     """Build a passage from a row of either layout; `default_id` stands in for a missing id.
 
     Raises:
-        CorpusError: naming the field and the way out; the caller adds where the row came from.
+        CorpusError: naming field and reason; the caller adds where the row came from, and the way out.
     """
-    if "contents" in row:
-        title, text = split_contents(_string(row, "contents"))
-    elif "text" in row and "title" in row:
-        title, text = _string(row, "title"), _string(row, "text")
-    else:
-        raise CorpusError(f"missing fields, found {sorted(row)}; a row is {LAYOUTS}")
+    field = next((name for name in ("contents", "text") if row.get(name) is not None), None)
+    if field is None:
+        raise CorpusError(f"missing fields, neither 'contents' nor 'text' among {sorted(map(str, row))}")
+    text, title = _string(row[field], field), _short_text(row, "title") or ""
+    if field == "contents":
+        title, text = (title, _without_title(text, title)) if title.strip() else split_contents(text)
     if not text.strip():
-        raise CorpusError(f"empty text (title {shorten(title)}); leave the row out or give it a text")
-    return Passage(id=_row_id(row, default_id), title=title, text=text)
+        raise CorpusError(f"empty text (title {shorten(title)})")
+    named = (_short_text(row, name) for name in ID_FIELDS if row.get(name) is not None)
+    return Passage(id=next(named, default_id), title=title, text=text)
 
 
 def split_contents(contents: str) -> tuple[str, str]:
-    """Split FlashRAG contents into (title, text): the first line is the title, one pair of quotes around it dropped.
+    """Split contents into (title, text): the first line is the title, one pair of quotes around it dropped.
 
-    Contents of a single line are text without a title, unless that line is in quotes: then the text is missing.
+    Contents of one line, whatever blank lines follow, are text without a title; but a title in quotes and a line break
+    without a text (as FlashRAG writes a passage that has none) are a title without a text.
     """
     head, newline, text = contents.partition("\n")
     head = head.strip()
-    quoted = len(head) >= 2 and head[0] == head[-1] == '"'
-    if not newline and not quoted:
-        return "", contents
+    quoted = len(head) >= 2 and head[0] == head[-1] == '"' and not _TWO_QUOTATIONS.fullmatch(head[1:-1])
+    if not newline or not (quoted or text.strip()):
+        return "", contents.strip()
     return (head[1:-1] if quoted else head), text
 
 
+def _without_title(contents: str, title: str) -> str:
+    """Contents beside a title, which may be their first line."""
+    head, _, text = contents.partition("\n")
+    same = head.strip() == f'"{title}"' or " ".join(head.split()).strip('"') == " ".join(title.split()).strip('"')
+    return text if same and text.strip() else contents
+
+
 def join_contents(passage: Passage) -> str:
-    """The inverse of `split_contents`."""
+    """Title in quotes, line break, text: what `split_contents` splits again."""
     return f'"{passage.title}"\n{passage.text}'
+
+
+def row_of_passage(passage: Passage) -> dict[str, str]:
+    """`{"id", "contents"}`, and the title too where it could not be told from `contents`, so that `passage_from_row`
+    inverts it exactly (for a title of one line without outer white space)."""
+    row = {"id": passage.id, "contents": join_contents(passage)}
+    exact = split_contents(row["contents"]) == (passage.title, passage.text)
+    return row if exact else {**row, "title": passage.title}
 
 
 def iter_passages(path: str | Path) -> Iterator[tuple[int, Passage]]:
@@ -68,10 +96,28 @@ def iter_passages(path: str | Path) -> Iterator[tuple[int, Passage]]:
             missing fields, an empty text.
     """
     for number, row in iter_json_objects(path, CorpusError):
+        if all(row.get(name) is None for name in ID_FIELDS):
+            _tell_numbered(path, ", ".join(sorted(row.keys() - {"contents", "title", "text", *ID_FIELDS})))
         try:
-            yield number, passage_from_row(row, default_id=str(number))
+            passage = passage_from_row(row, default_id=str(number))
         except CorpusError as error:
-            raise CorpusError(f"{path}, line {number}: {error}") from None
+            raise CorpusError(
+                f"{path}, line {number}: {error}; repair the row or leave it out. A row is {LAYOUTS}"
+            ) from None
+        yield number, passage
+
+
+@cache
+def _tell_numbered(path: str | Path, fields: str) -> None:
+    """Once a file: a field that is not read may be its ids."""
+    if fields:
+        logger.warning(
+            "%s: rows have none of the fields %s and are numbered by line; rename one of theirs (%s) to id if it "
+            "identifies them",
+            path,
+            ", ".join(ID_FIELDS),
+            fields,
+        )
 
 
 def iter_corpus(path: str | Path) -> Iterator[Passage]:
@@ -130,6 +176,12 @@ def corpus_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     repeated = [str(path) for path, count in Counter(path.resolve() for path in files).items() if count > 1]
     if repeated:
         raise CorpusError(f"corpus files named twice: {', '.join(repeated)}; name each once")
+    for path in files:
+        if path.name.removesuffix(".gz").endswith(_OTHER_FORMATS):
+            raise CorpusError(
+                f"{path}: a corpus is JSON lines, rows of {LAYOUTS}; docs/retrieval.md has the command that makes "
+                "them of a table such as DPR's psgs_w100.tsv"
+            )
     return files
 
 
@@ -151,8 +203,7 @@ def write_corpus(passages: Iterable[Passage], path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path, alone=False) as out:
         for passage in _checked_for_writing(passages, path):
-            row = {"id": passage.id, "contents": join_contents(passage)}
-            out.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            out.write((json.dumps(row_of_passage(passage), ensure_ascii=False) + "\n").encode())
 
 
 def _checked_for_writing(passages: Iterable[Passage], path: Path) -> Iterator[Passage]:
@@ -174,30 +225,25 @@ def _checked_for_writing(passages: Iterable[Passage], path: Path) -> Iterator[Pa
         raise CorpusError(f"{path}: there is no passage to write; an empty corpus could not be searched")
 
 
-def _string(row: Mapping[str, Any], name: str) -> str:
-    value = row[name]
+def _string(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise CorpusError(f"field {name!r} must be a string, found {type(value).__name__} {shorten(value)}")
-    return _encodable(value, name)
-
-
-def _encodable(value: str, name: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise CorpusError(
-            f"field {name!r} holds half a surrogate pair at character {error.start}, which no tokenizer can encode; "
-            "remove or repair it"
+            f"field {name!r} holds half a surrogate pair at character {error.start}, which no tokenizer can encode"
         ) from None
     return value
 
 
-def _row_id(row: Mapping[str, Any], default_id: str) -> str:
-    value = row.get("id")
-    if value is None:
-        return default_id
-    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise CorpusError(
-            f"field 'id' must be a non-blank string or an integer, found {shorten(value)}; or leave it out"
-        )
-    return _encodable(str(value), "id")
+def _short_text(row: Mapping[str, Any], name: str) -> str | None:
+    """A title or an id: a string, or a whole number, which pandas writes as 7.0 where a column has a gap."""
+    value = row.get(name)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if name != "title" and isinstance(value, str) and not value.strip():
+        raise CorpusError(f"field {name!r} is blank")
+    return None if value is None else _string(value, name)

@@ -6,13 +6,18 @@ import difflib
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 
-def iter_json_objects(path: str | Path, error_type: type[ValueError]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object) of every non-blank line of a UTF-8 file; a byte order mark is allowed.
+def iter_json_objects(
+    path: str | Path, error_type: type[ValueError], object_pairs_hook: Callable[[list], Any] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, object) of every non-blank line of a UTF-8 file; byte order marks are allowed.
+
+    Args:
+        object_pairs_hook: as for `json.loads`.
 
     Raises:
         error_type: for a missing or empty file, text that is not UTF-8, broken JSON, a line that is not an object.
@@ -27,7 +32,7 @@ def iter_json_objects(path: str | Path, error_type: type[ValueError]) -> Iterato
     with open_lines(path) as lines:
         try:
             for number, line in enumerate(lines, start=1):
-                row = _parse_line(line, f"{path}, line {number}", error_type, first=number == 1)
+                row = _parse_line(line, f"{path}, line {number}", error_type, object_pairs_hook)
                 if row is not None:
                     found = True
                     yield number, row
@@ -47,22 +52,31 @@ def open_lines(path: Path) -> IO[bytes]:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 
-def _parse_line(line: bytes, where: str, error_type: type[ValueError], first: bool) -> dict[str, Any] | None:
+def _parse_line(
+    line: bytes, where: str, error_type: type[ValueError], object_pairs_hook: Callable[[list], Any] | None
+) -> dict[str, Any] | None:
     try:
-        text = line.decode("utf-8-sig" if first else "utf-8").strip()
+        # Files that were put together have byte order marks in their midst.
+        text = line.decode("utf-8").lstrip("\ufeff").strip()
     except UnicodeDecodeError as error:
         raise error_type(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); re-encode the file") from error
     if not text:
         return None
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=object_pairs_hook)
     except (ValueError, RecursionError) as error:
-        raise error_type(
-            f"{where}: broken JSON ({error}) in {shorten(text)}; each line must be one whole JSON object"
-        ) from error
+        raise error_type(f"{where}: broken JSON ({error}) in {shorten(text)}; {_way_out(text)}") from error
     if not isinstance(row, dict):
-        raise error_type(f"{where}: a JSON object is needed, found {type(row).__name__} {shorten(text)}")
+        raise error_type(
+            f"{where}: a JSON object is needed, found {type(row).__name__} {shorten(text)}; {_way_out(text)}"
+        )
     return row
+
+
+def _way_out(text: str) -> str:
+    if text.startswith("["):
+        return "this is a JSON array: write one object a line, as `jq -c '.[]' FILE` does"
+    return "each line must be one whole JSON object"
 
 
 def counted(number: float, noun: str, plural: str | None = None) -> str:

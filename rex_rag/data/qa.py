@@ -7,42 +7,42 @@ and further sources in the mixture do not change it.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rex_rag.data.jsonl import iter_json_objects, shorten
+from rex_rag.data.question_files import has_file_suffix, open_rows
+from rex_rag.data.question_rows import (
+    BLANK_ANSWERS,
+    Columns,
+    QuestionError,
+    check_answers_column,
+    is_alias_of,
+    no_column,
+    read_row,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
-# FlashRAG's names (arXiv 2405.13576); its training sets are the method's.
-QUESTION_COLUMN = "question"
-ANSWERS_COLUMN = "golden_answers"
-ID_COLUMN = "id"
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 DEFAULT_SPLIT = "train"
 _IDS_NAMED_IN_WARNINGS = 5
-
-
-class QuestionError(ValueError):
-    """Questions cannot be loaded; the message names the source, the reason and the way out."""
 
 
 @dataclass
 class QuestionSource:
     """One part of the mixture. `path`, `name`, `data_files` and `split` are those of `datasets.load_dataset`.
 
-    A `path` that exists as a .jsonl, .json or .parquet file or as a folder is read from there. `fraction` of the
-    usable rows, in (0, 1], or the first `max_questions` of a seeded order, are kept; not both.
+    A `path` that is a folder, or ends like a file of questions (`question_files.FILE_SUFFIXES`), is read from there.
+    `answers_column` may be a list of columns, whose answers are joined. `fraction` of the usable rows, in (0, 1], or
+    the first `max_questions` of a seeded order, are kept; not both.
     """
 
     path: str
@@ -50,7 +50,7 @@ class QuestionSource:
     data_files: str | list[str] | dict[str, Any] | None = None
     split: str = DEFAULT_SPLIT
     question_column: str | None = None
-    answers_column: str | None = None
+    answers_column: str | list[str] | None = None
     fraction: float | None = None
     max_questions: int | None = None
 
@@ -90,12 +90,14 @@ class QuestionSource:
         if self.fraction is not None and not (_is_number(self.fraction) and 0 < self.fraction <= 1):
             raise QuestionError(f"{self.path}: fraction={self.fraction!r}; it must be in (0, 1]")
         check_count(self.max_questions, f"{self.path}: max_questions")
+        if self.answers_column is not None:
+            check_answers_column(self.answers_column, self.path)
 
     @property
     def local_path(self) -> Path | None:
         """The existing file or folder that `path` means, or `None` for a dataset of the Hub."""
         path = Path(self.path).expanduser()
-        if path.is_dir() or (path.is_file() and path.suffix in FILE_SUFFIXES):
+        if path.is_dir() or (path.is_file() and has_file_suffix(path)):
             return path
         return None
 
@@ -104,7 +106,7 @@ class QuestionSource:
         """Short name: the configuration, folder/stem of a file, or the last part of the path."""
         local = self.local_path
         if local is not None and local.is_file():
-            return f"{local.resolve().parent.name}/{local.stem}"
+            return f"{local.resolve().parent.name}/{Path(local.name.removesuffix('.gz')).stem}"
         return self.name or (local.resolve().name if local else self.path.rstrip("/").rsplit("/", 1)[-1])
 
 
@@ -126,11 +128,11 @@ class QuestionArguments:
         },
     )
     question_column: str = field(
-        default=QUESTION_COLUMN, metadata={"help": "Column of the question, unless a source names its own."}
+        default=Columns.question, metadata={"help": "Column of the question, unless a source names its own."}
     )
     answers_column: str = field(
-        default=ANSWERS_COLUMN,
-        metadata={"help": "Column of the gold answers, a string or a list, unless a source names its own."},
+        default=Columns.answers,
+        metadata={"help": "Column of the gold answers, a string or a list, unless a source names its own or several."},
     )
     max_questions: int | None = field(
         default=None, metadata={"help": "Keep at most this many questions of the whole mixture, drawn by subset_seed."}
@@ -148,7 +150,10 @@ class QuestionArguments:
         for name in ("question_column", "answers_column"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
-                raise QuestionError(f"{name}={value!r}; it must be the name of a column")
+                raise QuestionError(
+                    f"{name}={value!r}; it must be the name of a column (an entry of `datasets` may name several of "
+                    "answers)"
+                )
         check_count(self.max_questions, "max_questions")
         if isinstance(self.subset_seed, bool) or not isinstance(self.subset_seed, int):
             raise QuestionError(f"subset_seed={self.subset_seed!r}; it must be an integer")
@@ -194,131 +199,45 @@ def check_count(value: Any, name: str) -> None:
 
 
 def _usable_rows(source: QuestionSource, label: str, arguments: QuestionArguments) -> list[dict[str, Any]]:
-    """The rows of one source in the common layout; unusable ones are dropped, counted and named."""
-    question_column = source.question_column or arguments.question_column
-    answers_column = source.answers_column or arguments.answers_column
-    columns, located_rows = _open_source(source, wanted=(ID_COLUMN, question_column, answers_column))
-    for column, setting in ((question_column, "question_column"), (answers_column, "answers_column")):
-        if column not in columns:
-            raise QuestionError(
-                f"{source.path}: there is no column {column!r}; the columns are {', '.join(columns)}. "
-                f"Set {setting} to the right one"
-            )
-    usable, total = [], 0
+    """The rows of one source in the common layout; those without question or answer are dropped, counted and named."""
+    columns = Columns(
+        source.question_column or arguments.question_column, source.answers_column or arguments.answers_column
+    )
+    is_file = has_file_suffix(Path(source.path)) and not Path(source.path).expanduser().is_dir()
+    where, held, rows = open_rows(
+        source.path,
+        question_column=columns.question,
+        name=source.name,
+        data_files=source.data_files,
+        split=None if is_file and source.split == DEFAULT_SPLIT else source.split,
+        wanted=lambda name: name in (columns.id, columns.question, *columns.of_answers) or is_alias_of(name, columns),
+    )
+    for names, setting in (([columns.question], "question_column"), (columns.of_answers, "answers_column")):
+        if absent := [name for name in names if name not in held]:
+            raise no_column(where, absent, setting, held)
+    usable, blank = [], 0
     dropped: dict[str, list[str]] = {"without a question": [], "without an answer": []}
-    for total, (where, row) in enumerate(located_rows, start=1):
-        identity = row.get(ID_COLUMN)
-        identity = f"{label}/{total}" if identity is None or identity == "" else str(identity)
-        question = _question_of(row.get(question_column), f"{where}, column {question_column!r}")
-        answers = _answers_of(row.get(answers_column), f"{where}, column {answers_column!r}")
-        if not question:
+    for number, (place, values) in enumerate(rows, start=1):
+        row = read_row(values, columns, place)
+        identity = row.id or f"{label}/{number}"
+        if not row.question:
             dropped["without a question"].append(identity)
-        elif not answers:
+        elif not row.answers:
             dropped["without an answer"].append(identity)
         else:
-            usable.append({"id": identity, "question": question, "golden_answers": answers, "source": label})
+            blank += row.blank
+            usable.append({"id": identity, "question": row.question, "golden_answers": row.answers, "source": label})
     causes = "; ".join(f"{len(ids)} {cause} ({_first(ids)})" for cause, ids in dropped.items() if ids)
     if not usable:
         raise QuestionError(
-            f"{source.path}: none of its {total} rows can be used: {causes or 'it is empty'}. "
-            f"Check the columns {question_column!r} and {answers_column!r}, and the split"
+            f"{where}: none of its {len(rows)} rows can be used: {causes or 'it is empty'}. Check the columns "
+            f"{columns.question!r} and {columns.answers!r}, and the split"
         )
     if causes:
-        logger.warning("%s: dropped %d of %d rows: %s", source.path, total - len(usable), total, causes)
+        logger.warning("%s: dropped %d of %d rows: %s", where, len(rows) - len(usable), len(rows), causes)
+    if blank:
+        logger.warning(BLANK_ANSWERS, where, blank)
     return usable
-
-
-def _open_source(
-    source: QuestionSource, wanted: tuple[str, ...]
-) -> tuple[list[str], Iterable[tuple[str, Mapping[str, Any]]]]:
-    """Return (all column names, rows each with the place to name in an error); rows may lack unwanted columns."""
-    local = source.local_path
-    if local is None or local.is_dir():
-        dataset = _load_dataset(source, local)
-        # Decoding metadata, whole documents in some sets, would take longer than all the rest.
-        narrow = dataset.select_columns([name for name in dataset.column_names if name in wanted])
-        return dataset.column_names, ((f"{source.path}, row {n}", row) for n, row in enumerate(narrow, start=1))
-    if source.name is not None or source.data_files is not None or source.split != DEFAULT_SPLIT:
-        raise QuestionError(
-            f"{local}: name={source.name!r}, data_files={source.data_files!r}, split={source.split!r}: a file has no "
-            "configurations or splits; leave these keys out, and use fraction or max_questions for a part of it"
-        )
-    if local.suffix == ".parquet":
-        rows = list(_parquet_rows(local))
-    elif local.suffix == ".json" and _starts_with_bracket(local):
-        rows = list(_array_rows(local))
-    else:
-        rows = [(f"{local}, line {number}", row) for number, row in iter_json_objects(local, QuestionError)]
-    if not rows:
-        raise QuestionError(f"{local}: the file holds no row; write or download it again")
-    return list(dict.fromkeys(name for _, row in rows for name in row)), rows
-
-
-def _load_dataset(source: QuestionSource, folder: Path | None) -> Dataset:
-    from datasets import DatasetDict, load_dataset, load_from_disk
-
-    path = Path(source.path).expanduser()
-    if folder is None and (path.is_file() or path.is_absolute() or path.suffix in FILE_SUFFIXES):
-        reason = f"has none of the endings {', '.join(FILE_SUFFIXES)}" if path.is_file() else "does not exist"
-        raise QuestionError(f"{source.path}: the file {reason}; check the path (working directory: {Path.cwd()})")
-    saved = folder is not None and any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
-    try:
-        if not saved:
-            return load_dataset(
-                str(folder) if folder else source.path, source.name, data_files=source.data_files, split=source.split
-            )
-        stored = load_from_disk(str(folder))
-        return stored[source.split] if isinstance(stored, DatasetDict) else stored
-    # The library raises anything from KeyError to its own and the network's errors here; all mean the same to a user.
-    except Exception as error:
-        raise QuestionError(
-            f"{source.path} (name={source.name!r}, data_files={source.data_files!r}, split={source.split!r}) cannot "
-            f"be loaded: {type(error).__name__}: {error}. Check name and split, or download it first and name the file"
-        ) from error
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise QuestionError(f"{path}: not a readable parquet file ({error}); write or download it again") from error
-    for number, row in enumerate(table.to_pylist(), start=1):
-        yield f"{path}, row {number}", row
-
-
-def _starts_with_bracket(path: Path) -> bool:
-    return path.read_bytes()[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-
-
-def _array_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise QuestionError(f"{path}: broken JSON ({error}); the file must hold one array of objects") from error
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise QuestionError(f"{path}, entry {number}: an object is needed, found {shorten(row)}")
-        yield f"{path}, entry {number}", row
-
-
-def _question_of(value: Any, where: str) -> str:
-    if value is not None and not isinstance(value, str):
-        raise QuestionError(f"{where}: {type(value).__name__} {shorten(value)}; a question must be a string")
-    return (value or "").strip()
-
-
-def _answers_of(value: Any, where: str) -> list[str]:
-    answers = []
-    for answer in value if isinstance(value, list | tuple) else [value]:
-        if answer is not None and (isinstance(answer, bool) or not isinstance(answer, str | int | float)):
-            raise QuestionError(
-                f"{where}: {type(answer).__name__} {shorten(answer)}; give a string or a list of strings"
-            )
-        answers.append("" if answer is None else str(answer).strip())
-    return [answer for answer in answers if answer]
 
 
 def _seeded_subset(rows: list[dict[str, Any]], limit: int | None, seed: int, name: str) -> list[dict[str, Any]]:

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from rex_rag.data.jsonl import describe_unknown
-from rex_rag.evaluation.question_rows import BenchmarkError, Columns, questions_of, read_rows
+from rex_rag.data.question_files import open_rows
+from rex_rag.data.question_rows import QuestionError, check_answers_column
+from rex_rag.evaluation.question_rows import BenchmarkColumns, questions_of
 from rex_rag.evaluation.records import Question
 
 logger = logging.getLogger(__name__)
@@ -91,8 +93,9 @@ class Benchmark:
 class BenchmarkSource:
     """A user's own set, as a YAML file or a mapping in a recipe describes it.
 
-    path: a .jsonl, .jsonl.gz, .json, .csv or .parquet file (relative to the description's folder), or a dataset of the
-    Hub, then with `config`, `split` and `revision`. name: default, the file's. size: rows that there must be.
+    path: a .jsonl, .jsonl.gz, .json, .csv or .parquet file (relative to the description's folder), or a folder or a
+    dataset of the Hub, then with `config`, `split` and `revision`. name: default, the file's. size: rows that there
+    must be. `answers_column` may be a list of columns, whose answers are joined.
 
     kind `multiple_choice`: `choices_column` names a column with a mapping of letters to texts, a list of texts or a
     mapping of `label` and `text` to lists; or it is itself a list of columns, one a choice, or a mapping of letters to
@@ -100,14 +103,14 @@ class BenchmarkSource:
     (from 0) or `text`.
 
     Raises:
-        BenchmarkError: for values that are out of range or do not go together.
+        QuestionError: for values that are out of range or do not go together.
     """
 
     path: str
     name: str | None = None
     kind: str = OPEN
     question_column: str = "question"
-    answers_column: str = "golden_answers"
+    answers_column: str | list[str] = "golden_answers"
     id_column: str = "id"
     choices_column: str | list[str] | dict[str, str] | None = None
     answers_are: str = "letter"
@@ -117,28 +120,29 @@ class BenchmarkSource:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("path", "question_column", "answers_column", "id_column"):
+        for name in ("path", "question_column", "id_column"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
-                raise BenchmarkError(f"a benchmark has {name}={value!r}; it must be a non-blank string")
+                raise QuestionError(f"a benchmark has {name}={value!r}; it must be a non-blank string")
+        check_answers_column(self.answers_column, self.path)
         if self.name is not None and not isinstance(self.name, str):
-            raise BenchmarkError(f"{self.path}: name={self.name!r}; it must be a string, so put it in quotes")
+            raise QuestionError(f"{self.path}: name={self.name!r}; it must be a string, so put it in quotes")
         if self.choices_column is not None and not isinstance(self.choices_column, str | list | dict):
-            raise BenchmarkError(
+            raise QuestionError(
                 f"{self.path}: choices_column={self.choices_column!r}; it must be a column, a list of columns or a "
                 "mapping of letters to columns"
             )
         if self.kind not in KINDS:
-            raise BenchmarkError(f"{self.path}: kind={self.kind!r}; it must be one of {', '.join(KINDS)}")
+            raise QuestionError(f"{self.path}: kind={self.kind!r}; it must be one of {', '.join(KINDS)}")
         if (self.kind == MULTIPLE_CHOICE) != bool(self.choices_column):
-            raise BenchmarkError(
+            raise QuestionError(
                 f"{self.path}: kind={self.kind!r} and choices_column={self.choices_column!r} do not go together; "
                 f"choices_column is for kind: {MULTIPLE_CHOICE}, which needs it"
             )
         if self.answers_are not in ("letter", "index", "text"):
-            raise BenchmarkError(f"{self.path}: answers_are={self.answers_are!r}; use letter, index or text")
+            raise QuestionError(f"{self.path}: answers_are={self.answers_are!r}; use letter, index or text")
         if self.size is not None and (isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1):
-            raise BenchmarkError(f"{self.path}: size={self.size!r}; it must be an integer of at least 1, or left out")
+            raise QuestionError(f"{self.path}: size={self.size!r}; it must be an integer of at least 1, or left out")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> BenchmarkSource:
@@ -147,16 +151,16 @@ class BenchmarkSource:
         unknown = [str(key) for key in values if key not in known]
         if unknown or "path" not in values:
             problem = describe_unknown(unknown, known) if unknown else "no 'path'"
-            raise BenchmarkError(f"{where}: {problem}; the keys of a benchmark are {', '.join(known)}")
+            raise QuestionError(f"{where}: {problem}; the keys of a benchmark are {', '.join(known)}")
         try:
             return cls(**values)
-        except BenchmarkError as error:  # of a value in the description, not in the file that it describes
+        except QuestionError as error:  # of a value in the description, not in the file that it describes
             said = str(error).removeprefix(f"{values['path']}: ")
-            raise BenchmarkError(f"{where}: {said}") from error
+            raise QuestionError(f"{where}: {said}") from error
 
     @property
-    def columns(self) -> Columns:
-        return Columns(
+    def columns(self) -> BenchmarkColumns:
+        return BenchmarkColumns(
             self.question_column, self.answers_column, self.id_column, self.choices_column, self.answers_are
         )
 
@@ -183,7 +187,7 @@ def load_benchmark(
         revision: of the Hub's repository of the seven; default, its newest. The commit ends up in `source`.
 
     Raises:
-        BenchmarkError: for an unknown name, a file that is missing or malformed, a row that cannot be used (named by
+        QuestionError: for an unknown name, a file that is missing or malformed, a row that cannot be used (named by
             its line), repeated ids, a set of another size than its name claims.
     """
     files = dict(files or {})
@@ -203,7 +207,7 @@ def load_benchmark(
         return _load_description(Path(spec))
     if Path(spec).exists() or "/" in spec:
         return _load_source(BenchmarkSource(path=spec))
-    raise BenchmarkError(
+    raise QuestionError(
         f"there is no benchmark {spec!r}: it is neither one of {', '.join(FLASHRAG_SETS)} nor a file here "
         f"({Path.cwd()}); a local file goes as NAME=FILE.jsonl, a set of your own as a .yaml description"
     )
@@ -225,12 +229,12 @@ def subset(benchmark: Benchmark, n: int, seed: int = 0) -> Benchmark:
     from, and a smaller subset is part of a larger one of the same seed. A set of at most n questions stays whole.
 
     Raises:
-        BenchmarkError: for n below 1, or a benchmark that is a subset already.
+        QuestionError: for n below 1, or a benchmark that is a subset already.
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise BenchmarkError(f"a subset of {n!r} questions was asked of {benchmark.name}; ask for at least 1")
+        raise QuestionError(f"a subset of {n!r} questions was asked of {benchmark.name}; ask for at least 1")
     if benchmark.subset is not None:
-        raise BenchmarkError(f"{benchmark.name} is a subset already ({benchmark.subset}); take one of the whole set")
+        raise QuestionError(f"{benchmark.name} is a subset already ({benchmark.subset}); take one of the whole set")
     if n >= len(benchmark):
         return benchmark
 
@@ -254,7 +258,7 @@ def _load_flashrag(name: str, revision: str | None) -> Benchmark:
         path = hf_hub_download(FLASHRAG_REPOSITORY, file, repo_type="dataset", revision=revision)
     # The Hub's client raises the network's errors as well as its own; all mean the same to a user.
     except Exception as error:
-        raise BenchmarkError(
+        raise QuestionError(
             f"{name}: {file} of {FLASHRAG_REPOSITORY} cannot be had: {type(error).__name__}: {error}. Check the "
             f"connection, or fetch the file elsewhere and give it as {name}=FILE.jsonl"
         ) from error
@@ -268,13 +272,13 @@ def _load_description(path: Path) -> Benchmark:
     import yaml
 
     if not path.is_file():
-        raise BenchmarkError(f"{path}: no such description; check the path (working directory: {Path.cwd()})")
+        raise QuestionError(f"{path}: no such description; check the path (working directory: {Path.cwd()})")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BenchmarkError(f"{path}: not readable YAML ({error}); correct it") from error
+        raise QuestionError(f"{path}: not readable YAML ({error}); correct it") from error
     if not isinstance(values, dict):
-        raise BenchmarkError(f"{path}: a mapping with `path:` and column names is needed, found {values!r:.80}")
+        raise QuestionError(f"{path}: a mapping with `path:` and column names is needed, found {values!r:.80}")
     source = BenchmarkSource.from_mapping(values, str(path))
     beside = path.parent / source.path
     named = source.name or path.stem
@@ -284,7 +288,7 @@ def _load_description(path: Path) -> Benchmark:
 def _load_source(source: BenchmarkSource) -> Benchmark:
     name = source.name or _name_of(Path(source.path))
     if not _NAME.fullmatch(name):
-        raise BenchmarkError(f"{source.path}: the name {name!r} cannot name a folder; use letters, digits, . _ and -")
+        raise QuestionError(f"{source.path}: the name {name!r} cannot name a folder; use letters, digits, . _ and -")
     near = difflib.get_close_matches(name.lower(), FLASHRAG_SETS, n=1, cutoff=_NEAR)
     if near and name.lower() not in FLASHRAG_SETS:
         logger.warning(
@@ -294,12 +298,18 @@ def _load_source(source: BenchmarkSource) -> Benchmark:
             near[0],
             near[0],
         )
-    where, rows = read_rows(source.path, source.config, source.split, source.revision)
-    questions = questions_of(rows, source.columns, where)
+    where, held, rows = open_rows(
+        source.path,
+        question_column=source.question_column,
+        name=source.config,
+        split=source.split,
+        revision=source.revision,
+    )
+    questions = questions_of(rows, held, source.columns, where)
     # Tables label `hotpotqa` as HotpotQA, so that a part under that name would look like the set.
     _, claimed = FLASHRAG_SETS.get(name.lower(), ("", source.size))
     if claimed is not None and len(questions) != claimed:
-        raise BenchmarkError(
+        raise QuestionError(
             f"{where} holds {len(questions):,} questions, but {name} has {claimed:,}: another split, a part or a "
             "damaged copy; fetch the whole set, give a part of it a name of its own, or use a seeded subset"
         )

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rex_rag.data.qa import check_count
-from rex_rag.evaluation.benchmarks import MULTIPLE_CHOICE, BenchmarkError, benchmark_specs, load_benchmark, subset
+from rex_rag.data.question_rows import QuestionError
+from rex_rag.evaluation.benchmarks import MULTIPLE_CHOICE, benchmark_specs, load_benchmark, subset
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,29 +47,29 @@ class EvaluationSetArguments:
 
 
 def check_strategy(arguments: EvaluationSetArguments, eval_strategy: str) -> None:
-    """Raise `BenchmarkError` for benchmarks that would never be looked at, and for an evaluation with none to see."""
+    """Raise `QuestionError` for benchmarks that would never be looked at, and for an evaluation with none to see."""
     if arguments.eval_benchmarks and eval_strategy == "no":
-        raise BenchmarkError(
+        raise QuestionError(
             f"eval_benchmarks is {arguments.eval_benchmarks}, but eval_strategy is 'no', so that they would never be "
             "looked at; set eval_strategy: steps and eval_steps, or leave eval_benchmarks out (--eval_benchmarks none "
             "where a recipe names it)"
         )
     if not arguments.eval_benchmarks and eval_strategy != "no":
         shown = getattr(eval_strategy, "value", eval_strategy)  # the trainer's arguments hold an enumeration
-        raise BenchmarkError(
+        raise QuestionError(
             f"eval_strategy is '{shown}', but eval_benchmarks names nothing to evaluate on; name benchmarks, "
             "or set eval_strategy to 'no'"
         )
 
 
 def check_best_metric(names: Collection[str], metric: str | None) -> None:
-    """Raise `BenchmarkError` for a metric to choose the best model by that is of none of the evaluation sets.
+    """Raise `QuestionError` for a metric to choose the best model by that is of none of the evaluation sets.
 
     The trainer would notice after its first evaluation. Its default, `loss`, is of a nameless set.
     """
     if metric is None or any(metric.removeprefix("eval_").startswith(f"{name}_") for name in names):
         return
-    raise BenchmarkError(
+    raise QuestionError(
         f"metric_for_best_model is {metric!r}, which no evaluation set has ({', '.join(names)}); "
         f"name the set and the metric, such as {' or '.join(f'eval_{name}_em/originals' for name in names)}"
     )
@@ -86,7 +87,7 @@ def load_evaluation_sets(arguments: EvaluationSetArguments, eval_strategy: str) 
         `None` where no benchmark is named.
 
     Raises:
-        BenchmarkError: for a benchmark that cannot be loaded, is multiple choice (its reward is not exact match), or
+        QuestionError: for a benchmark that cannot be loaded, is multiple choice (its reward is not exact match), or
             stands there twice; see also `check_strategy`.
     """
     from datasets import Dataset, DatasetInfo
@@ -98,12 +99,12 @@ def load_evaluation_sets(arguments: EvaluationSetArguments, eval_strategy: str) 
     for spec in arguments.eval_benchmarks:
         benchmark = load_benchmark(spec)
         if benchmark.kind == MULTIPLE_CHOICE:
-            raise BenchmarkError(
+            raise QuestionError(
                 f"{benchmark.name} is multiple choice, which training's reward, exact match, does not measure; leave "
                 "it to `rex-rag evaluate`"
             )
         if benchmark.name in sets:
-            raise BenchmarkError(f"two of eval_benchmarks are called {benchmark.name!r}; name one as NAME=FILE")
+            raise QuestionError(f"two of eval_benchmarks are called {benchmark.name!r}; name one as NAME=FILE")
         if arguments.eval_subset is not None:
             benchmark = subset(benchmark, arguments.eval_subset, arguments.eval_subset_seed)
         sets[benchmark.name] = Dataset.from_list(

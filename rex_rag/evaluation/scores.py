@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rex_rag.answers import exact_match, normalize_answer, sub_match, token_f1
+from rex_rag.answers import answer_key, exact_match, sub_match, token_f1
 from rex_rag.data.jsonl import iter_json_objects
 from rex_rag.evaluation.bootstrap import RESAMPLES, Estimate, bootstrap, macro_mean
 from rex_rag.evaluation.choices import choice_letter
@@ -121,8 +121,7 @@ def question_scores(prediction: Prediction, judge: Judge | None = None) -> dict[
     Raises:
         ScoreError: for a judge's score outside [0, 1].
     """
-    # A blank would be right wherever a gold answer normalises to nothing, as "The The" does.
-    answers = [None if _is_unanswered(sample) else sample.answer for sample in prediction.samples]
+    answers = [sample.answer for sample in prediction.samples]
     if prediction.choices is not None:
         letters = [choice_letter(answer, prediction.choices) for answer in answers]
         return {ACCURACY: [float(letter in prediction.golden_answers) for letter in letters]}
@@ -218,7 +217,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def majority_answer(answers: Sequence[str | None], choices: Mapping[str, str] | None = None) -> str | None:
     """The answer that most samples give (self-consistency, arXiv 2203.11171); of a tie, the one that came first.
 
-    Open answers are the same if they are after normalisation, and the first of them is returned as it was written;
+    Open answers are the same if their `answer_key` is, and the first of them is returned as it was written;
     with `choices`, answers are read as letters. Samples without an answer do not vote; `None` if none has one.
     """
     votes: Counter[str] = Counter()
@@ -226,7 +225,7 @@ def majority_answer(answers: Sequence[str | None], choices: Mapping[str, str] | 
     for answer in answers:
         if answer is None or not answer.strip():
             continue
-        vote = normalize_answer(answer) if choices is None else choice_letter(answer, choices)
+        vote = answer_key(answer) if choices is None else choice_letter(answer, choices)
         if vote is None:
             continue
         votes[vote] += 1

@@ -37,6 +37,8 @@ class Retriever(Protocol):
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
         """Return for each query, in the order asked, at least one and at most `top_k` passages, best first.
 
+        A blank query gets passages as any that nothing matches: Search-R1's client asks such, beside others.
+
         Raises:
             RetrievalError: when a query could not be answered; the message names query or address, and cause.
         """
@@ -61,7 +63,7 @@ def checked_search(retriever: Retriever, queries: Sequence[str], top_k: int) -> 
 
 
 def check_request(queries: Sequence[str], top_k: int) -> None:
-    """Raise `RetrievalError` for a `top_k` that is not a positive integer and for queries that ask nothing."""
+    """Raise `RetrievalError` for a `top_k` that is not a positive integer and for queries that are no strings."""
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
         raise RetrievalError(f"top_k={top_k!r} asks for no passage; it must be an integer of at least 1")
     if isinstance(queries, str):
@@ -69,8 +71,3 @@ def check_request(queries: Sequence[str], top_k: int) -> None:
     for position, query in enumerate(queries):
         if not isinstance(query, str):
             raise RetrievalError(f"query {position} is {query!r}, a {type(query).__name__}; it must be a string")
-        if not query.strip():
-            raise RetrievalError(
-                f"query {position} of {len(queries)} is blank ({query!r}); a blank search is an invalid action, "
-                "so leave it out of the batch"
-            )

@@ -57,7 +57,7 @@ class IndexedRetriever(ABC):
         """Return at most `min(top_k, corpus size)` passages a query, best first.
 
         Raises:
-            RetrievalError: for a blank query or a `top_k` below 1.
+            RetrievalError: for a `top_k` below 1.
         """
         check_request(queries, top_k)
         if not queries:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from rex_rag.data.corpus import join_contents, passage_from_row
+from rex_rag.data.corpus import passage_from_row, row_of_passage
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.types import Passage
 
@@ -46,7 +46,7 @@ def passage_json(passage: Passage) -> bytes:
     title = " ".join(passage.title.split())
     if title != passage.title:
         passage = replace(passage, title=title)
-    return _TO_JSON({"id": passage.id, "contents": join_contents(passage)}).encode()
+    return _TO_JSON(row_of_passage(passage)).encode()
 
 
 class PassageList:

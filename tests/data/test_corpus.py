@@ -4,15 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rex_rag.data.corpus import (
     CorpusError,
     iter_corpus,
-    join_contents,
     passage_from_row,
     read_corpus,
+    row_of_passage,
     split_contents,
     write_corpus,
 )
@@ -55,7 +55,19 @@ def test_both_layouts_in_one_file(tmp_path):
         ('""A""\ntext', '"A"', "text"),
         ('""\ntext', "", "text"),
         ('"\ntext', '"', "text"),
-        ('"Oslo"', "Oslo", ""),
+        ('"Oslo"\n', "Oslo", ""),
+        ('"Oslo"\r\ntext', "Oslo", "text"),
+        ("Oslo is a city.", "", "Oslo is a city."),
+        ("Oslo is a city.\n", "", "Oslo is a city."),
+        ("Oslo is a city.\r\n", "", "Oslo is a city."),
+        ("\nOslo is a city.\n\n ", "", "Oslo is a city.\n\n "),
+        ('"To be" is Hamlet\'s line.', "", '"To be" is Hamlet\'s line.'),
+        ('"To be" is from "Hamlet"', "", '"To be" is from "Hamlet"'),
+        ('"To be" is from "Hamlet"\n', "", '"To be" is from "Hamlet"'),
+        ('"To be" is from "Hamlet"\nand more', '"To be" is from "Hamlet"', "and more"),
+        ('"To be, or not to be."', "", '"To be, or not to be."'),
+        ('"12" single"\ntext', '12" single', "text"),
+        ('""Weird Al" Yankovic"\ntext', '"Weird Al" Yankovic', "text"),
     ],
 )
 def test_contents_are_split_at_the_first_line(contents, title, text):
@@ -69,17 +81,20 @@ def test_contents_are_split_at_the_first_line(contents, title, text):
         ("[" * 100_000, "broken JSON"),
         ('["id", "contents"]', "a JSON object is needed, found list"),
         ('"text"', "a JSON object is needed, found str"),
-        ('{"id": "x"}', r"missing fields, found \['id'\]"),
+        ('[{"id": "x", "contents": "t"}]', "this is a JSON array: write one object a line"),
+        ('{"id": "x"}', r"missing fields, neither 'contents' nor 'text' among \['id'\]"),
         ('{"id": "x", "title": "T"}', "missing fields"),
-        ('{"id": "x", "text": "T"}', "missing fields"),
+        ('{"pid": "x", "passage": "T"}', r"missing fields, .* among \['passage', 'pid'\]"),
+        ('{"id": "x", "title": "T", "text": null}', "missing fields"),
         ('{"id": "x", "title": "T", "text": " \\n"}', "empty text"),
         ('{"id": "x", "contents": "\\"T\\"\\n "}', "empty text"),
-        ('{"id": "x", "contents": "\\"T\\""}', "empty text"),
+        ('{"id": "x", "contents": "\\"T\\"\\n"}', "empty text"),
         ('{"id": "x", "contents": 3}', "field 'contents' must be a string, found int 3"),
-        ('{"id": "x", "title": null, "text": "t"}', "field 'title' must be a string"),
+        ('{"id": "x", "title": ["T"], "text": "t"}', "field 'title' must be a string"),
         ('{"id": "x", "title": "T", "text": "\\ud800"}', "half a surrogate pair"),
         ('{"id": true, "title": "T", "text": "t"}', "field 'id' must be"),
-        ('{"id": " ", "title": "T", "text": "t"}', "field 'id' must be"),
+        ('{"id": 1.5, "title": "T", "text": "t"}', "field 'id' must be"),
+        ('{"id": " ", "title": "T", "text": "t"}', "field 'id' is blank"),
         ('{"id": "\\ud800", "title": "T", "text": "t"}', "field 'id' holds half a surrogate pair"),
         ('{"id": 1, "title": "T", "text": "t"}', "the id '1' already occurs on line 1"),
     ],
@@ -88,6 +103,46 @@ def test_a_bad_line_is_named_with_its_reason(tmp_path, line, reason):
     path = _write(tmp_path / "c.jsonl", '{"id": "1", "title": "T", "text": "t"}', "", line)
     with pytest.raises(CorpusError, match=rf"c\.jsonl, line 3: .*{reason}"):
         read_corpus([path])
+
+
+@pytest.mark.parametrize(
+    ("row", "passage"),
+    [
+        ({"id": "1", "text": "t"}, ("1", "", "t")),
+        ({"id": "1", "title": None, "text": "t"}, ("1", "", "t")),
+        ({"id": "1", "title": 1984.0, "text": "t"}, ("1", "1984", "t")),
+        ({"_id": "MED-10", "title": "T", "text": "t", "metadata": {}}, ("MED-10", "T", "t")),  # BEIR
+        ({"docid": "12#0", "title": "T", "text": "t"}, ("12#0", "T", "t")),  # Tevatron
+        ({"pid": "p", "docid": "d", "text": "t"}, ("p", "", "t")),  # MS MARCO: the document's stands beside
+        ({"id": 7, "doc_id": "d", "title": "T", "contents": "T\nt"}, ("7", "T", "t")),  # FlashRAG's chunks
+        ({"id": None, "passage_id": 7.0, "text": "t"}, ("7", "", "t")),
+        ({"id": "1", "title": "T", "contents": "t"}, ("1", "T", "t")),
+        ({"id": "1", "title": "T", "contents": "t\nu"}, ("1", "T", "t\nu")),
+        ({"id": "1", "title": "T", "contents": '"T"\nt'}, ("1", "T", "t")),
+        ({"id": "1", "title": '"T"', "contents": "T\nt"}, ("1", '"T"', "t")),
+        ({"id": "1", "title": "T", "contents": "T\n"}, ("1", "T", "T\n")),
+        ({"id": "1", "title": "", "contents": "T\nt"}, ("1", "T", "t")),
+        ({"id": "1", "title": "T", "contents": None, "text": "t"}, ("1", "T", "t")),
+    ],
+)
+def test_the_layouts_of_others(row, passage):
+    assert passage_from_row(row, default_id="-") == Passage(*passage)
+
+
+def test_rows_without_an_id_are_numbered_with_a_warning_if_another_field_may_be_one(tmp_path, caplog):
+    _write(tmp_path / "named.jsonl", '{"uid": "x", "text": "t"}', '{"uid": "y", "text": "u"}')
+    assert [passage.id for passage in read_corpus(tmp_path / "named.jsonl")] == ["1", "2"]
+    [said] = [record.getMessage() for record in caplog.records]
+    assert "numbered by line" in said and "(uid)" in said
+    caplog.clear()
+    read_corpus(_write(tmp_path / "plain.jsonl", '{"text": "t"}'))
+    assert not caplog.records
+
+
+def test_a_table_is_named_before_anything_is_read(tmp_path):
+    for name in ("psgs_w100.tsv", "psgs_w100.tsv.gz", "corpus.parquet"):
+        with pytest.raises(CorpusError, match=rf"{name}: a corpus is JSON lines"):
+            read_corpus(tmp_path / name)
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path):
@@ -179,14 +234,19 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, passages, reason):
     assert [entry.name for entry in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
-_text = st.text(st.characters(exclude_categories=("Cs",)), min_size=1)
+_text = st.text(st.characters(exclude_categories=("Cs",)), min_size=1) | st.text('"ab .\n', min_size=1)
 
 
-@given(title=_text.filter(lambda t: "\n" not in t).map(str.strip), text=_text.filter(str.strip))
-def test_contents_round_trip(title, text):
+@given(title=_text.filter(lambda t: "\n" not in t).map(str.strip) | st.just(""), text=_text.filter(str.strip))
+@example(title='To be" is from "Hamlet', text="t")
+@example(title='To be" is from "Hamlet', text='To be" is from "Hamlet\nt')
+@example(title="T", text="T\nt")
+@example(title="", text='\n"T"\nt')
+def test_a_row_of_a_passage_reads_back_exactly(title, text):
     passage = Passage("1", title, text)
-    row = json.loads(json.dumps({"id": "1", "contents": join_contents(passage)}))
+    row = json.loads(json.dumps(row_of_passage(passage)))
     assert passage_from_row(row, default_id="-") == passage
+    assert row["contents"] == f'"{title}"\n{text}'
 
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="real passages are not at ../shared/data")

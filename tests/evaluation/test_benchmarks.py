@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import logging
@@ -11,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rex_rag.data.question_rows import QuestionError
 from rex_rag.evaluation.benchmarks import (
     FLASHRAG_SETS,
-    BenchmarkError,
     BenchmarkSource,
     benchmark_specs,
     load_benchmark,
@@ -60,31 +59,6 @@ def test_every_row_is_kept_in_order(tmp_path, caplog):
     assert "1 blank gold answers stand beside others" in caplog.text
 
 
-def test_a_packed_file_and_an_array_give_the_same_questions(tmp_path):
-    plain = load_benchmark(write(tmp_path / "plain.jsonl", [ROWS[0], ROWS[0] | {"id": "y"}]))
-    packed = tmp_path / "packed.jsonl.gz"
-    packed.write_bytes(gzip.compress((tmp_path / "plain.jsonl").read_bytes()))
-    array = tmp_path / "array.json"
-    array.write_text(json.dumps([ROWS[0], ROWS[0] | {"id": "y"}]))
-    for path in (packed, array):
-        assert load_benchmark(path).questions == plain.questions
-        assert load_benchmark(path).sha256 == plain.sha256
-    assert load_benchmark(packed).name == "packed"
-
-
-def test_a_parquet_file_gives_the_same_questions(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = [ROWS[0], ROWS[0] | {"id": "y", "golden_answers": ["1999-01-01"]}]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "questions.parquet")
-    loaded = load_benchmark(tmp_path / "questions.parquet")
-    assert loaded.questions == load_benchmark(write(tmp_path / "plain.jsonl", rows)).questions
-    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
-    with pytest.raises(BenchmarkError, match=r"broken\.parquet: not a readable parquet file"):
-        load_benchmark(tmp_path / "broken.parquet")
-
-
 def test_cells_of_csv_are_text_as_they_stand_there(tmp_path):
     path = tmp_path / "codes.csv"
     path.write_text('id,question,a,A,B,C\n007,"Which, if any?",B,None,1.50,\n')
@@ -92,27 +66,6 @@ def test_cells_of_csv_are_text_as_they_stand_there(tmp_path):
     [question] = load_benchmark(source).questions
     assert (question.id, question.question) == ("007", "Which, if any?")
     assert question.choices == {"A": "None", "B": "1.50"}
-    path.write_text("id,question,golden_answers\n1,Who?,Jane,Austen\n")
-    with pytest.raises(BenchmarkError, match=r"codes\.csv, line 2: the row has not 3 cells"):
-        load_benchmark(path)
-    path.write_bytes(b"id,question,golden_answers\n1,Who?,Andr\xe9\n")
-    with pytest.raises(BenchmarkError, match=r"not readable CSV in UTF-8"):
-        load_benchmark(path)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('[{"question": "Who?"', r"broken\.json: broken JSON"),
-        ('[{"question": "Who?", "golden_answers": ["a"]}, 3]', r"broken\.json, row 2: an object is needed, found 3"),
-        ("[]", r"broken\.json: there is no question in it"),
-        ("", r"broken\.json: the file is empty"),
-    ],
-)
-def test_a_broken_array_is_refused(tmp_path, content, message):
-    (tmp_path / "broken.json").write_text(content)
-    with pytest.raises(BenchmarkError, match=message):
-        load_benchmark(tmp_path / "broken.json")
 
 
 def test_a_file_that_is_called_qa_or_test_is_named_after_its_folder(tmp_path):
@@ -141,37 +94,20 @@ def test_the_hash_is_of_the_canonical_questions_alone(tmp_path):
         ({"question": 5, "golden_answers": ["a"]}, r"line 2: the question is 5"),
         ({"question": "Who?", "golden_answers": []}, r"line 2: the gold answers are \[\]"),
         ({"question": "Who?", "golden_answers": ["", None]}, r"line 2: the gold answers are \['', None\]"),
-        ({"question": "Who?", "golden_answers": [{"a": 1}]}, r"line 2: the gold answer \{'a': 1\} is a dict"),
-        ({"question": "Who?", "golden_answers": [True]}, r"line 2: the gold answer True is a bool"),
         ({"id": "x", "question": "Who?", "golden_answers": ["a"]}, r"line 2: the id 'x' already occurs at .*line 1"),
-        ({"id": ["x"], "question": "Who?", "golden_answers": ["a"]}, r"line 2: the id is \['x'\]"),
-        ({"question": "Who?", "golden_answers": [float("nan")]}, r"line 2: the gold answer nan is a float"),
-        (
-            {"question": "Who?", "golden_answers": '["a", "b"]'},
-            r"line 2: the gold answer .* is a list written as text",
-        ),
-        ({"question": "Who?", "golden_answers": "['a']"}, r"line 2: the gold answer .* is a list written as text"),
-        ({"question": "Who \ud800?", "golden_answers": ["a"]}, r"line 2: 'Who \\ud800\?' holds half a surrogate pair"),
-        ({"question": "Who?", "golden_answers": ["\udfff"]}, r"line 2: .* holds half a surrogate pair"),
-        (["Who?"], r"line 2: a JSON object is needed, found list"),
     ],
 )
 def test_a_row_that_cannot_be_used_fails_the_load_and_is_named(tmp_path, row, message):
     path = write(tmp_path / "bad.jsonl", [ROWS[0], row])
-    with pytest.raises(BenchmarkError, match=rf"bad\.jsonl, {message}"):
+    with pytest.raises(QuestionError, match=rf"bad\.jsonl, {message}"):
         load_benchmark(path)
-
-
-def test_what_looks_like_a_list_may_be_an_answer_if_it_stands_in_a_list(tmp_path):
-    path = write(tmp_path / "code.jsonl", [{"question": "list('a')?", "golden_answers": ["['a']"]}])
-    assert load_benchmark(path).questions[0].golden_answers == ("['a']",)
 
 
 def test_a_column_of_ids_that_was_named_must_be_there(tmp_path):
     path = write(tmp_path / "mine.jsonl", [ROWS[0] | {"key": "k"}, ROWS[1]])
     source = {"path": str(path), "id_column": "key"}
     assert [question.id for question in load_benchmark(source).questions] == ["k", "1"]
-    with pytest.raises(BenchmarkError, match=r"mine\.jsonl: no row has the columns 'kee' that id_column names"):
+    with pytest.raises(QuestionError, match=r"mine\.jsonl: there is no column 'kee'; .*Set id_column"):
         load_benchmark(source | {"id_column": "kee"})
 
 
@@ -187,15 +123,15 @@ def test_a_set_of_another_size_than_its_name_claims_is_refused(tmp_path):
     part = write(tmp_path / "part.jsonl", rows[:-1])
     assert len(load_benchmark(f"bamboogle={whole}")) == 125
     for spec, files in ((f"bamboogle={part}", None), ("bamboogle", {"bamboogle": part})):
-        with pytest.raises(BenchmarkError, match=r"holds 124 questions, but bamboogle has 125"):
+        with pytest.raises(QuestionError, match=r"holds 124 questions, but bamboogle has 125"):
             load_benchmark(spec, files=files)
-    with pytest.raises(BenchmarkError, match=r"holds 124 questions, but Bamboogle has 125"):
+    with pytest.raises(QuestionError, match=r"holds 124 questions, but Bamboogle has 125"):
         load_benchmark(f"Bamboogle={part}")
     folder = write(tmp_path / "hotpotqa" / "dev.jsonl", rows)
-    with pytest.raises(BenchmarkError, match=r"holds 125 questions, but hotpotqa has 7,405"):
+    with pytest.raises(QuestionError, match=r"holds 125 questions, but hotpotqa has 7,405"):
         load_benchmark(folder)
     assert load_benchmark(f"bamboogle_part={part}").size == 124
-    with pytest.raises(BenchmarkError, match=r"holds 124 questions, but mine has 125"):
+    with pytest.raises(QuestionError, match=r"holds 124 questions, but mine has 125"):
         load_benchmark({"path": str(part), "name": "mine", "size": 125})
 
 
@@ -230,7 +166,7 @@ def test_a_set_of_another_size_than_its_name_claims_is_refused(tmp_path):
 )
 def test_what_cannot_be_meant_is_refused(spec, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BenchmarkError, match=message):
+    with pytest.raises(QuestionError, match=message):
         load_benchmark(spec)
 
 
@@ -245,7 +181,7 @@ def test_what_cannot_be_meant_is_refused(spec, message, tmp_path, monkeypatch):
 def test_what_is_wrong_in_a_description_is_told_under_its_name(tmp_path, line, message):
     write(tmp_path / "data.jsonl", ROWS)
     (tmp_path / "mine.yaml").write_text(f"path: data.jsonl\n{line}\n")
-    with pytest.raises(BenchmarkError, match=message):
+    with pytest.raises(QuestionError, match=message):
         load_benchmark(tmp_path / "mine.yaml")
 
 
@@ -263,7 +199,7 @@ def test_a_name_that_is_nearly_one_of_the_seven_gets_a_warning(tmp_path, caplog,
 
 def test_a_set_that_cannot_be_fetched_names_the_way_out():
     # The tests run offline, and the seven sets are in nobody's cache under this revision.
-    with pytest.raises(BenchmarkError, match=r"nq/test\.jsonl of RUC-NLPIR/FlashRAG_datasets .*nq=FILE\.jsonl"):
+    with pytest.raises(QuestionError, match=r"nq/test\.jsonl of RUC-NLPIR/FlashRAG_datasets .*nq=FILE\.jsonl"):
         load_benchmark("nq", revision="no-such-revision")
 
 
@@ -280,7 +216,7 @@ def test_a_set_of_the_hub_names_its_commit(tmp_path, monkeypatch):
     assert (benchmark.name, len(benchmark)) == ("bamboogle", 125)
     assert benchmark.source == f"RUC-NLPIR/FlashRAG_datasets@{commit}/bamboogle/test.jsonl"
     write(cache / "snapshots" / commit / "bamboogle" / "test.jsonl", rows[1:])
-    with pytest.raises(BenchmarkError, match="holds 124 questions, but bamboogle has 125"):
+    with pytest.raises(QuestionError, match="holds 124 questions, but bamboogle has 125"):
         load_benchmark("bamboogle", revision=commit)
 
 
@@ -343,7 +279,7 @@ def test_a_choice_that_one_row_lacks_is_a_choice_less_and_a_column_that_all_lack
     first, second = load_benchmark(mapping | {"choices_column": ["A", "B", "C", "D", "E"]}).questions
     assert (first.golden_answers, list(first.choices)) == (("C",), ["A", "B", "C", "D"])
     assert (second.golden_answers, second.choices["E"]) == (("E",), "v")
-    with pytest.raises(BenchmarkError, match=r"no row has the columns 'F' that choices_column names; .*, D, E\. Set"):
+    with pytest.raises(QuestionError, match=r"there is no column 'F'; the columns are .*, D, E\. Set choices_column"):
         load_benchmark(mapping | {"choices_column": ["A", "B", "C", "D", "E", "F"]})
 
 
@@ -365,7 +301,7 @@ def test_the_descriptions_that_come_along_fit_the_sets_they_describe(tmp_path, n
     [question] = load_benchmark(mapping | {"path": str(path)}).questions
     assert question.golden_answers == ("B",)
     assert question.choices["B"] == "Warfarin"
-    with pytest.raises(BenchmarkError, match=rf"holds 1 questions, but {name} has {hub['size']:,}"):
+    with pytest.raises(QuestionError, match=rf"holds 1 questions, but {name} has {hub['size']:,}"):
         load_benchmark(mapping | {"path": str(path), "size": hub["size"]})
 
 
@@ -381,8 +317,8 @@ def test_the_descriptions_that_come_along_fit_the_sets_they_describe(tmp_path, n
         ({"a": "A", "options": {"A": "x", "BB": "y"}}, "letter", r"under a letter from A to Z"),
         ({"a": "A", "options": {"A": "x", "a": "y", "B": "z"}}, "letter", r"of its own"),
         ({"a": "A", "options": {"label": ["A", "A", "B"], "text": ["x", "y", "z"]}}, "letter", r"of its own"),
-        ({"a": "A", "options": [{"label": "A", "text": "x"}, {"label": "B", "text": "y"}]}, "letter", r"with a text"),
-        ({"a": "A", "options": [float("nan"), 2]}, "letter", r"with a text"),
+        ({"a": "A", "options": [{"label": "A", "text": "x"}, {"label": "B", "text": "y"}]}, "letter", "is a dict"),
+        ({"a": "A", "options": [float("nan"), 2]}, "letter", "the choice nan is a float"),
         ({"a": "A", "options": {"label": ["A", "B"], "text": ["x"]}}, "letter", r"give a list or a mapping"),
         ({"a": "A", "options": "x, y"}, "letter", r"give a list or a mapping"),
     ],
@@ -390,7 +326,7 @@ def test_the_descriptions_that_come_along_fit_the_sets_they_describe(tmp_path, n
 def test_choices_that_cannot_be_used_are_named(tmp_path, row, answers_are, message):
     path = write(tmp_path / "mine.jsonl", [{"question": "Which?"} | row])
     mapping = {"path": str(path), "kind": "multiple_choice", "answers_column": "a", "choices_column": "options"}
-    with pytest.raises(BenchmarkError, match=rf"line 1: .*{message}"):
+    with pytest.raises(QuestionError, match=rf"line 1: .*{message}"):
         load_benchmark(mapping | {"answers_are": answers_are})
 
 
@@ -433,9 +369,9 @@ def test_a_subset_of_everything_is_the_set_and_nonsense_is_refused(tmp_path):
     assert subset(benchmark, 5) is benchmark
     assert subset(benchmark, 500) is benchmark
     for wrong in (0, -1, True, 1.5):
-        with pytest.raises(BenchmarkError, match="ask for at least 1"):
+        with pytest.raises(QuestionError, match="ask for at least 1"):
             subset(benchmark, wrong)
-    with pytest.raises(BenchmarkError, match="is a subset already"):
+    with pytest.raises(QuestionError, match="is a subset already"):
         subset(subset(benchmark, 2), 1)
 
 

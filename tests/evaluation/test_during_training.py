@@ -6,7 +6,7 @@ import pytest
 from transformers.trainer_utils import IntervalStrategy
 
 from rex_rag.data.qa import QuestionError
-from rex_rag.evaluation.benchmarks import BenchmarkError, load_benchmark, subset
+from rex_rag.evaluation.benchmarks import load_benchmark, subset
 from rex_rag.evaluation.during_training import (
     EvaluationSetArguments,
     check_best_metric,
@@ -51,11 +51,11 @@ def test_nothing_named_is_nothing_to_evaluate_on():
 
 def test_what_would_never_be_looked_at_is_refused_and_what_has_nothing_to_see_too(questions):
     with pytest.raises(
-        BenchmarkError, match=r"eval_benchmarks is \['nq'\], but eval_strategy is 'no'.*set eval_strategy"
+        QuestionError, match=r"eval_benchmarks is \['nq'\], but eval_strategy is 'no'.*set eval_strategy"
     ):
         check_strategy(EvaluationSetArguments(["nq"]), "no")
     for epoch in ("epoch", IntervalStrategy.EPOCH):  # the trainer's arguments hold the latter
-        with pytest.raises(BenchmarkError, match=r"eval_strategy is 'epoch', but eval_benchmarks names nothing"):
+        with pytest.raises(QuestionError, match=r"eval_strategy is 'epoch', but eval_benchmarks names nothing"):
             load_evaluation_sets(EvaluationSetArguments(), epoch)
     assert (
         load_evaluation_sets(EvaluationSetArguments(["none"]), IntervalStrategy.NO) is None
@@ -70,10 +70,10 @@ def test_sets_that_do_not_fit_are_refused(questions, tmp_path):
         "answers_column": "key",
         "choices_column": "options",
     }
-    with pytest.raises(BenchmarkError, match="choice is multiple choice, which training's reward, exact match"):
+    with pytest.raises(QuestionError, match="choice is multiple choice, which training's reward, exact match"):
         load_evaluation_sets(EvaluationSetArguments([description]), "steps")
     ours = questions("ours", open_rows(1))
-    with pytest.raises(BenchmarkError, match="two of eval_benchmarks are called 'ours'; name one as NAME=FILE"):
+    with pytest.raises(QuestionError, match="two of eval_benchmarks are called 'ours'; name one as NAME=FILE"):
         load_evaluation_sets(EvaluationSetArguments([ours, ours]), "steps")
     with pytest.raises(QuestionError, match="eval_subset=0; it must be an integer of at least 1"):
         EvaluationSetArguments([ours], eval_subset=0)
@@ -83,5 +83,5 @@ def test_the_metric_of_the_best_model_names_a_set():
     for metric in (None, "eval_nq_em/originals", "own_em/originals"):
         check_best_metric(["nq", "own"], metric)
     for metric in ("loss", "eval_em/originals", "eval_popqa_em/originals"):
-        with pytest.raises(BenchmarkError, match=r"which no evaluation set has \(nq, own\).*eval_nq_em/originals or"):
+        with pytest.raises(QuestionError, match=r"which no evaluation set has \(nq, own\).*eval_nq_em/originals or"):
             check_best_metric(["nq", "own"], metric)

@@ -113,10 +113,16 @@ def test_open_questions_are_scored_by_all_three_metrics():
     }
 
 
+def test_answers_of_nothing_but_punctuation_or_articles_are_not_one_vote():
+    assert majority_answer(["...", "?", "!!", "Paris", "Paris"]) == "Paris"
+    assert majority_answer(["A", "The", "an", "B", "B"]) == "B"
+    assert majority_answer(["B", "the The", "The The!"]) == "the The"
+
+
 def test_a_blank_is_no_answer_even_where_a_gold_answer_normalises_to_nothing():
     scores = question_scores(prediction("q", ["The The"], "", " ", None, "the the", "!"))
     assert set(scores) == {"exact_match", "f1", "sub_match"}
-    assert all(row == [0.0, 0.0, 0.0, 1.0, 1.0] for row in scores.values())
+    assert all(row == [0.0, 0.0, 0.0, 1.0, 0.0] for row in scores.values())
 
 
 def test_choices_are_scored_by_letter_and_several_may_be_right():

@@ -21,6 +21,9 @@ with suppress(ImportError):
     from fastapi import Request
 
 
+_BLANK = {"id": "d9", "contents": '"T9"\n'}
+
+
 def answer(queries, top_k):
     return [
         [
@@ -114,6 +117,8 @@ class BehavingServer:
             "bare": bare,
             "title-text": [[{"document": {"title": "T", "text": "x"}, "score": 2}]],
             "generous": answer(payload["queries"], payload["topk"] + 5),
+            "one-blank": [[ranking[0], {"document": _BLANK, "score": 0.9}, *ranking[1:2]] for ranking in good],
+            "all-blank": [[{"document": _BLANK, "score": 0.9}, {"document": _BLANK, "score": 0.8}] for _ in good],
             "other-index": [[{"id": "z", "contents": '"Z"\nelse'}] for _ in good],
             "miscount": good[:-1],
             "empty": [[] for _ in good],

@@ -15,6 +15,7 @@ from rex_rag.data.corpus import CorpusError, read_corpus, write_corpus
 from rex_rag.retrieval.base import RetrievalError, Retriever, checked_search
 from rex_rag.retrieval.bm25 import postings as bm25_postings
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
+from rex_rag.retrieval.bm25.text import BM25Options, TermSplitter
 from rex_rag.types import Passage
 
 REAL_DATA = Path(__file__).parents[3] / "shared" / "data" / "hotpotqa_sample"
@@ -52,7 +53,30 @@ def test_stop_words_are_left_out_unless_asked_for():
     assert BM25Retriever(passages, stopwords=["oslo"]).search(["the oslo"], 1)[0][0].id == "1"
 
 
-@pytest.mark.parametrize("query", ["zzz", "the of", "!?", "\u4e2d", "a"])
+@pytest.mark.parametrize(
+    ("other", "right", "query"),
+    [
+        ("Vitamin A deficiency", "Vitamin K deficiency", "Vitamin K"),
+        ("Apollo 1 fire", "Apollo 8 flight", "Apollo 8"),
+        ("Adele sang", "Beyonc\u00e9 sang", "Beyonce\u0301"),
+        ("Adele sang", "Beyonce\u0301 sang", "Beyonc\u00e9"),
+        ("疑是地上霜", "低头思故乡", "故乡"),
+        ("パリはフランスの首都", "東京は日本の首都", "東京"),
+        ("เชียงใหม่อยู่เหนือ", "กรุงเทพเป็นเมืองหลวงของไทย", "เมืองหลวง"),
+        ("ភ្នំពេញ", "សៀមរាប", "សៀមរាប"),
+        ("Oslo 東京都 Rome", "Oslo 京都府 Rome", "京都府"),
+    ],
+)
+def test_words_of_one_character_accents_and_scripts_without_spaces_are_found(other, right, query):
+    first, second = BM25Retriever(_passages(other, right)).search([query], 2)[0]
+    assert first.id == "1" and first.score > second.score
+
+
+def test_a_lone_character_of_a_script_without_spaces_is_a_term():
+    assert TermSplitter(BM25Options()).terms(["中 and 日本語 x"]) == [["中", "日本", "本語", "x"]]
+
+
+@pytest.mark.parametrize("query", ["zzz", "the of", "!?", "\u4e2d", "a", "", " \n", "\0"])
 def test_a_query_that_matches_nothing_gets_corpus_order(query):
     retriever = BM25Retriever(_passages("oslo", "rome", "paris"))
     [ranking] = retriever.search([query], top_k=2)
@@ -145,8 +169,6 @@ def test_what_a_search_adds_up_does_not_leak_into_the_next():
         (["oslo"], 0, "top_k=0"),
         (["oslo"], -1, "top_k=-1"),
         (["oslo"], 1.5, "top_k=1.5"),
-        (["oslo", ""], 1, "query 1 of 2 is blank"),
-        (["  \t"], 1, "query 0 of 1 is blank"),
         ([None], 1, "query 0 is None"),
         ("oslo", 1, "single string"),
     ],
@@ -203,7 +225,7 @@ def test_threads_see_the_same_ranking():
 
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the HotpotQA sample is not at ../shared/data/hotpotqa_sample")
-@pytest.mark.parametrize(("top_k", "expected"), [(2, 0.595), (3, 0.685), (5, 0.775), (10, 0.890)])
+@pytest.mark.parametrize(("top_k", "expected"), [(2, 0.595), (3, 0.695), (5, 0.780), (10, 0.890)])
 def test_recall_of_gold_passages_on_hotpotqa(top_k, expected):
     retriever = BM25Retriever(read_corpus(REAL_DATA / "corpus.jsonl"))
     with (REAL_DATA / "qa.jsonl").open(encoding="utf-8") as lines:

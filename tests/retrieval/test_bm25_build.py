@@ -334,11 +334,11 @@ def _cut(directory, name):
     [
         (lambda index: (index / SETTINGS_FILE).unlink(), "bm25.json is missing.*no BM25 index"),
         (lambda index: (index / SETTINGS_FILE).write_text("{"), "cannot be read"),
-        (lambda index: _edit_settings(index, format=99), "format 99, this version reads 1"),
+        (lambda index: _edit_settings(index, format=99), "format 99, this version reads 2"),
         (lambda index: _edit_settings(index, passages=99), "indexes 99 passages, but 100 were given"),
         (lambda index: _edit_settings(index, terms=7), "'terms': 7"),
         (
-            lambda index: (index / SETTINGS_FILE).write_text('{"format": 1}'),
+            lambda index: (index / SETTINGS_FILE).write_text('{"format": 2}'),
             "lacks b, k1, passages, postings, stemmer",
         ),
         (lambda index: (index / DATA_FILE).unlink(), "cannot be opened.*data.csc"),

@@ -56,6 +56,21 @@ def test_more_passages_than_asked_are_cut(remote):
     assert [p.id for p in remote("generous").search(["a"], top_k=2)[0]] == ["d0", "d1"]
 
 
+def test_a_passage_without_a_text_costs_that_passage_and_is_told_once(remote, caplog):
+    retriever = remote("one-blank")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert [p.id for p in retriever.search(["oslo"], top_k=3)[0]] == ["d0", "d1"]
+    [said] = [record.getMessage() for record in caplog.records]
+    assert "/one-blank/retrieve: 1 result for query 'oslo' cannot be used: empty text (title 'T9') in" in said
+    with pytest.raises(RetrievalError, match=r"2 results for query 'oslo' cannot be used: empty .*: mend what"):
+        remote("all-blank").search(["oslo"], top_k=3)
+
+
+def test_a_blank_query_is_asked_like_any_other(remote):
+    assert [len(ranking) for ranking in remote("ok").search(["oslo", "", " \n"], top_k=2)] == [2, 2, 2]
+
+
 def test_no_queries_need_no_server(server, remote):
     assert remote("idle").search([], top_k=1) == []
     assert "idle" not in server.calls
@@ -171,10 +186,10 @@ def test_a_dripping_server_cannot_stretch_the_timeout(remote):
         ("no-result", 'no list under "result"'),
         ("array", 'no list under "result"'),
         ("flat", "the result of query 'oslo' is not a list"),
-        ("text-documents", "a result of query 'oslo' is not an object"),
-        ("no-text", "a document for query 'oslo' is unusable: missing fields"),
-        ("odd-score", "a score for query 'oslo' is not a number: 'high'"),
-        ("infinite", "the constant Infinity is no JSON"),
+        ("text-documents", "1 result for query 'oslo' cannot be used: not an object"),
+        ("no-text", "1 result for query 'oslo' cannot be used: missing fields"),
+        ("odd-score", "its score is not a number: 'high'"),
+        ("infinite", "its score is not finite: inf"),
     ],
 )
 def test_a_wrong_answer_is_an_error_at_once(server, remote, behaviour, cause):
@@ -351,7 +366,7 @@ def test_waiting_doubles_up_to_its_bound():
         assert len(set(delays)) > 1
 
 
-@pytest.mark.parametrize(("queries", "top_k"), [([""], 1), (["a", " \n"], 1), (["a"], 0), (["a"], True), ("a", 1)])
+@pytest.mark.parametrize(("queries", "top_k"), [(["a", None], 1), (["a"], 0), (["a"], True), ("a", 1)])
 def test_a_request_that_asks_nothing_is_refused_without_a_call(server, remote, queries, top_k):
     with pytest.raises(RetrievalError):
         remote("refused").search(queries, top_k)

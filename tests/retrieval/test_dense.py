@@ -54,6 +54,7 @@ def test_passages_come_back_with_cosines_best_first(encoder):
     assert isinstance(retriever, Retriever)
     retriever.check()
     assert retriever.search([], 3) == []
+    assert [len(ranking) for ranking in retriever.search(["", "oslo", " \n"], 2)] == [2, 2, 2]
     assert len(retriever.search(["oslo"], 99)[0]) == len(retriever) == 4
     digest = encoder.spec.revision.removeprefix("sha256:")[:12]
     assert retriever.description == f"words ({digest}), torch flat (float32 on cpu) over 4 passages"

@@ -309,7 +309,7 @@ def test_trouble_that_does_not_pass_is_named(make, services, engine, query, kind
         ("fail 404 9", RetrievalError, "HTTP 404 .*the engine refuses this request"),
         ("not-a-list", RetrievalError, "no list under .*not the documented format"),
         ("empty-object", RetrievalError, "no list under .*not the documented format"),
-        ("entries", RetrievalError, "an entry of .* is no object: 3"),
+        ("entries", RetrievalError, "none of 1 entries of .* has a link and a text: 3"),
         ("no-links", RetrievalError, "none of 1 entries of .* has a link and a text"),
     ],
 )
@@ -481,7 +481,7 @@ def test_arguments_that_make_no_sense_are_refused(make, options, message):
     [
         (["q"], 11, "top_k=11, but Google Programmable Search gives 10 results"),
         (["q"], 0, "top_k=0"),
-        (["q", " "], 1, "query 1 of 2 is blank"),
+        (["q", None], 1, "query 1 is None"),
     ],
 )
 def test_requests_that_make_no_sense_are_refused_unpaid(make, services, queries, top_k, message):
@@ -489,6 +489,12 @@ def test_requests_that_make_no_sense_are_refused_unpaid(make, services, queries,
         make().search(queries, top_k)
     assert services.requests == []
     assert make().search([], 3) == []
+
+
+def test_a_blank_query_finds_nothing_and_costs_nothing(make, services):
+    [blank, found] = make().search([" \n", "q"], 1)
+    assert (blank, len(found)) == ([NOTHING_FOUND], 1)
+    assert len(services.asked()) == 1
 
 
 def test_a_key_that_no_header_can_carry_is_not_spelled_out(make, monkeypatch):

@@ -120,7 +120,7 @@ def test_gzipped_corpora_are_read_and_broken_ones_named(tmp_path: Path):
         (b"\n \n", r"the file is empty"),
         (b'{"contents": "a"}\n{"contents": \n', r"c\.jsonl, line 2: broken JSON"),
         (b'{"contents": "a"}\n\n[1]\n', r"c\.jsonl, line 3: a JSON object is needed"),
-        (b'{"contents": "a"}\n{"text": "b"}\n', r"c\.jsonl, line 2: missing fields"),
+        (b'{"contents": "a"}\n{"body": "b"}\n', r"c\.jsonl, line 2: missing fields"),
         (b'{"contents": "a"}\n{"contents": "\xff"}\n', r"c\.jsonl, line 2: not UTF-8"),
         ('{"contents": "a"}\n'.encode("utf-16"), r"c\.jsonl, line 1: not UTF-8"),
         (

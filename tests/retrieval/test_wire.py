@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -75,11 +76,11 @@ def test_a_score_that_is_not_finite_never_leaves(score, return_scores):
         (b'{"result": [[], []]}', "2 results for 1 query"),
         (b'{"result": [[]]}', "the result of query 'q' is empty"),
         (b'{"result": [{}]}', "the result of query 'q' is not a list"),
-        (b'{"result": [["words"]]}', "a result of query 'q' is not an object"),
-        (b'{"result": [[{"document": "words"}]]}', "a document for query 'q' is not an object: 'words'"),
-        (b'{"result": [[{"id": "1"}]]}', "unusable: missing fields"),
-        (b'{"result": [[{"contents": "\\ud800"}]]}', "unusable: .*half a surrogate pair"),
-        (b'{"result": [[{"document": {"contents": "x"}, "score": NaN}]]}', "the constant NaN is no JSON"),
+        (b'{"result": [["words"]]}', "for query 'q' cannot be used: not an object: 'words'"),
+        (b'{"result": [[{"document": "words"}]]}', "its document is not an object: 'words'"),
+        (b'{"result": [[{"id": "1"}]]}', "cannot be used: missing fields"),
+        (b'{"result": [[{"contents": "\\ud800"}]]}', "cannot be used: .*half a surrogate pair"),
+        (b'{"result": [[{"document": {"contents": "x"}, "score": NaN}]]}', "is not finite: nan"),
         (b'{"result": [[{"document": {"contents": "x"}, "score": 1e999}]]}', "is not finite: inf"),
         (b'{"result": [[{"document": {"contents": "x"}, "score": -1%b}]]}' % (b"0" * 400), "is not finite: -1000"),
         (b'{"result": [[{"document": {"contents": "x"}, "score": "high"}]]}', "is not a number: 'high'"),
@@ -89,6 +90,34 @@ def test_a_score_that_is_not_finite_never_leaves(score, return_scores):
 def test_a_wrong_answer_is_named(body, cause):
     with pytest.raises(WireError, match=cause):
         decode_rankings(body, ["q"], 3)
+
+
+BLANK = '{"id": "3", "contents": "\\"List of owls\\"\\n"}'
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (f'{{"document": {BLANK}, "score": 0.7}}', r"1 result for query 'q' cannot be used: empty text .*'id': '3'"),
+        (BLANK, "empty text"),
+        ('{"document": {"id": "3", "contents": "x"}, "score": NaN}', "its score is not finite: nan"),
+        ('{"document": {"id": "3"}, "score": 1}', "missing fields"),
+        ('{"document": null, "score": 1}', "its document is not an object"),
+        ("null", "not an object"),
+    ],
+)
+def test_a_passage_that_cannot_be_used_costs_that_passage_and_is_told(bad, reason):
+    good = ['{"document": {"id": "1", "contents": "a"}, "score": 3}', '{"document": {"id": "2", "contents": "b"}}']
+    told: list[str] = []
+    body = f'{{"result": [[{good[0]}, {bad}, {good[1]}], [{good[1]}]]}}'.encode()
+    first, second = decode_rankings(body, ["q", "r"], 2, told.append)
+    assert ([passage.id for passage in first], [passage.id for passage in second]) == (["1", "2"], ["2"])
+    [said] = told
+    assert re.search(reason, said)
+    assert [passage.id for passage in decode_rankings(body, ["q", "r"], 1, told.append)[0]] == ["1"]
+    assert len(told) == 1  # behind what is asked for, nothing is read
+    with pytest.raises(WireError, match="2 results for query 'q' cannot be used"):
+        decode_rankings(f'{{"result": [[{bad}, {bad}]]}}'.encode(), ["q"], 2)
 
 
 def test_a_document_without_id_is_known_by_its_text():

@@ -65,7 +65,7 @@ class ToyRetriever(IndexedRetriever):
 
 
 def number(query: str) -> int:
-    first = query.split()[0]
+    first = (query.split() or [""])[0]
     return int(first) if first.isdigit() else 0
 
 

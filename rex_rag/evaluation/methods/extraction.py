@@ -11,8 +11,9 @@ _TAGGED = re.compile(
     f"{ANSWER_TAGS[0]}((?:(?!{ANSWER_TAGS[0]}).)*?){ANSWER_TAGS[1]}",
     re.DOTALL,
 )
-# As the prompts ask for it, and "answer is:", where IRCoT's authors stop (arXiv 2212.10509, section 3.1).
-_ANNOUNCED = re.compile(r"\b(?:so the answer is\b\s*:?|answer is[\s*_]*:)", re.IGNORECASE)
+# The end of "So the answer is:", as the prompts ask for it; IRCoT stops there (arXiv 2212.10509, section 3.1).
+_ANNOUNCED = re.compile(r"\banswer is[\s*_]*:", re.IGNORECASE)
+_NEXT_QUESTION = re.compile(r"\n\s*Question:")
 _BOX = re.compile(r"\\boxed\s*\{")
 _TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
 _EMPHASIS = "*_`"
@@ -48,15 +49,19 @@ def announces_only(text: str) -> bool:
 
 
 def announced_answer(text: str) -> str | None:
-    """The rest of the line behind the first "So the answer is:" or "answer is:", without its full stop; or the next
-    line that is not blank where nothing follows on that line."""
-    match = _ANNOUNCED.search(text)
-    if match is None:
-        return None
-    line = next((line for line in text[match.end() :].splitlines() if line.strip(_EMPHASIS + " \t")), "")
-    answer = line.strip().strip(_EMPHASIS).strip()
-    answer = answer.removesuffix(".").strip(_EMPHASIS).strip()
-    return answer or None
+    """The rest of the line behind the last "So the answer is:" or "answer is:", without its full stop; or the next
+    line that is not blank where nothing follows on that line. One that nothing follows announces nothing, nor does
+    any behind a question that a base model goes on to ask itself."""
+    first = _ANNOUNCED.search(text)
+    beyond = _NEXT_QUESTION.search(text, first.end()) if first else None
+    text = text[: beyond.start()] if beyond else text
+    for match in reversed(list(_ANNOUNCED.finditer(text))):
+        line = next((line for line in text[match.end() :].splitlines() if line.strip(_EMPHASIS + " \t")), "")
+        answer = line.strip().strip(_EMPHASIS).strip()
+        answer = answer.removesuffix(".").strip(_EMPHASIS).strip()
+        if answer:
+            return answer
+    return None
 
 
 def boxed_answer(text: str) -> str | None:

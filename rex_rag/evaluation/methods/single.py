@@ -26,7 +26,7 @@ class Direct(ScriptMethod):
 
 
 class ChainOfThought(ScriptMethod):
-    """Reasoning, then the answer: what follows the first "So the answer is:", looked for behind the thoughts of a
+    """Reasoning, then the answer: what follows the last "So the answer is:", looked for behind the thoughts of a
     reasoning model before it is in them (or what it put into answer tags)."""
 
     name = "cot"

@@ -154,8 +154,8 @@ def _merge_terms(shards: list[Shard], directory: Path, work: Path) -> list[int]:
         starts.append(starts[-1] + len(shard.load("indptr")) - 1)
     if not starts[-1]:
         raise RetrievalError(
-            f"none of the {sum(shard.rows for shard in shards):,} passages holds an indexable word (two or more "
-            "letters or digits, no stop word); check the corpus, or pass stopwords=None"
+            f"none of the {sum(shard.rows for shard in shards):,} passages holds an indexable word (letters or "
+            "digits, no stop word); check the corpus, or pass stopwords=None"
         )
     state = work / "merged.json"
     if state.exists():

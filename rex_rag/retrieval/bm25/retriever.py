@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 # Written last by the builder: an index without it is not finished.
 SETTINGS_FILE = "bm25.json"
-FORMAT = 1
+FORMAT = 2  # of the terms as well: an index of other terms finds other passages
 # Passages whose terms are looked up in a saved index when it is opened.
 ROWS_CHECKED_AT_LOAD = 8
 # Below this size a query takes tens of microseconds, less than handing it to a thread.
@@ -208,8 +208,8 @@ def _index_in_memory(passages: Sequence[Passage], options: BM25Options, splitter
     terms = splitter.terms([passage_text(passage) for passage in passages])
     if not any(terms):
         raise RetrievalError(
-            f"none of the {len(passages)} passages holds an indexable word (two or more letters or digits, "
-            "no stop word); check the corpus, or pass stopwords=None"
+            f"none of the {len(passages)} passages holds an indexable word (letters or digits, no stop "
+            "word); check the corpus, or pass stopwords=None"
         )
     index = quiet_bm25s().BM25(k1=options.k1, b=options.b, method=BM25_METHOD)
     index.index(terms, create_empty_token=False, show_progress=False)

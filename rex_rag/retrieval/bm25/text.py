@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import re
 import threading
+import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.types import Passage
@@ -22,8 +25,13 @@ BM25_METHOD = "lucene"
 # Snowball's English stemmer (Porter2), and bm25s' "english" list, which is Lucene's 33 English stop words.
 BM25_DEFAULT_STEMMER = "english"
 BM25_DEFAULT_STOPWORDS = "english"
-# Two or more letters, digits or underscores: the pattern of scikit-learn and bm25s.
-TOKEN_PATTERN = r"(?u)\b\w\w+\b"
+# Words of one character too, as in Lucene's standard analyser and unlike scikit-learn: Vitamin K, Apollo 8.
+TOKEN_PATTERN = r"(?u)\b\w+\b"
+# Thai and Lao, Burmese, Khmer, Japanese and Chinese stand without spaces between words.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff]+"
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ class BM25Options:
 
 
 class TermSplitter:
-    """Splits texts into terms: lower case, `TOKEN_PATTERN`, stop words dropped, stemmed. Safe between threads.
+    """Splits texts into terms: composed Unicode, lower case, `TOKEN_PATTERN`, stop words dropped, stemmed; pairs of
+    neighbouring characters where a script has no spaces, as in Lucene's CJK analyser. Safe between threads.
 
     Raises:
         RetrievalError: for a stemmer or a list of stop words that there is not.
@@ -81,13 +90,23 @@ class TermSplitter:
         # A Snowball stemmer keeps state in a C object that must not be used by two threads at once.
         with self._stemmer_lock:
             return bm25s.tokenize(
-                list(texts),
+                [text if text.isascii() else _spaced(text) for text in texts],
                 token_pattern=TOKEN_PATTERN,
                 stopwords=self.stopwords,
                 stemmer=self._stemmer,
                 return_ids=return_ids,
                 show_progress=False,
             )
+
+
+def _spaced(text: str) -> str:
+    return _UNSPACED.sub(_pairs, unicodedata.normalize("NFC", text))
+
+
+def _pairs(run: re.Match) -> str:
+    # The pattern of words knows no vowel signs.
+    letters = [character for character in run[0] if character.isalnum()]
+    return f" {' '.join(map(''.join, pairwise(letters))) or ''.join(letters)} "
 
 
 def passage_text(passage: Passage) -> str:

@@ -87,7 +87,7 @@ def sample_passages(files: Sequence[Path], count: int) -> list[Passage]:
     sample: list[Passage] = []
     for path in files:
         for line in _head(path, share) if path.suffix == ".gz" else _spread(path, share):
-            with suppress(ValueError, TypeError, RecursionError):
+            with suppress(ValueError, AttributeError, RecursionError):
                 sample.append(passage_from_row(json.loads(line), default_id="0"))
     if not sample:
         for path in files:

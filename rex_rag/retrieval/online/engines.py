@@ -141,9 +141,8 @@ def _hits(results: Any, field: str) -> list[Hit]:
         raise UnusableAnswer(f"no list under {field!r}: {shorten(results)}")
     hits: dict[str, Hit] = {}
     for result in results:
-        if not isinstance(result, dict):
-            raise UnusableAnswer(f"an entry of {field!r} is no object: {shorten(result)}")
-        title, link, snippet = (_clean(result.get(name)) for name in ("title", "link", "snippet"))
+        fields = result if isinstance(result, dict) else {}
+        title, link, snippet = (_clean(fields.get(name)) for name in ("title", "link", "snippet"))
         # A page without a description still has its title to show; one without an address cannot be told from others.
         if link and (snippet or title):
             hits.setdefault(link, Hit(title, link, snippet or title))

@@ -138,10 +138,11 @@ class OnlineRetriever:
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
         """Return for each query at most `top_k` results, best first, ids = links, text = the engine's snippet.
 
-        A query that the engine finds nothing for gets `NOTHING_FOUND` alone. Scores are `None`: engines give none.
+        A query that the engine finds nothing for, or that is blank and not asked, gets `NOTHING_FOUND` alone. Scores
+        are `None`: engines give none.
 
         Raises:
-            RetrievalError: for a blank query, a `top_k` outside 1..10, a search that failed: then no further request
+            RetrievalError: for a `top_k` outside 1..10, a search that failed: then no further request
                 is sent for the other queries, and what was found for them is recorded. `QuotaExceeded` and
                 `SpendCapReached` are such errors.
         """
@@ -156,7 +157,7 @@ class OnlineRetriever:
             if self._closed:
                 raise RetrievalError(f"the retriever for {self._engine.title} was closed; make a new one")
             self._stops.add(stop)
-            futures = {query: self._threads.submit(self._find, query, stop) for query in dict.fromkeys(asked)}
+            futures = {query: self._threads.submit(self._find, query, stop) for query in dict.fromkeys(asked) if query}
         try:
             ended = wait(futures.values(), return_when=FIRST_EXCEPTION).done
             found = {query: future.result() for query, future in futures.items() if future in ended}
@@ -164,7 +165,7 @@ class OnlineRetriever:
             stop.set()
             with self._lock:
                 self._stops.discard(stop)
-        return [_passages(found[query][:top_k]) for query in asked]
+        return [_passages(found[query][:top_k] if query else []) for query in asked]
 
     def _find(self, query: str, stop: threading.Event) -> list[Hit]:
         hits = self.cache.read(query)

@@ -196,7 +196,7 @@ class RemoteRetriever:
         ranking a query is not asked again; when another one answers, the fault was the server's and it is set aside.
 
         Raises:
-            RetrievalError: for a blank query or a `top_k` below 1; when every attempt failed; at once when every
+            RetrievalError: for a `top_k` below 1; when every attempt failed; at once when every
                 server refuses. The message names each server, the attempts at it and its last trouble.
         """
         check_request(queries, top_k)

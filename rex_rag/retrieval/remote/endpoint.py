@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import re
 import threading
@@ -20,8 +21,17 @@ import httpx
 
 from rex_rag.data.jsonl import shorten
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.remote.wire import HEALTH_PATH, SEARCH_PATH, WireError, decode_rankings, encode_request
+from rex_rag.retrieval.remote.wire import (
+    HEALTH_PATH,
+    SEARCH_PATH,
+    UnusableRanking,
+    WireError,
+    decode_rankings,
+    encode_request,
+)
 from rex_rag.types import Passage
+
+logger = logging.getLogger(__name__)
 
 # A server that does not accept a connection within this time is away; waiting for an answer may take longer.
 MAX_CONNECT_SECONDS = 10.0
@@ -86,7 +96,7 @@ class Endpoint:
         # times the CPU a request, since it looks through all of its connections at each.
         self._idle: list[httpx.Client] = []
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed = self._told_left_out = False
 
     def close(self) -> None:
         """Close the idle connections now, and each other one after its request; no request can be begun."""
@@ -132,12 +142,19 @@ class Endpoint:
                 raise PassingTrouble(said, retry_after=_retry_after(response))
             raise Refusal(f"{said}; the server refuses this request, so it was not repeated: check the URL")
         try:
-            return decode_rankings(body, queries, top_k)
+            return decode_rankings(body, queries, top_k, self._tell_left_out)
+        except UnusableRanking as error:
+            raise Refusal(f"{error}; a document needs a text: mend what the server serves") from None
         except WireError as error:
             if "content-length" in response.headers or "transfer-encoding" in response.headers:
                 raise Refusal(f"{error}; the server does not speak the Search-R1 format") from None
             # The end of such an answer is the end of the connection, whoever ended it.
             raise PassingTrouble(f"{error}; its length was not announced, so it may have been cut off") from None
+
+    def _tell_left_out(self, said: str) -> None:
+        if not self._told_left_out:
+            self._told_left_out = True
+            logger.warning("%s: %s; such results are left out of rankings from now on without a word", self.url, said)
 
     def probe(self) -> None:
         """Ask for the server's health. A server that knows no such question (Search-R1's own: 404) is up.

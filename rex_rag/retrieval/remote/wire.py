@@ -5,22 +5,25 @@ with one ranking a query, a list of `{"document": {...}, "score": float}`, or of
 document holds `contents`, or `title` and `text`, and perhaps an `id`.
 
 What is read is read strictly: an answer becomes one non-empty ranking of usable passages for every query, or a
-`WireError`. Scores that are not finite cross in neither direction.
+`WireError`. A passage that cannot be used is left out and told. Scores that are not finite cross in neither direction.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from rex_rag.data.corpus import CorpusError, passage_from_row
 from rex_rag.data.jsonl import counted, shorten
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.types import Passage
+
+logger = logging.getLogger(__name__)
 
 SEARCH_PATH = "/retrieve"
 HEALTH_PATH = "/health"
@@ -28,6 +31,10 @@ HEALTH_PATH = "/health"
 
 class WireError(ValueError):
     """A complete answer that is not what the wire format promises."""
+
+
+class UnusableRanking(WireError):
+    """A ranking in the right form, none of whose passages can be used."""
 
 
 def encode_request(queries: Sequence[str], top_k: int) -> bytes:
@@ -58,16 +65,21 @@ def _encode_ranking(ranking: Iterable[tuple[bytes, float]], return_scores: bool)
     return b"[" + b",".join(entries) + b"]"
 
 
-def decode_rankings(body: bytes, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
-    """Read an answer: for each query its passages, best first, cut to `top_k`.
+def decode_rankings(
+    body: bytes, queries: Sequence[str], top_k: int, tell: Callable[[str], object] = logger.warning
+) -> list[list[Passage]]:
+    """Read an answer: for each query its usable passages, best first, cut to `top_k`.
 
     A document without an id is identified by its text, the same in every run.
 
+    Args:
+        tell: is told which passages cannot be used, and why, one a ranking.
+
     Raises:
-        WireError: for anything but one non-empty ranking of usable passages for every query.
+        WireError: for anything but one ranking with a usable passage for every query.
     """
     try:
-        answer = json.loads(body, parse_constant=_refuse_constant)
+        answer = json.loads(body)
     except (ValueError, RecursionError) as error:
         shown = shorten(body.decode("utf-8", "replace"))
         raise WireError(f"malformed JSON ({error}) in {len(body):,} bytes: {shown}") from None
@@ -76,39 +88,47 @@ def decode_rankings(body: bytes, queries: Sequence[str], top_k: int) -> list[lis
         raise WireError(f'no list under "result" in {shorten(answer)}')
     if len(result) != len(queries):
         raise WireError(f"{counted(len(result), 'result')} for {counted(len(queries), 'query', 'queries')}")
-    return [_read_ranking(entry, query, top_k) for entry, query in zip(result, queries, strict=True)]
+    return [_read_ranking(entry, query, top_k, tell) for entry, query in zip(result, queries, strict=True)]
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"the constant {name} is no JSON")
-
-
-def _read_ranking(entry: Any, query: str, top_k: int) -> list[Passage]:
+def _read_ranking(entry: Any, query: str, top_k: int, tell: Callable[[str], object]) -> list[Passage]:
     if not isinstance(entry, list):
         raise WireError(f"the result of query {shorten(query)} is not a list: {shorten(entry)}")
     if not entry:
         raise WireError(f"the result of query {shorten(query)} is empty")
-    return [_read_passage(item, query) for item in entry[:top_k]]
+    passages, problems = [], []
+    for item in entry:
+        if len(passages) == top_k:
+            break
+        try:
+            passages.append(_read_passage(item))
+        except (WireError, CorpusError) as error:
+            problems.append(f"{error} in {shorten(item, 160)}")
+    said = f"{counted(len(problems), 'result')} for query {shorten(query)} cannot be used"
+    said += f": {problems[0]}" if problems else ""
+    if not passages:
+        kind = UnusableRanking if any(isinstance(item, dict) for item in entry) else WireError
+        raise kind(said)
+    if problems:
+        tell(said)
+    return passages
 
 
-def _read_passage(item: Any, query: str) -> Passage:
+def _read_passage(item: Any) -> Passage:
     if not isinstance(item, dict):
-        raise WireError(f"a result of query {shorten(query)} is not an object: {shorten(item)}")
+        raise WireError(f"not an object: {shorten(item)}")
     document, score = (item["document"], item.get("score")) if "document" in item else (item, None)
     if not isinstance(document, dict):
-        raise WireError(f"a document for query {shorten(query)} is not an object: {shorten(document)}")
-    try:
-        passage = passage_from_row(document, default_id="")
-    except CorpusError as error:
-        raise WireError(f"a document for query {shorten(query)} is unusable: {error}") from None
+        raise WireError(f"its document is not an object: {shorten(document)}")
+    passage = passage_from_row(document, default_id="")
     identity = passage.id or hashlib.sha1(f"{passage.title}\n{passage.text}".encode()).hexdigest()[:16]
-    return Passage(identity, passage.title, passage.text, None if score is None else _read_score(score, query))
+    return Passage(identity, passage.title, passage.text, None if score is None else _read_score(score))
 
 
-def _read_score(score: Any, query: str) -> float:
+def _read_score(score: Any) -> float:
     if isinstance(score, bool) or not isinstance(score, int | float):
-        raise WireError(f"a score for query {shorten(query)} is not a number: {shorten(score)}")
+        raise WireError(f"its score is not a number: {shorten(score)}")
     # An integer may be too large for a float, and a number such as 1e999 is read as infinity.
     if not abs(score) <= sys.float_info.max:
-        raise WireError(f"a score for query {shorten(query)} is not finite: {shorten(score)}")
+        raise WireError(f"its score is not finite: {shorten(score)}")
     return float(score)

@@ -53,7 +53,7 @@ CLIENT_CLOSED_REQUEST = 499  # never sent: it stands in the metrics for clients 
 class RetrieveRequest(BaseModel):
     """A batch of searches."""
 
-    queries: list[str] = Field(description="What to search for; none may be blank.", examples=[["who wrote Hamlet"]])
+    queries: list[str] = Field(description="What to search for.", examples=[["who wrote Hamlet"]])
     topk: StrictInt | None = Field(None, description="Passages a query, best first; the server's default if null.")
     return_scores: StrictBool = Field(False, description="Answer with scores, or with the bare passages.")
 
@@ -129,7 +129,7 @@ def create_app(
     body = {"content": {"application/json": {"schema": RetrieveRequest.model_json_schema()}}, "required": True}
     problems = {
         413: {"model": Problem, "description": "The body is larger than the limit."},
-        422: {"model": Problem, "description": "Malformed, a blank query, or more than a limit allows."},
+        422: {"model": Problem, "description": "Malformed, or more than a limit allows."},
         500: {"model": Problem, "description": "A query could not be answered."},
         503: {"model": Problem, "description": "Loading, or too much waits: come back after Retry-After seconds."},
     }
@@ -402,10 +402,6 @@ def _check_limits(queries: list[str], top_k: int, most: int, options: ServerOpti
     if not 1 <= top_k <= most:
         raise _Refused(422, f"topk is {top_k}, and it must be between 1 and the limit of {most}")
     for position, query in enumerate(queries):
-        if not query.strip():
-            raise _Refused(
-                422, f"query {position} of {len(queries)} is blank ({shorten(query)}); leave it out of the request"
-            )
         if len(query) > options.max_query_characters:
             raise _Refused(
                 422,
