@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rex_rag.protocol import build_prompt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from datasets import Dataset, IterableDataset
 
@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 REQUIRED_COLUMNS = ("question", "golden_answers")
 
 
-def add_prompts(dataset: Dataset | IterableDataset | dict | None, template: str, name: str):
+def add_prompts(
+    dataset: Dataset | IterableDataset | dict | None, template: str, name: str, forbidden: Sequence[str] = ()
+):
     """Add the conversational `prompt` column that TRL trains on.
+
+    Args:
+        forbidden: the tokenizer's control tokens, escaped in the prompt; the question itself stays as it is.
 
     Raises:
         ValueError: naming the missing and the existing columns, for a dataset without questions or answers, or
@@ -26,7 +31,7 @@ def add_prompts(dataset: Dataset | IterableDataset | dict | None, template: str,
     if dataset is None:
         return None
     if isinstance(dataset, dict):
-        return {key: add_prompts(part, template, f"{name}[{key!r}]") for key, part in dataset.items()}
+        return {key: add_prompts(part, template, f"{name}[{key!r}]", forbidden) for key, part in dataset.items()}
     columns = dataset.column_names
     missing = [column for column in REQUIRED_COLUMNS if columns is not None and column not in columns]
     if missing:
@@ -36,7 +41,7 @@ def add_prompts(dataset: Dataset | IterableDataset | dict | None, template: str,
         )
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(f"{name} has no rows; nothing can be trained on it")
-    return dataset.map(lambda row: {"prompt": build_prompt(row["question"], template)})
+    return dataset.map(lambda row: {"prompt": build_prompt(row["question"], template, forbidden)})
 
 
 def refuse_long_prompt(length: int, prompt: list[dict[str, str]], args: REXRAGConfig) -> None:
