@@ -130,7 +130,7 @@ def _check_each(folder: Path, names: tuple[str, ...]) -> None:
 
 
 def local_folder(name: str, revision: str | None = None) -> Path | None:
-    """Where the files of a model lie here: the folder itself, or what was fetched of a Hub name before, if anything."""
+    """Where the files of a model lie here: the folder itself, or what was fetched of a Hub name before."""
     if Path(name).is_dir():
         return Path(name)
     if not HUB_NAME.fullmatch(name):
@@ -173,7 +173,7 @@ def _base_is_away(folder: Path, base: str) -> str:
 
 @contextmanager
 def explained(name: str) -> Iterator[None]:
-    """Errors of loading this model that only its libraries can see become a line that names it; bugs stay what they are.
+    """Errors of loading this model that only its libraries see become a line that names it; bugs stay what they are.
 
     Raises:
         ModelFileError: for weights that cannot be read or do not fit config.json, and for a base model that is away.
@@ -185,15 +185,13 @@ def explained(name: str) -> Iterator[None]:
     except ModelFileError:
         raise
     except (SafetensorError, pickle.UnpicklingError) as error:
-        raise ModelFileError(
-            f"weights in {name} are damaged ({' '.join(str(error).split())}); fetch them again"
-        ) from error
+        raise ModelFileError(f"weights in {name} are damaged ({_one_line(error)}); fetch them again") from error
     except RuntimeError as error:
-        text = " ".join(str(error).split())
+        text = _one_line(error)
         if any(mark in text for mark in _OTHER_SHAPES):
             raise ModelFileError(
-                f"the weights in {name} do not fit {Path(name) / _settings_of(name)}, whose model has tensors of other "
-                "shapes; fetch or save both again"
+                f"the weights in {name} do not fit {Path(name) / _settings_of(name)}, whose model has tensors of "
+                "other shapes; fetch or save both again"
             ) from error
         if "PytorchStreamReader" in text:
             raise ModelFileError(f"weights in {name} are damaged ({text}); fetch them again") from error
@@ -202,6 +200,10 @@ def explained(name: str) -> Iterator[None]:
         if error.errno is None and is_adapter(name) and not Path(base := adapter_base(Path(name))[0]).is_dir():
             raise ModelFileError(_base_is_away(Path(name), base)) from error
         raise
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _settings_of(name: str) -> str:

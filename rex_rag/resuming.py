@@ -57,8 +57,8 @@ class ResumableTrainer(GRPOTrainer):
                 )
             if count := other_processes(checkpoint, self.args.world_size):
                 logger.warning(
-                    f"{checkpoint} was written by {count} process(es) and is resumed by {self.args.world_size}: batches "
-                    "and draws differ from those of an uninterrupted run"
+                    f"{checkpoint} was written by {count} process(es) and is resumed by {self.args.world_size}: "
+                    "batches and draws differ from those of an uninterrupted run"
                 )
             self.accelerator.wait_for_everyone()  # all have found it before anything is moved
             if self.is_world_process_zero():
