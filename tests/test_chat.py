@@ -76,10 +76,8 @@ def test_training_and_evaluation_ask_with_the_same_ids(template, settings, begin
         text = tokenizer.decode(ids)
         assert text.startswith(begins) and text.endswith(ends)
         assert f"Write <search>. Question: {shown}" in text
-    framing = [
-        [ids.count(tokenizer.convert_tokens_to_ids(token)) for token in control_tokens(tokenizer)] for ids in trained
-    ]
-    assert framing[0] == framing[1]
+    control = tokenizer.convert_tokens_to_ids(control_tokens(tokenizer))
+    assert [trained[0].count(token) for token in control] == [trained[1].count(token) for token in control]
     assert trainer.train_dataset["question"][:] == questions  # rewards and tables see what the file says
 
 
@@ -95,9 +93,8 @@ def test_every_method_escapes_control_tokens_in_questions_and_choices(name: str)
 
 def test_a_question_without_control_tokens_stays_as_it_is():
     question = "is 3 < 4, and what is </b> or <answer>?"
-    assert (
-        build_prompt(question, "Q {question}", control_tokens(make_tokenizer(CHATML)))[0]["content"] == f"Q {question}"
-    )
+    [message] = build_prompt(question, "Q {question}", control_tokens(make_tokenizer(CHATML)))
+    assert message["content"] == f"Q {question}"
 
 
 @pytest.mark.parametrize(
