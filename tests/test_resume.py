@@ -14,6 +14,7 @@ from rex_rag.retrieval.bm25.retriever import BM25Retriever
 def make_trainer(folder, output, settings):
     """Eight questions, three a generation batch: two batches an epoch, and two questions that an epoch leaves out."""
     shared = {"keep_ratio_schedule": "accuracy_ema", "max_turns": 1, "retrieval_top_k": 1, "save_steps": 1}
+    shared |= {"hub_token": "hf_SECRET"}
     return tiny_trainer(
         folder, output, BM25Retriever(PASSAGES), rounds=2, recipe="recipes/example.yaml", **shared | settings
     )
@@ -54,6 +55,11 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, steps, at, settings):
     whole.train()
     logged = timeless(whole.state.log_history)
     assert len(logged) == steps
+    # The token is there to push with, and in nothing that would be pushed.
+    assert whole.args.hub_token == "hf_SECRET"
+    saved = [path for path in (tmp_path / "whole").rglob("*") if path.is_file()]
+    assert (tmp_path / "whole" / "checkpoint-1" / "training_args.bin") in saved
+    assert [path for path in saved if b"hf_SECRET" in path.read_bytes()] == []
     state = json.loads((tmp_path / "whole" / f"checkpoint-{at[0]}" / "rex_rag_state.json").read_text())
     assert 0 <= state["keep_ratio"]["value"] < 0.4  # the average moved: a random policy's probes are wrong
 

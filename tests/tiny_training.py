@@ -7,7 +7,8 @@ from typing import Any
 
 from datasets import Dataset
 from parts import make_tiny_model, make_word_tokenizer
-from transformers import Qwen2ForCausalLM
+from peft import PeftModel
+from transformers import PreTrainedModel, Qwen2ForCausalLM
 
 from rex_rag.config import REXRAGConfig
 from rex_rag.retrieval.base import Retriever
@@ -32,7 +33,13 @@ def brevity(completions, **_):
 
 
 def tiny_trainer(
-    folder: Path, output: Path, retriever: Retriever, rounds: int = 4, recipe: str | None = None, **settings: Any
+    folder: Path,
+    output: Path,
+    retriever: Retriever,
+    rounds: int = 4,
+    recipe: str | None = None,
+    model: PreTrainedModel | PeftModel | None = None,
+    **settings: Any,
 ) -> REXRAGTrainer:
     """A trainer of `save_tiny_policy`'s model on four questions, `rounds` times over; `settings` are the config's."""
     shared = {
@@ -45,7 +52,7 @@ def tiny_trainer(
     }
     questions = [{"question": f"where is the {word}", "golden_answers": ["oak"]} for word in WORDS]
     return REXRAGTrainer(
-        model=Qwen2ForCausalLM.from_pretrained(folder),
+        model=model or Qwen2ForCausalLM.from_pretrained(folder),
         args=REXRAGConfig(output_dir=str(output), **shared | settings),
         train_dataset=Dataset.from_list(questions * rounds),
         retriever=retriever,
