@@ -81,6 +81,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _done_steps(checkpoint: Path) -> int | None:
+    """Of a checkpoint, or a finished run."""
     state = json.loads((checkpoint / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
     steps = state.get("global_step") if isinstance(state, dict) else None
     return steps if isinstance(steps, int) else None
@@ -163,14 +164,17 @@ def other_processes(checkpoint: str, processes: int) -> int | None:
 def set_aside_later(output_dir: str, checkpoint: str) -> list[Path]:
     """Move what a resumed run leaves behind into `abandoned` of the output directory, and say so.
 
-    These are checkpoints and completion tables of later steps than the checkpoint's: the run writes its own, and
-    pictures, the next resume and `save_total_limit` would take the old ones for them. A later abandoned file of the
-    same name replaces an earlier one.
+    These are checkpoints, completion tables and the log of later steps than the checkpoint's: the run writes its own,
+    and pictures, the next resume and `save_total_limit` would take the old ones for them. A later abandoned file of
+    the same name replaces an earlier one.
     """
     output = Path(output_dir)
     step = _done_steps(Path(checkpoint))
     later = [path for path in checkpoints(output) if _step(path) > step]
     later += [path for number, path in completion_tables(output) if number > step]
+    finished = output / TRAINER_STATE_FILE  # of a run that came to its end
+    if broken(finished) is None and (_done_steps(output) or 0) > step:
+        later.append(finished)
     aside = output / ABANDONED
     for path in later:
         aside.mkdir(exist_ok=True)

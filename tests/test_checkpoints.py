@@ -114,6 +114,7 @@ def test_later_steps_are_put_aside_and_can_be_abandoned_again(run: Path, caplog)
     for step in (1, 4, 5, 9):
         (tables / f"completions_{step:05d}.parquet").write_text(f"first {step}")
     (tables / "mine.parquet").write_text("kept")
+    (run / "trainer_state.json").write_text(json.dumps({"global_step": 10, "log_history": []}))
     with caplog.at_level(logging.WARNING):
         set_aside_later(run, run / "checkpoint-4")
     assert "completions_00005.parquet" in caplog.text
@@ -121,7 +122,7 @@ def test_later_steps_are_put_aside_and_can_be_abandoned_again(run: Path, caplog)
         *("completions_00001.parquet", "completions_00004.parquet", "mine.parquet")
     ]
     assert sorted(path.name for path in run.iterdir()) == ["abandoned", "checkpoint-2", "checkpoint-4", "completions"]
-    aside = ["checkpoint-10", "completions_00005.parquet", "completions_00009.parquet"]
+    aside = ["checkpoint-10", "completions_00005.parquet", "completions_00009.parquet", "trainer_state.json"]
     assert sorted(path.name for path in (run / "abandoned").iterdir()) == aside
     write_checkpoint(run / "checkpoint-10", 10)
     (tables / "completions_00005.parquet").write_text("second 5")

@@ -11,7 +11,8 @@ from rex_rag.retrieval.bm25.retriever import BM25Retriever
 
 
 def test_a_figure_that_a_step_has_not_is_left_out_of_its_log(tmp_path):
-    trainer = tiny_trainer(save_tiny_policy(tmp_path / "tiny"), tmp_path / "run", BM25Retriever(PASSAGES))
+    folder, settings = save_tiny_policy(tmp_path / "tiny"), {"per_device_train_batch_size": 6}
+    trainer = tiny_trainer(folder, tmp_path / "run", BM25Retriever(PASSAGES), **settings)
     told = {}
     trainer.callback_handler.on_log = lambda args, state, control, logs: told.update(logs)  # what trackers get
     trainer.model.train()
