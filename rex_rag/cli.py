@@ -104,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     hopworld.add_argument("--output", required=True, metavar="DIR", type=Path, help="directory to write into")
     hopworld.add_argument("--seed", type=int, help="names one world")
+    hopworld.add_argument(
+        "--overwrite_output_dir", "--overwrite-output-dir", action="store_true", help="replace a world that is there"
+    )
     for size in ("people", "cities", "organisations", "countries"):
         hopworld.add_argument(f"--{size}", type=int, metavar="N", help=f"how many {size} the world has")
     for split in ("train", "test"):
@@ -127,11 +130,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _hopworld(options: argparse.Namespace) -> None:
-    from rex_rag.data.hopworld import HopWorldConfig, build_hopworld, write_hopworld
+    from rex_rag.data.hopworld import WORLD_FILES, HopWorldConfig, build_hopworld, write_hopworld
 
     names = ("seed", "people", "cities", "organisations", "countries", "train_questions", "test_questions")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    there = [name for name in WORLD_FILES if (options.output / name).exists()]
+    if there and not options.overwrite_output_dir:
+        raise ValueError(
+            f"{options.output} holds {', '.join(there)} already, of this or another world; name another --output, or "
+            "replace them with --overwrite_output_dir"
+        )
     world = build_hopworld(HopWorldConfig(**given))
     directory = write_hopworld(world, options.output)
     print(

@@ -6,9 +6,12 @@ import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from trl import GRPOConfig
 
+from rex_rag.chat import read_settings
 from rex_rag.correction_forms import FORMS, CorrectionForm
 from rex_rag.dynamic_sampling import signal_problems
 from rex_rag.exploration import load_pool
@@ -17,6 +20,7 @@ from rex_rag.mixed_sampling import MixedSamplingConfig
 from rex_rag.policy_correction import CLIPPED_LOSSES, clip_bound, keep_count
 from rex_rag.protocol import FEEDBACK_TEXT, PROMPT_TEMPLATE, STOP_STRINGS, build_prompt
 from rex_rag.rollout import RolloutBudget
+from rex_rag.secrets import without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +107,9 @@ class REXRAGConfig(GRPOConfig):
         rest_after (`int`, *optional*, defaults to `0`):
             Difficulty buffer: a question whose originals were all right so many times in a row rests, and is replaced
             by a fresh one, the next so many times that it comes up; `0` switches the buffer off.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether scripts/train.py removes what earlier runs left in `output_dir` (checkpoints, completion tables,
+            weights, the trainer's state and arguments) instead of refusing to train there.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -197,6 +204,9 @@ class REXRAGConfig(GRPOConfig):
     rest_after: int = field(
         default=0, metadata={"help": "A question all right so many times in a row rests as many turns; 0: never."}
     )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Remove what earlier runs left in output_dir instead of refusing to train."}
+    )
 
     def __post_init__(self) -> None:
         self._refuse_bad_values()
@@ -207,6 +217,25 @@ class REXRAGConfig(GRPOConfig):
         self._refuse_split_groups()
         self._prepare_generation()
         self._warn()
+
+    @property
+    def device(self) -> torch.device:
+        """As in the parent, but a CPU has no number: Trainer resumes with `torch.load`, which knows no `cpu:0`."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is saved as training_args.bin, beside every checkpoint: no secrets, which would be pushed with it."""
+        return without_secrets(self.__dict__)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What trackers are told: as in the parent, with secrets inside of settings blanked too."""
+        return without_secrets(super().to_dict())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(**{self.to_dict()})"
+
+    __str__ = __repr__
 
     @property
     def num_originals(self) -> int:
@@ -267,7 +296,12 @@ class REXRAGConfig(GRPOConfig):
         ]
         problems += option_problems(self) + bound_problems(self) + signal_problems(self)
         problems += self._rollout_problems() + self._sampling_problems() + self._loss_problems()
-        for check in (self.exploration_pool, lambda: build_prompt("", self.prompt_text()), self.feedback):
+        for check in (
+            self.exploration_pool,
+            lambda: build_prompt("", self.prompt_text()),
+            self.feedback,
+            lambda: read_settings(self.chat_template_kwargs),
+        ):
             try:
                 check()
             except ValueError as error:

@@ -77,7 +77,11 @@ class EvaluationLog(GRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in the parent, but for evaluations: metrics carry the set's name, as its loss does, and figures that are
         counted per question are worked out over all of them; the parent calls them all `eval_…`, and takes the mean
-        over batches, of which the last can be smaller."""
+        over batches, of which the last can be smaller. A figure that nothing was counted for (exact match of probes
+        where there were none) is left out; the parent logs `None`, of which tensorboard warns."""
+        for metrics in self._metrics.values():
+            for name in [name for name, values in metrics.items() if all(map(math.isnan, values))]:
+                del metrics[name]
         if self.model.training:
             super().log(logs, start_time)
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import math
 import re
 import shlex
@@ -104,6 +105,7 @@ def write_card(
         f"    --max_observation_tokens {args.max_observation_tokens} \\",
         f"    --max_sequence_length {args.max_sequence_length} \\",
         *(["    --feedback_text feedback.txt \\"] if "feedback.txt" in files else []),
+        *_template_option(args),
         "    --output outputs/evaluation",
         "```",
         "",
@@ -157,6 +159,12 @@ def _result_lines(log_history: list[dict], evaluation_sets: Mapping[str, tuple[i
         ]
         lines.append("")
     return lines or ["No results were logged before this card was written.", ""]
+
+
+def _template_option(args: REXRAGConfig) -> list[str]:
+    """How a prompt is rendered, where that is set."""
+    settings = args.chat_template_kwargs
+    return [f"    --chat_template_kwargs {shlex.quote(json.dumps(settings))} \\"] if settings else []
 
 
 def _shareable(path: str) -> str:

@@ -8,7 +8,7 @@ from rex_rag.data.question_rows import checked_answers
 from rex_rag.protocol import build_prompt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from datasets import Dataset, IterableDataset
 
@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 REQUIRED_COLUMNS = ("question", "golden_answers")
 
 
-def add_prompts(dataset: Dataset | IterableDataset | dict | None, template: str, name: str):
+def add_prompts(
+    dataset: Dataset | IterableDataset | dict | None, template: str, name: str, forbidden: Sequence[str] = ()
+):
     """Add the conversational `prompt` column that TRL trains on.
 
     A string in `golden_answers` becomes a list of one, and blank answers beside others are left out.
+
+    Args:
+        forbidden: the tokenizer's control tokens, escaped in the prompt; the question itself stays as it is.
 
     Raises:
         ValueError: naming the missing and the existing columns, for a dataset without questions or answers, or
@@ -30,7 +35,7 @@ def add_prompts(dataset: Dataset | IterableDataset | dict | None, template: str,
     if dataset is None:
         return None
     if isinstance(dataset, dict):
-        return {key: add_prompts(part, template, f"{name}[{key!r}]") for key, part in dataset.items()}
+        return {key: add_prompts(part, template, f"{name}[{key!r}]", forbidden) for key, part in dataset.items()}
     columns = dataset.column_names
     missing = [column for column in REQUIRED_COLUMNS if columns is not None and column not in columns]
     if missing:
@@ -43,7 +48,7 @@ def add_prompts(dataset: Dataset | IterableDataset | dict | None, template: str,
 
     def add_prompt(row: dict, index: int) -> dict:
         answers = checked_answers(row, f"{name}[{index}]")
-        return {"prompt": build_prompt(row["question"], template), "golden_answers": answers}
+        return {"prompt": build_prompt(row["question"], template, forbidden), "golden_answers": answers}
 
     return dataset.map(add_prompt, with_indices=True)
 

@@ -79,7 +79,11 @@ def make_inert(text: str, forbidden: Iterable[str] = ()) -> str:
     Retrieved text is untrusted; without this a passage containing `</information>` or `<|im_end|>` would close its
     own block for the model, or be encoded as a control token.
     """
-    text = _TAG.sub(lambda match: "&lt;" + match.group(0)[1:], text)
+    return escape_tokens(_TAG.sub(lambda match: "&lt;" + match.group(0)[1:], text), forbidden)
+
+
+def escape_tokens(text: str, forbidden: Iterable[str]) -> str:
+    """Escape strings that a tokenizer would take for control tokens, and nothing else."""
     for token in forbidden:
         if token in text:
             text = text.replace(token, "&lt;" + token[1:] if token.startswith("<") else " ".join(token))
@@ -99,10 +103,17 @@ OBSERVATION_HEAD = "\n\n" + INFORMATION_TAGS[0]
 OBSERVATION_TAIL = INFORMATION_TAGS[1] + "\n\n"
 
 
-def build_prompt(question: str, template: str = PROMPT_TEMPLATE) -> list[dict[str, str]]:
-    """The conversational prompt of a question: one user message, to be rendered by the tokenizer's chat template."""
+def build_prompt(
+    question: str, template: str = PROMPT_TEMPLATE, forbidden: Iterable[str] = ()
+) -> list[dict[str, str]]:
+    """The conversational prompt of a question: one user message, to be rendered by the tokenizer's chat template.
+
+    Args:
+        forbidden: the tokenizer's control tokens, which are escaped where they stand in the question.
+    """
     if "{question}" not in template:
         raise ValueError(
             f"the prompt template has no '{{question}}' placeholder: {template[:80]!r}… Add it where the question goes"
         )
-    return [{"role": "user", "content": template.replace("{question}", question.strip())}]
+    text = escape_tokens(question.strip(), forbidden)
+    return [{"role": "user", "content": template.replace("{question}", text)}]

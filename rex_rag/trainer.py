@@ -24,6 +24,8 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
 from rex_rag.answers import exact_match
+from rex_rag.chat import policy_tokenizer, template_settings, warn_of_unread
+from rex_rag.checkpoints import STATE_FILE
 from rex_rag.config import REXRAGConfig
 from rex_rag.corrected_loss import CorrectedLoss
 from rex_rag.dynamic_sampling import DynamicSampler, fresh_questions
@@ -42,6 +44,8 @@ from rex_rag.mixed_sampling import MixedBatch, MixedSampler
 from rex_rag.model_card import PAPER, write_card
 from rex_rag.policy_correction import CLIPPED_LOSSES, KeepRatio, clip_bound
 from rex_rag.prompts import add_prompts, refuse_long_prompt, refuse_long_prompts
+from rex_rag.protocol import control_tokens
+from rex_rag.resuming import ResumableTrainer
 from rex_rag.retrieval.base import Retriever
 from rex_rag.rewards import compose_rewards
 from rex_rag.rollout import RolloutEngine, RolloutSeconds
@@ -59,10 +63,8 @@ from rex_rag.types import Segment, SegmentKind, Trajectory
 
 logger = get_logger(__name__)
 
-_STATE_FILE = "rex_rag_state.json"
 
-
-class REXRAGTrainer(CorrectedLoss):
+class REXRAGTrainer(CorrectedLoss, ResumableTrainer):
     """
     Trainer for REX-RAG, introduced in [REX-RAG: Reasoning Exploration with Policy Correction in Retrieval-Augmented
     Generation](https://huggingface.co/papers/2508.08149). It differs from [`~trl.GRPOTrainer`] in that generation is
@@ -143,7 +145,9 @@ class REXRAGTrainer(CorrectedLoss):
         self._slots: Slots | None = None
         self._warned: set[str] = set()
         self._prompt_template = template = args.prompt_text()
-        train_dataset = add_prompts(train_dataset, template, "train_dataset")
+        processing_class = processing_class or policy_tokenizer(model, args)
+        forbidden = control_tokens(processing_class)
+        train_dataset = add_prompts(train_dataset, template, "train_dataset", forbidden)
         if problems := training_problems(args, train_dataset):
             raise ValueError("; ".join(problems))
         fresh = fresh_questions(train_dataset, args)
@@ -154,7 +158,7 @@ class REXRAGTrainer(CorrectedLoss):
             reward_funcs=functions,
             args=args,
             train_dataset=train_dataset,
-            eval_dataset=add_prompts(eval_dataset, template, "eval_dataset"),
+            eval_dataset=add_prompts(eval_dataset, template, "eval_dataset", forbidden),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -162,6 +166,8 @@ class REXRAGTrainer(CorrectedLoss):
             peft_config=peft_config,
         )
         args.reward_weights = given_weights  # `args` is the caller's, and may serve another trainer
+        self.chat_template_kwargs = template_settings(args.chat_template_kwargs)
+        warn_of_unread(self._tokenizer, args.chat_template_kwargs)
         self._refuse_long_prompts()
         for warning in training_warnings(args, self.train_dataset, self.model):
             logger.warning(warning)
@@ -462,26 +468,18 @@ class REXRAGTrainer(CorrectedLoss):
         """As in the parent, plus keep ratio and difficulty buffer, written before the checkpoint can be pushed."""
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            partial = Path(output_dir) / f"{_STATE_FILE}.partial"
+            partial = Path(output_dir) / f"{STATE_FILE}.partial"
             state = {"keep_ratio": self._keep_ratio.state_dict(), **self.dynamic_sampler.state_dict()}
             partial.write_text(json.dumps(state))
-            partial.replace(Path(output_dir) / _STATE_FILE)
+            partial.replace(Path(output_dir) / STATE_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         """As in the parent, plus keep ratio and difficulty buffer."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint) / _STATE_FILE
-        if path.is_file():
-            state = json.loads(path.read_text())
+        if checkpoint is not None:
+            state = json.loads((Path(checkpoint) / STATE_FILE).read_text())
             self._keep_ratio.load_state_dict(state["keep_ratio"])
             self.dynamic_sampler.load_state_dict(state)
-        elif self.args.keep_ratio_schedule == "accuracy_ema":
-            raise ValueError(
-                f"{path} is missing, so the keep ratio's moving average cannot be resumed; the checkpoint was not "
-                "written by this trainer: start from it as a model instead (model_name_or_path)"
-            )
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
         """The parent's metadata; the text says how a search agent is used, how it was trained, with what result."""

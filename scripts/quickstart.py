@@ -26,12 +26,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils.logging import disable_progress_bar
 from trl import ModelConfig, TrlParser
 
+from rex_rag.chat import encode_chat
 from rex_rag.config import REXRAGConfig
 from rex_rag.data.qa import QuestionArguments
 from rex_rag.evaluation.dead_ends import EvaluatedQuestion, evaluate_questions, probe_dead_ends
 from rex_rag.exploration import ExplorationPool
 from rex_rag.generation import TransformersGenerator
-from rex_rag.protocol import build_prompt
+from rex_rag.protocol import build_prompt, control_tokens
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
 from rex_rag.rollout import RolloutEngine
 from rex_rag.visualization.curves import plot_training_curves
@@ -77,6 +78,7 @@ def recipe_settings(args: argparse.Namespace) -> tuple[list[str], REXRAGConfig, 
         *("--corpus", str(args.output / "world" / "corpus.jsonl")),
         *("--output_dir", str(args.output / "rex_rag")),
         *("--seed", str(args.seed)),
+        *("--overwrite_output_dir", "true"),
         *args.overrides,
     ]
     parser = TrlParser((QuestionArguments, RetrieverArguments, REXRAGConfig, ModelConfig))
@@ -98,11 +100,12 @@ class Examiner:
         set_seed(self.seed)
         tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-        template = self.config.prompt_text()
+        template, forbidden = self.config.prompt_text(), control_tokens(tokenizer)
 
         def encode(question: str) -> list[int]:
-            messages = build_prompt(question, template)
-            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            return encode_chat(
+                tokenizer, build_prompt(question, template, forbidden), self.config.chat_template_kwargs
+            )
 
         total = len(self.questions) * (1 + SAMPLES)
         with tqdm(total=total, desc=f"evaluating {name}", unit="rollout", dynamic_ncols=True) as bar:

@@ -10,22 +10,23 @@ with exit code 2.
 
 import os
 import sys
-from pathlib import Path
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser, get_peft_config, get_quantization_config
 
+from rex_rag.adapters import load_policy, tokenizer_place
+from rex_rag.checkpoints import find_checkpoint
 from rex_rag.commands.terminal import refuse
-from rex_rag.config import REXRAGConfig
 from rex_rag.data.qa import load_questions
 from rex_rag.evaluation.during_training import check_best_metric, load_evaluation_sets
+from rex_rag.model_files import check_model, explained
 from rex_rag.progress import ProgressLine
 from rex_rag.recipe import RECIPE_PARTS
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.load import load_retriever
+from rex_rag.run_folder import check_folder, clear_folder
 from rex_rag.trainer import REXRAGTrainer
 
 
@@ -35,6 +36,8 @@ def main() -> int:
         trainer, checkpoint = prepare()
     except Exception as error:
         return refuse(error)
+    if trainer.args.overwrite_output_dir:
+        clear_folder(trainer.args.output_dir, trainer.accelerator)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except RetrievalError as error:  # any other error in the middle of training is worth its traceback
@@ -54,7 +57,10 @@ def prepare() -> tuple[REXRAGTrainer, str | None]:
     questions, evaluation, retrieval, config, model = parser.parse_args_and_config()
     if model.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set; name a Hub model or a folder in the recipe")
-    checkpoint = find_checkpoint(config)
+    name = model.model_name_or_path
+    check_model(name, model.model_revision)
+    checkpoint = find_checkpoint(config.resume_from_checkpoint, config.output_dir)
+    check_folder(config.output_dir, overwrite=config.overwrite_output_dir, checkpoint=checkpoint, model=name)
 
     with config.main_process_first(desc="questions and corpus"):
         train_dataset = load_questions(questions)
@@ -71,46 +77,27 @@ def prepare() -> tuple[REXRAGTrainer, str | None]:
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
     }
-    trainer = REXRAGTrainer(
-        model=model.model_name_or_path,
-        retriever=retriever,
-        args=config,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=AutoTokenizer.from_pretrained(
-            model.model_name_or_path,
-            revision=model.model_revision,
-            padding_side="left",
-            trust_remote_code=config.trust_remote_code,
-        ),
-        callbacks=[ProgressLine()],
-        quantization_config=quantization,
-        peft_config=get_peft_config(model),
-        recipe=recipe,
+    peft_config = get_peft_config(model)
+    place, revision = tokenizer_place(name, model.model_revision)
+    tokenizer = AutoTokenizer.from_pretrained(
+        place, revision=revision, padding_side="left", trust_remote_code=config.trust_remote_code
     )
+    with explained(name):
+        trainer = REXRAGTrainer(
+            model=load_policy(name, config, quantization, peft_config),
+            retriever=retriever,
+            args=config,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=[ProgressLine()],
+            quantization_config=quantization,
+            peft_config=peft_config,
+            recipe=recipe,
+        )
     for noisy in (ProgressCallback, PrinterCallback):  # they print every metric at every step
         trainer.remove_callback(noisy)
     return trainer, checkpoint
-
-
-def find_checkpoint(config: REXRAGConfig) -> str | None:
-    """The folder that `resume_from_checkpoint` names; `true` means the last one in the output directory."""
-    asked = config.resume_from_checkpoint
-    if asked is None or str(asked).lower() == "false":
-        return None
-    if str(asked).lower() != "true":
-        if not Path(asked).is_dir():
-            raise ValueError(
-                f"resume_from_checkpoint={asked} is no directory here ({Path.cwd()}); name a checkpoint-N"
-            )
-        return str(asked)
-    output = Path(config.output_dir)
-    last = get_last_checkpoint(str(output)) if output.is_dir() else None
-    if last is None:
-        raise ValueError(
-            f"resume_from_checkpoint is true, but {output} holds no checkpoint; leave it out to begin anew"
-        )
-    return last
 
 
 if __name__ == "__main__":

@@ -142,6 +142,18 @@ def test_hopworld_writes_the_same_world_for_the_same_seed(tmp_path: Path, capsys
         assert a == b != c
 
 
+def test_hopworld_replaces_a_world_only_when_told_to(tmp_path: Path, capsys: pytest.CaptureFixture):
+    arguments = ["hopworld", "--output", str(tmp_path), *SMALL_WORLD, *SMALL_QUESTIONS, "--seed"]
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main([*arguments, "1"]) == 0
+    world = (tmp_path / "train.jsonl").read_text()
+    (tmp_path / "corpus.jsonl").unlink()
+    assert "holds train.jsonl, test.jsonl already" in failure(capsys, *arguments, "2")
+    assert (tmp_path / "train.jsonl").read_text() == world and not (tmp_path / "corpus.jsonl").exists()
+    assert main([*arguments, "2", "--overwrite_output_dir"]) == 0
+    assert (tmp_path / "train.jsonl").read_text() != world and (tmp_path / "notes.txt").read_text() == "mine"
+
+
 def test_hopworld_refuses_a_world_that_its_names_cannot_fill(tmp_path: Path, capsys: pytest.CaptureFixture):
     message = failure(capsys, "hopworld", "--output", str(tmp_path / "world"), "--cities", "1000")
     assert "cities=1000" in message

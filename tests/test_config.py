@@ -1,6 +1,7 @@
 """What the configuration refuses, and that each refusal says value, reason and way out."""
 
 import logging
+import pickle
 
 import pytest
 
@@ -181,3 +182,12 @@ def test_warning_when_checkpoints_fall_inside_a_generation_batch(tmp_path, caplo
     with caplog.at_level(logging.WARNING, logger="rex_rag.config"):
         make(tmp_path, steps_per_generation=4, gradient_accumulation_steps=2, save_steps=save_steps)
     assert ("Use a multiple of 2" in caplog.text) is warns
+
+
+def test_secrets_are_in_nothing_that_is_saved_or_told_to_trackers(tmp_path):
+    config = make(tmp_path, hub_token="hf_SECRET", model_init_kwargs={"token": "hf_SECRET", "dtype": "float32"})
+    for written in (pickle.dumps(config), repr(config).encode(), config.to_json_string().encode()):
+        assert b"hf_SECRET" not in written
+    restored = pickle.loads(pickle.dumps(config))
+    assert restored.hub_token is None and restored.model_init_kwargs == {"token": None, "dtype": "float32"}
+    assert config.hub_token == config.model_init_kwargs["token"] == "hf_SECRET"  # pushing still finds it

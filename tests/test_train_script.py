@@ -14,6 +14,8 @@ from types import ModuleType
 import pytest
 import yaml
 from parts import make_bpe_tokenizer, make_tiny_model
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen2ForCausalLM
 
 from rex_rag.retrieval.base import RetrievalError
 
@@ -82,6 +84,34 @@ def test_what_a_user_can_mend_is_said_without_a_traceback(
     before, error, said = capsys.readouterr().err.partition("error: ")
     assert error and message in said
     assert "Traceback" not in before + said
+
+
+def test_a_used_folder_and_what_does_not_go_together_are_refused_before_training(
+    script: ModuleType, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    def refused(*words: str) -> str:
+        assert start(script, monkeypatch, recipe, *words) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    run, model = tmp_path / "run", tmp_path / "model"
+    (run / "checkpoint-2").mkdir(parents=True)
+    assert refused().startswith(f"error: {run} holds a run already (checkpoint-2)")
+    said = refused("--resume_from_checkpoint", str(run / "checkpoint-2"))
+    assert said.startswith(f"error: {run}/checkpoint-2 is not a whole checkpoint: it is empty")
+    assert "overwrite_output_dir would remove" in refused("--output_dir", str(model), "--overwrite_output_dir")
+    assert (model / "model.safetensors").is_file() and (run / "checkpoint-2").is_dir()
+
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(Qwen2ForCausalLM.from_pretrained(model), lora).save_pretrained(tmp_path / "adapter")
+    words = ["--model_name_or_path", str(tmp_path / "adapter"), "--overwrite_output_dir"]
+    assert f"{tmp_path}/adapter is an adapter of '{model}' already" in refused(*words, "--use_peft")
+    (model / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert refused(*words).startswith(f"error: {model}/model.safetensors is a Git LFS pointer")
+    settings = json.loads((model / "config.json").read_text())
+    make_tiny_model(make_bpe_tokenizer()).save_pretrained(model)
+    (model / "config.json").write_text(json.dumps(settings | {"intermediate_size": 48}))
+    assert f"the weights in {model} do not fit {model}/config.json" in refused("--overwrite_output_dir")
+    assert (run / "checkpoint-2").is_dir()  # nothing is removed before training begins
 
 
 def test_a_best_model_by_a_metric_that_no_evaluation_set_has_is_refused_before_training(

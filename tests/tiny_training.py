@@ -8,7 +8,8 @@ from typing import Any
 
 from datasets import Dataset
 from parts import make_tiny_model, make_word_tokenizer
-from transformers import Qwen2ForCausalLM
+from peft import PeftModel
+from transformers import PreTrainedModel, Qwen2ForCausalLM
 
 from rex_rag.config import REXRAGConfig
 from rex_rag.retrieval.base import Retriever
@@ -43,6 +44,7 @@ def tiny_trainer(
     recipe: str | None = None,
     questions: list[dict[str, Any]] | None = None,
     reward_funcs: Callable | None = brevity,
+    model: PreTrainedModel | PeftModel | None = None,
     **settings: Any,
 ) -> REXRAGTrainer:
     """A trainer of `save_tiny_policy`'s model on four questions, `rounds` times over, or on those that are given.
@@ -61,7 +63,7 @@ def tiny_trainer(
     if questions is None:
         questions = [{"question": f"where is the {word}", "golden_answers": ["oak"]} for word in WORDS] * rounds
     return REXRAGTrainer(
-        model=Qwen2ForCausalLM.from_pretrained(folder),
+        model=model or Qwen2ForCausalLM.from_pretrained(folder),
         args=REXRAGConfig(output_dir=str(output), **shared | settings),
         train_dataset=Dataset.from_list(questions),
         retriever=retriever,

@@ -116,9 +116,10 @@ def run_evaluation(
         ValueError: for arguments, benchmarks, a model or a directory that do not go together.
         RetrievalError, OSError: when searches or completions failed; what is finished stays for the next start.
     """
+    from rex_rag.chat import warn_of_unread
     from rex_rag.evaluation.card import describe_retriever, protocol_card
     from rex_rag.evaluation.methods import make_method
-    from rex_rag.evaluation.models import check_name, open_model, stored_max_length
+    from rex_rag.evaluation.models import check_files, check_name, open_model, stored_max_length
     from rex_rag.evaluation.run import EvaluationRun
 
     method = make_method(arguments.method, arguments.prompt_text(), arguments.further_texts())
@@ -129,6 +130,7 @@ def run_evaluation(
         )
     options = arguments.model_options(process)
     check_name(options)
+    check_files(options)
     is_first = shard.index == 0
     benchmarks = load_benchmarks(arguments, say if is_first else lambda line: None)
     output = Path(arguments.output)
@@ -154,6 +156,7 @@ def run_evaluation(
     goes_first = method.uses_retriever and _may_go_first(search, options)
     retriever = _checked_retriever(search) if goes_first else None
     model = open_model(options)
+    warn_of_unread(model.tokenizer, options.chat_template_kwargs)
     _check_length(model.max_length, arguments)
     if method.uses_retriever and retriever is None:
         retriever = _checked_retriever(search)
@@ -225,7 +228,11 @@ def _known_identity(options: ModelOptions, tokenizer: str | None, with_weights: 
     from rex_rag.evaluation.model_identity import model_identity
     from rex_rag.evaluation.models import ENDPOINT, confirmed_tokenizer_sha256
 
-    known = {"backend": options.backend, "tokenizer_sha256": confirmed_tokenizer_sha256(options, tokenizer)}
+    known = {
+        "backend": options.backend,
+        "tokenizer_sha256": confirmed_tokenizer_sha256(options, tokenizer),
+        "chat_template_kwargs": options.chat_template_kwargs,
+    }
     if options.backend == ENDPOINT:
         return {**known, "name": options.name}
     if with_weights:

@@ -128,6 +128,7 @@ def add_reliability(commands: argparse._SubParsersAction) -> None:
     add("--output", required=True, metavar="PICTURE.png|svg", type=Path, help="image to write")
     add("--page", metavar="PAGE.html", type=Path, help="write the trajectories with their tokens as a page, too")
     add("--prompt-template", metavar="FILE", type=Path, help="text with {question} in it (default: the built-in one)")
+    add("--chat-template-kwargs", metavar="JSON", help="what the chat templates are rendered with, as in training")
     add("--k", type=positive, default=2, metavar="K", help="largest logits taken as evidence (default: 2)")
     add("--top-k", type=positive, default=3, metavar="K", help="passages a search (default: 3)")
     add("--max-turns", type=positive, default=5, metavar="N", help="turns that may search (default: 5)")
@@ -138,6 +139,8 @@ def add_reliability(commands: argparse._SubParsersAction) -> None:
 
 
 def _reliability(options: argparse.Namespace) -> None:
+    from rex_rag.chat import read_settings
+    from rex_rag.model_files import check_model
     from rex_rag.protocol import PROMPT_TEMPLATE, build_prompt
     from rex_rag.retrieval.load import BM25, RetrieverArguments
     from rex_rag.visualization.curves import labelled_runs
@@ -152,15 +155,18 @@ def _reliability(options: argparse.Namespace) -> None:
         raise ValueError("the question is empty; give --question words")
     if options.k < 2:
         raise ValueError(f"--k is {options.k}; uncertainty between candidates needs 2 or more")
+    read_settings(options.chat_template_kwargs)
     template = options.prompt_template.read_text(encoding="utf-8") if options.prompt_template else PROMPT_TEMPLATE
-    messages = build_prompt(options.question, template)
+    build_prompt(options.question, template)
+    for model in options.model:
+        check_model(model)
     retrieval = None
     if options.retriever or options.corpus:
         retrieval = RetrieverArguments(retriever=options.retriever or [BM25], corpus=options.corpus)
     # A picture is passed on: of a folder's path, only the end that tells models apart stands in it.
     folders = [model for model in dict.fromkeys(options.model) if Path(model).is_dir()]
     names = dict(zip(folders, labelled_runs(folders), strict=True))
-    answered = [_answer(model, names.get(model, model), messages, retrieval, options) for model in options.model]
+    answered = [_answer(model, names.get(model, model), template, retrieval, options) for model in options.model]
     pictures = with_shared_scale([picture for _, picture in answered])
     print(draw_reliability(pictures, options.output, f"Question: {options.question.strip()}"))
     for picture, (trajectory, _) in zip(pictures, answered, strict=True):
@@ -177,16 +183,19 @@ def _reliability(options: argparse.Namespace) -> None:
 def _answer(
     path: str,
     name: str,
-    messages: list[dict[str, str]],
+    template: str,
     retrieval: RetrieverArguments | None,
     options: argparse.Namespace,
 ) -> tuple[Trajectory, dict[str, Any]]:
     """One model's greedy trajectory and the picture of it. Models are loaded one after the other."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    from rex_rag.chat import encode_chat
     from rex_rag.evaluation.reliability import score_trajectory
     from rex_rag.generation import TransformersGenerator
+    from rex_rag.model_files import load_causal_lm
+    from rex_rag.protocol import build_prompt, control_tokens
     from rex_rag.retrieval.load import load_retriever
     from rex_rag.rollout import RolloutBudget, RolloutEngine
     from rex_rag.visualization.reliability import reliability_record
@@ -195,7 +204,7 @@ def _answer(
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
+    model = load_causal_lm(path, dtype="auto").to(device).eval()
     budget = RolloutBudget(
         # Without a retriever the first turn is the last, in which a search is not executed.
         max_turns=options.max_turns if retrieval else 0,
@@ -204,8 +213,9 @@ def _answer(
     )
     retriever = load_retriever(retrieval) if retrieval else None
     engine = RolloutEngine(TransformersGenerator(model, tokenizer, temperature=0.0), retriever, tokenizer, budget)
+    messages = build_prompt(options.question, template, control_tokens(tokenizer))
     if tokenizer.chat_template:
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        prompt = encode_chat(tokenizer, messages, options.chat_template_kwargs)
     else:
         prompt = tokenizer(messages[0]["content"])["input_ids"]
     [trajectory] = engine.rollout([prompt])

@@ -185,6 +185,9 @@ def build_hopworld(config: HopWorldConfig | None = None) -> HopWorld:
     return HopWorld(config=config, passages=passages, train=train, test=test, facts=facts)
 
 
+WORLD_FILES = ("corpus.jsonl", "train.jsonl", "test.jsonl")
+
+
 def write_hopworld(world: HopWorld, directory: str | os.PathLike) -> Path:
     """Write `corpus.jsonl`, `train.jsonl` and `test.jsonl` in the FlashRAG layout and return the directory.
 

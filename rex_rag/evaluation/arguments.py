@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rex_rag.chat import read_settings
 from rex_rag.evaluation.benchmarks import benchmark_specs
 from rex_rag.evaluation.endpoint import DEFAULT_KEY_VARIABLE, EndpointOptions, check_endpoint_url
 from rex_rag.evaluation.models import BACKENDS, ENDPOINT, TRANSFORMERS, VLLM, ModelOptions
@@ -100,6 +101,13 @@ class EvaluationArguments:
         default=None,
         metadata={"help": "Text file with what a search agent is told after an invalid action; default: built-in."},
     )
+    chat_template_kwargs: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON of what the model's chat template is rendered with, as in training, for example "
+            '{"enable_thinking": false} for Qwen3.'
+        },
+    )
     top_k: int = field(default=_BUDGET.top_k, metadata={"help": "Passages a search."})
     max_turns: int = field(
         default=_BUDGET.max_turns, metadata={"help": "Turns that may search; one last generation follows."}
@@ -137,6 +145,10 @@ class EvaluationArguments:
             if isinstance(value, int) and not isinstance(value, bool):
                 setattr(self, name, float(value))
         problems = [*self._missing(), *self._value_problems(), *self._backend_problems()]
+        try:
+            self.chat_template_kwargs = read_settings(self.chat_template_kwargs) or None
+        except ValueError as error:
+            problems.append(str(error))
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -179,6 +191,7 @@ class EvaluationArguments:
             temperature=self.temperature,
             seed=self.seed,
             endpoint=endpoint,
+            chat_template_kwargs=self.chat_template_kwargs,
             gpu_memory_utilization=self.gpu_memory_utilization,
             tensor_parallel_size=self.tensor_parallel_size,
             enforce_eager=self.enforce_eager,

@@ -50,7 +50,7 @@ _OPTIONS = {
     "model.revision": "model_revision",
     "model.weights_sha256": "model (weights)",
     "model.tokenizer_sha256": "tokenizer",
-    **{f"model.{name}": name for name in ("backend", "dtype", "device")},
+    **{f"model.{name}": name for name in ("backend", "dtype", "device", "chat_template_kwargs")},
     "retriever.kind": "retriever (kind)",
     "retriever.description": "retriever",
     "retriever.fingerprint": "retriever (fingerprint)",

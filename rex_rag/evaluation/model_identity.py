@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rex_rag.model_files import ADAPTER_FILE, adapter_base, is_adapter
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ADAPTER_FILE = "adapter_config.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _BLOCK_BYTES = 1 << 24
 
@@ -29,9 +30,8 @@ def model_identity(name: str, revision: str | None) -> dict[str, Any]:
         "revision": None,
         "weights_sha256": folder_sha256(folder),
     }
-    if (folder / ADAPTER_FILE).is_file():
-        base = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))
-        identity["base"] = model_identity(base["base_model_name_or_path"], base.get("revision"))
+    if is_adapter(name):
+        identity["base"] = model_identity(*adapter_base(folder))
     return identity
 
 

@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.evaluation.endpoint import EndpointModel, EndpointOptions
-from rex_rag.evaluation.model_identity import ADAPTER_FILE, TokenizerFiles, model_identity, tokenizer_sha256
+from rex_rag.evaluation.model_identity import TokenizerFiles, model_identity, tokenizer_sha256
+from rex_rag.model_files import HUB_NAME, adapter_base, check_model, check_tokenizer, is_adapter, load_causal_lm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 TRANSFORMERS, VLLM, ENDPOINT = "transformers", "vllm", "endpoint"
 BACKENDS = (TRANSFORMERS, VLLM, ENDPOINT)
-# The Hub's own rule, save for the few names that it keeps for itself.
-_HUB_NAME = re.compile(r"(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]{0,95}", re.ASCII)
 # Both engines and servers take seeds of 32 bits with a sign.
 _SEED_BITS = 31
 
@@ -46,7 +44,8 @@ class ModelOptions:
     name: a Hub name, a folder, or the name under which an endpoint serves it. revision: of the Hub's repository.
     tokenizer: where it lies if not with the model. dtype: `auto` (as stored), `float32`, `bfloat16` or `float16`.
     device: for transformers; default, this process's GPU if there is one. max_length: prompt and completion in tokens,
-    as vLLM reserves room for them. temperature: 0 decodes greedily. enforce_eager: vLLM compiles nothing, which starts
+    as vLLM reserves room for them. temperature: 0 decodes greedily. chat_template_kwargs: what its chat template is
+    rendered with. enforce_eager: vLLM compiles nothing, which starts
     sooner and runs slower. process: number of this process on its machine.
     """
 
@@ -60,6 +59,7 @@ class ModelOptions:
     temperature: float = 0.0
     seed: int = 0
     endpoint: EndpointOptions | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
     enforce_eager: bool = False
@@ -99,6 +99,7 @@ class LanguageModel(ABC):
         return {
             "backend": self.options.backend,
             "tokenizer_sha256": tokenizer_sha256(self.tokenizer),
+            "chat_template_kwargs": self.options.chat_template_kwargs,
             **self._describe(),
         }
 
@@ -147,15 +148,12 @@ class TransformersModel(LanguageModel):
     def __init__(self, options: ModelOptions) -> None:
         super().__init__(options)
         import torch
-        from transformers import AutoModelForCausalLM
 
         self.tokenizer = load_tokenizer(options)
         device = options.device or (f"cuda:{options.process}" if torch.cuda.is_available() else "cpu")
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ModelError(f"device={device!r}, but torch sees no GPU here; use cpu, or leave it out")
-        self._model = AutoModelForCausalLM.from_pretrained(
-            options.name, revision=options.revision, dtype=options.dtype
-        )
+        self._model = load_causal_lm(options.name, revision=options.revision, dtype=options.dtype)
         self._model.to(device).eval()
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -204,7 +202,7 @@ class VLLMModel(_EngineModel):
         super().__init__(options)
         if importlib.util.find_spec("vllm") is None:
             raise ModelError("vLLM is not installed; install rex-rag[gpu], or use the backend transformers")
-        if (Path(options.name) / ADAPTER_FILE).is_file():
+        if is_adapter(options.name):
             raise ModelError(
                 f"{options.name} holds an adapter, which vLLM evaluates only once it is merged into its base model "
                 "(peft: merge_and_unload, save_pretrained); merge it, or use the backend transformers"
@@ -326,7 +324,7 @@ def check_name(options: ModelOptions) -> None:
     if options.backend == ENDPOINT:
         named = {"tokenizer": options.tokenizer or options.name}
     for setting, name in named.items():
-        if name is None or Path(name).is_dir() or _HUB_NAME.fullmatch(name):
+        if name is None or Path(name).is_dir() or HUB_NAME.fullmatch(name):
             continue
         if Path(name).is_file():
             raise ModelError(f"{setting}={name!r} is a file; name the folder that holds it")
@@ -334,6 +332,18 @@ def check_name(options: ModelOptions) -> None:
             f"{setting}={name!r}: there is no such folder here ({Path.cwd()}), and it is no Hub name either, which is "
             f"of the form OWNER/NAME; {'set' if setting == 'tokenizer' else 'correct'} {setting}"
         )
+
+
+def check_files(options: ModelOptions) -> None:
+    """Refuse a model, or its tokenizer, whose files are damaged, as far as headers tell; loads nothing.
+
+    Raises:
+        ModelFileError: naming the file.
+    """
+    if options.backend != ENDPOINT:
+        check_model(options.name, options.revision)
+    if options.tokenizer or options.backend == ENDPOINT:
+        check_tokenizer(options.tokenizer or options.name)
 
 
 def stored_max_length(options: ModelOptions) -> int | None:
@@ -347,9 +357,8 @@ def stored_max_length(options: ModelOptions) -> int | None:
 
     name, revision = options.name, options.revision
     try:
-        if (adapter := Path(name) / ADAPTER_FILE).is_file():
-            base = json.loads(adapter.read_text(encoding="utf-8"))
-            name, revision = base["base_model_name_or_path"], base.get("revision")
+        if is_adapter(name):
+            name, revision = adapter_base(Path(name))
         return getattr(AutoConfig.from_pretrained(name, revision=revision), "max_position_embeddings", None)
     except Exception:  # of many kinds, as below; what is wrong there, opening the model says
         return None

@@ -7,8 +7,11 @@ what they are. The search agents' prompt is the one they are trained with, `rex_
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from rex_rag.evaluation.records import Question
+from rex_rag.protocol import escape_tokens
 
 # A multiple-choice question, for every method: what takes the place of `{question}`.
 CHOICES = "{question}\nChoices:\n{choices}\nAnswer with the letter of the right choice alone."
@@ -109,6 +112,20 @@ def placeholders(template: str) -> list[str]:
 def fill(template: str, **values: str) -> str:
     """Replace the placeholders that are given; other text in braces stays."""
     return _PLACEHOLDER.sub(lambda match: values.get(match.group(1), match.group(0)), template)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A template and what fills it. What stands in a question is text: which of it a tokenizer would take for control
+    tokens is only known with the tokenizer."""
+
+    template: str
+    question: str
+    values: Mapping[str, str]
+
+    def text(self, control_tokens: Iterable[str]) -> str:
+        """The prompt, with control tokens in the question escaped."""
+        return fill(self.template, question=escape_tokens(self.question, control_tokens), **self.values)
 
 
 def question_text(question: Question) -> str:

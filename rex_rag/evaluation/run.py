@@ -138,6 +138,7 @@ class EvaluationRun:
             generator=self._watch.generator(self.model.generator),
             retriever=None if self.retriever is None else self._watch.retriever(self.retriever),
             budget=self.budget,
+            chat_template_kwargs=self.model.options.chat_template_kwargs,
         )
 
     def run(self, shard: Shard | None = None, show_progress: bool = True) -> bool:

@@ -12,10 +12,10 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from rex_rag.evaluation.prompts import CHOICES, fill, placeholders, question_text
+from rex_rag.chat import encode_chat
+from rex_rag.evaluation.prompts import CHOICES, Prompt, placeholders, question_text
 from rex_rag.evaluation.records import Question
 from rex_rag.protocol import control_tokens
 from rex_rag.retrieval.base import Retriever
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from rex_rag.generation import Generator
 
-# The day that Llama 3.1's own template falls back on where nobody tells it the date.
-PROMPT_DATE = date(2024, 7, 26)
 _SAID = "said-by-the-assistant"
 
 
@@ -38,32 +36,24 @@ class Toolbox:
 
     generator: (stop strings) -> the generation backend that ends a row after any of them; called with each of
     `Method.stop_strings`, also with none, and often, so it should keep what it builds. retriever: may be `None` for
-    methods that do not use one. budget: all limits, and `budget.top_k` passages a search.
+    methods that do not use one. budget: all limits, and `budget.top_k` passages a search. chat_template_kwargs: what
+    the chat template is rendered with, as in training.
     """
 
     tokenizer: PreTrainedTokenizerBase
     generator: Callable[[tuple[str, ...]], Generator]
     retriever: Retriever | None = None
     budget: RolloutBudget = field(default_factory=RolloutBudget)
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
-    def encode_chat(self, text: str) -> list[int]:
-        """The prompt ids of one user message, up to where the model's turn begins.
-
-        Templates that put today's date into a prompt, as Llama 3's do, are given `PROMPT_DATE`: a run that goes on
-        tomorrow, or is repeated next year, asks the same.
+    def encode_chat(self, prompt: Prompt | str) -> list[int]:
+        """The prompt ids of one user message, up to where the model's turn begins; as `rex_rag.chat` renders it.
 
         Raises:
             ValueError: for a tokenizer without a chat template.
         """
-        if self.tokenizer.chat_template is None:
-            raise ValueError(
-                f"the tokenizer {self.tokenizer.name_or_path!r} has no chat template, so there is no way to put a "
-                "question to the model; save one with the tokenizer (tokenizer.chat_template)"
-            )
-        messages = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False, strftime_now=PROMPT_DATE.strftime
-        )
+        text = prompt if isinstance(prompt, str) else prompt.text(self.control_tokens)
+        return encode_chat(self.tokenizer, [{"role": "user", "content": text}], self.chat_template_kwargs)
 
     def encode(self, text: str) -> list[int]:
         """Ids of text that is inserted; no special token is added."""
@@ -142,9 +132,9 @@ class Method(ABC):
         content = {"prompts": self.prompts, "stop_strings": self.stop_strings}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def prompt_text(self, question: Question, **values: str) -> str:
-        """The first prompt of a question."""
-        return fill(self.template, question=question_text(question), **values)
+    def prompt_text(self, question: Question, **values: str) -> Prompt:
+        """The first prompt of a question; further values are inserted as they are, and must be inert."""
+        return Prompt(self.template, question_text(question), values)
 
     def run(self, questions: Sequence[Question], toolbox: Toolbox) -> list[Trajectory]:
         """Work on a batch of questions together; one finished trajectory for each, in their order.

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from rex_rag.evaluation.methods.extraction import announced_answer, announces_only
 from rex_rag.evaluation.methods.script import Desk, Generate, Script, ScriptMethod, Search
-from rex_rag.evaluation.prompts import IRCOT, fill, question_text
+from rex_rag.evaluation.prompts import IRCOT
 from rex_rag.protocol import make_inert
 from rex_rag.types import Passage, Truncation
 
@@ -96,8 +96,7 @@ class IRCoT(ScriptMethod):
         desk.trajectory.answer = announced_answer(cut[0] if cut is not None else rest)
 
     def _prompt(self, desk: Desk, passages: str) -> list[int]:
-        text = fill(self.template, question=question_text(desk.question), passages=passages)
-        return desk.tools.encode_chat(text)
+        return desk.tools.encode_chat(self.prompt_text(desk.question, passages=passages))
 
     def _show(self, desk: Desk, found: list[Passage], known: set[str], shown: list[str]) -> None:
         """Add the paragraphs that are new to those shown."""

@@ -1,0 +1,103 @@
+"""How a prompt is put to a model: one rendering for training, evaluation and use."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from datetime import date
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import GRPOConfig
+
+logger = logging.getLogger(__name__)
+
+# The day that Llama 3.1's own template falls back on where nobody tells it the date.
+PROMPT_DATE = date(2024, 7, 26)
+
+
+def template_settings(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """What a chat template is rendered with: `chat_template_kwargs`, and the date.
+
+    Templates that put today's date into a prompt, as Llama 3's do, are given `PROMPT_DATE`: a run that goes on
+    tomorrow, or is repeated next year, asks the same, and evaluation asks what training asked.
+
+    Args:
+        given: a mapping, or one as JSON.
+
+    Raises:
+        ValueError: for what is no mapping, and for settings that are not the template's.
+    """
+    return {"strftime_now": PROMPT_DATE.strftime, **read_settings(given)}
+
+
+def read_settings(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """`chat_template_kwargs` as they are given, checked; see `template_settings`."""
+    try:
+        settings = json.loads(given) if isinstance(given, str) else given
+    except ValueError as error:
+        raise ValueError(f"chat_template_kwargs is {given!r}, which is no JSON ({error})") from error
+    if settings is None or settings == {}:
+        return {}
+    if not isinstance(settings, Mapping):
+        raise ValueError(f'chat_template_kwargs is {given!r}; give a mapping, such as {{"enable_thinking": false}}')
+    from transformers import PreTrainedTokenizerBase
+
+    taken = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages", "strftime_now"}
+    if reserved := sorted(taken.intersection(settings)):
+        raise ValueError(
+            f"chat_template_kwargs names {', '.join(reserved)}, which are not the template's to set: prompts are one "
+            "user message, rendered with a fixed date (date_string sets another where the template reads it); leave "
+            "them out"
+        )
+    return dict(settings)
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    settings: Mapping[str, Any] | str | None = None,
+) -> list[int]:
+    """The prompt ids of a conversation, up to where the model's turn begins.
+
+    Args:
+        settings: `chat_template_kwargs`.
+
+    Raises:
+        ValueError: for a tokenizer without a chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, so there is no way to put a question to "
+            "the model; save one with the tokenizer (tokenizer.chat_template)"
+        )
+    return tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=True, return_dict=False, **template_settings(settings)
+    )
+
+
+def policy_tokenizer(model: str | PreTrainedModel, args: GRPOConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies with a policy, as TRL loads it where none is given."""
+    from transformers import AutoProcessor
+    from trl.trainer.utils import get_config_model_id
+
+    named = isinstance(model, str)
+    return AutoProcessor.from_pretrained(
+        model if named else get_config_model_id(model.config),
+        revision=(args.model_init_kwargs or {}).get("revision") if named else None,
+        truncation_side="left",
+        padding_side="left",
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def warn_of_unread(tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any] | None) -> None:
+    """Say so where a chat template never reads a setting, which changes nothing then."""
+    template = tokenizer.chat_template
+    text = json.dumps(template) if not isinstance(template, str) else template
+    for name in settings or ():
+        if name not in text:
+            logger.warning("chat_template_kwargs sets %r, which the chat template of this tokenizer never reads", name)
