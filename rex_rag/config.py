@@ -15,7 +15,13 @@ from rex_rag.chat import read_settings
 from rex_rag.correction_forms import FORMS, CorrectionForm
 from rex_rag.dynamic_sampling import signal_problems
 from rex_rag.exploration import load_pool
-from rex_rag.grpo_options import bound_problems, data_loading_problems, option_problems, option_warnings
+from rex_rag.grpo_options import (
+    bound_problems,
+    data_loading_problems,
+    option_problems,
+    option_warnings,
+    sampling_problems,
+)
 from rex_rag.mixed_sampling import MixedSamplingConfig
 from rex_rag.policy_correction import CLIPPED_LOSSES, clip_bound, keep_count
 from rex_rag.protocol import FEEDBACK_TEXT, PROMPT_TEMPLATE, STOP_STRINGS, build_prompt
@@ -295,7 +301,7 @@ class REXRAGConfig(GRPOConfig):
             if getattr(self, name) not in choices
         ]
         problems += option_problems(self) + bound_problems(self) + signal_problems(self)
-        problems += self._rollout_problems() + self._sampling_problems() + self._loss_problems()
+        problems += self._rollout_problems() + sampling_problems(self) + self._loss_problems()
         for check in (
             self.exploration_pool,
             lambda: build_prompt("", self.prompt_text()),
@@ -396,34 +402,6 @@ class REXRAGConfig(GRPOConfig):
             )
         if self.num_probe_slots > 0 and self.correction in FORMS:
             problems += self.correction_form.problems(self)
-        return problems
-
-    def _sampling_problems(self) -> list[str]:
-        reason = (
-            "truncated sampling biases every ratio, since log-probabilities are those of the full softmax; "
-            "sample from the full softmax"
-        )
-        problems = []
-        if self.temperature <= 0:
-            problems.append(f"temperature is {self.temperature}; rollouts of a group must differ: use 1.0")
-        if self.top_p < 1:
-            problems.append(f"top_p is {self.top_p}: {reason} (top_p 1.0)")
-        if self.top_k is not None and self.top_k > 0:
-            problems.append(f"top_k is {self.top_k}: {reason} (top_k 0). Passages per search are retrieval_top_k")
-        if self.min_p:
-            problems.append(f"min_p is {self.min_p}: {reason} (min_p unset)")
-        if self.repetition_penalty != 1.0:
-            problems.append(f"repetition_penalty is {self.repetition_penalty}: {reason} (repetition_penalty 1.0)")
-        if self.mask_truncated_completions:
-            problems.append(
-                "mask_truncated_completions is on, but TRL takes a completion without end-of-sequence token for a "
-                "truncated one, and a rollout ends at </answer>: every answer would be masked; switch it off"
-            )
-        if self.use_transformers_continuous_batching:
-            problems.append(
-                "use_transformers_continuous_batching is on, but it cannot stop a row at a tag; use vLLM (use_vllm) "
-                "or plain generation"
-            )
         return problems
 
     def _prepare_generation(self) -> None:

@@ -80,6 +80,36 @@ def option_problems(args: GRPOConfig) -> list[str]:
     return problems
 
 
+def sampling_problems(args: GRPOConfig) -> list[str]:
+    """What would sample from another distribution than is scored, or take answers for truncated."""
+    reason = (
+        "truncated sampling biases every ratio, since log-probabilities are those of the full softmax; "
+        "sample from the full softmax"
+    )
+    problems = []
+    if args.temperature <= 0:
+        problems.append(f"temperature is {args.temperature}; rollouts of a group must differ: use 1.0")
+    if args.top_p < 1:
+        problems.append(f"top_p is {args.top_p}: {reason} (top_p 1.0)")
+    if args.top_k is not None and args.top_k > 0:
+        problems.append(f"top_k is {args.top_k}: {reason} (top_k 0). Passages per search are retrieval_top_k")
+    if args.min_p:
+        problems.append(f"min_p is {args.min_p}: {reason} (min_p unset)")
+    if args.repetition_penalty != 1.0:
+        problems.append(f"repetition_penalty is {args.repetition_penalty}: {reason} (repetition_penalty 1.0)")
+    if args.mask_truncated_completions:
+        problems.append(
+            "mask_truncated_completions is on, but TRL takes a completion without end-of-sequence token for a "
+            "truncated one, and a rollout ends at </answer>: every answer would be masked; switch it off"
+        )
+    if args.use_transformers_continuous_batching:
+        problems.append(
+            "use_transformers_continuous_batching is on, but it cannot stop a row at a tag; use vLLM (use_vllm) "
+            "or plain generation"
+        )
+    return problems
+
+
 def bound_problems(args: REXRAGConfig) -> list[str]:
     """Bounds on the ratio that leave no gradient before the first update."""
     problems = []

@@ -17,15 +17,8 @@ if TYPE_CHECKING:
 REQUIRED_COLUMNS = ("question", "golden_answers")
 
 
-def add_prompts(
-    dataset: Dataset | IterableDataset | dict | None, template: str, name: str, forbidden: Sequence[str] = ()
-):
-    """Add the conversational `prompt` column that TRL trains on.
-
-    A string in `golden_answers` becomes a list of one, and blank answers beside others are left out.
-
-    Args:
-        forbidden: the tokenizer's control tokens, escaped in the prompt; the question itself stays as it is.
+def checked_questions(dataset: Dataset | IterableDataset | dict | None, name: str):
+    """The dataset with usable questions and answers: a string becomes a list of one, blank answers are left out.
 
     Raises:
         ValueError: naming the missing and the existing columns, for a dataset without questions or answers, or
@@ -35,7 +28,7 @@ def add_prompts(
     if dataset is None:
         return None
     if isinstance(dataset, dict):
-        return {key: add_prompts(part, template, f"{name}[{key!r}]", forbidden) for key, part in dataset.items()}
+        return {key: checked_questions(part, f"{name}[{key!r}]") for key, part in dataset.items()}
     columns = dataset.column_names
     missing = [column for column in REQUIRED_COLUMNS if columns is not None and column not in columns]
     if missing:
@@ -46,11 +39,23 @@ def add_prompts(
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(f"{name} has no rows; nothing can be trained on it")
 
-    def add_prompt(row: dict, index: int) -> dict:
-        answers = checked_answers(row, f"{name}[{index}]")
-        return {"prompt": build_prompt(row["question"], template, forbidden), "golden_answers": answers}
+    def checked(row: dict, index: int) -> dict:
+        return {"golden_answers": checked_answers(row, f"{name}[{index}]")}
 
-    return dataset.map(add_prompt, with_indices=True)
+    return dataset.map(checked, with_indices=True)
+
+
+def add_prompts(dataset: Dataset | IterableDataset | dict | None, template: str, forbidden: Sequence[str]):
+    """Add the conversational `prompt` column that TRL trains on.
+
+    Args:
+        forbidden: the tokenizer's control tokens, escaped in the prompt; the question itself stays as it is.
+    """
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        return {key: add_prompts(part, template, forbidden) for key, part in dataset.items()}
+    return dataset.map(lambda row: {"prompt": build_prompt(row["question"], template, forbidden)})
 
 
 def refuse_long_prompt(length: int, prompt: list[dict[str, str]], args: REXRAGConfig) -> None:

@@ -43,7 +43,7 @@ from rex_rag.metrics import (
 from rex_rag.mixed_sampling import MixedBatch, MixedSampler
 from rex_rag.model_card import PAPER, write_card
 from rex_rag.policy_correction import CLIPPED_LOSSES, KeepRatio, clip_bound
-from rex_rag.prompts import add_prompts, refuse_long_prompt, refuse_long_prompts
+from rex_rag.prompts import add_prompts, checked_questions, refuse_long_prompt, refuse_long_prompts
 from rex_rag.protocol import control_tokens
 from rex_rag.resuming import ResumableTrainer
 from rex_rag.retrieval.base import Retriever
@@ -145,11 +145,13 @@ class REXRAGTrainer(CorrectedLoss, ResumableTrainer):
         self._slots: Slots | None = None
         self._warned: set[str] = set()
         self._prompt_template = template = args.prompt_text()
-        processing_class = processing_class or policy_tokenizer(model, args)
-        forbidden = control_tokens(processing_class)
-        train_dataset = add_prompts(train_dataset, template, "train_dataset", forbidden)
+        train_dataset = checked_questions(train_dataset, "train_dataset")
+        eval_dataset = checked_questions(eval_dataset, "eval_dataset")
         if problems := training_problems(args, train_dataset):
             raise ValueError("; ".join(problems))
+        processing_class = processing_class or policy_tokenizer(model, args)
+        forbidden = control_tokens(processing_class)
+        train_dataset = add_prompts(train_dataset, template, forbidden)
         fresh = fresh_questions(train_dataset, args)
         given_weights = args.reward_weights
         functions, args.reward_weights = compose_rewards(reward_funcs, given_weights, args.format_reward_weight)
@@ -158,7 +160,7 @@ class REXRAGTrainer(CorrectedLoss, ResumableTrainer):
             reward_funcs=functions,
             args=args,
             train_dataset=train_dataset,
-            eval_dataset=add_prompts(eval_dataset, template, "eval_dataset", forbidden),
+            eval_dataset=add_prompts(eval_dataset, template, forbidden),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,

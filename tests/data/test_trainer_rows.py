@@ -7,7 +7,7 @@ from datasets import Dataset, IterableDataset
 
 from rex_rag.config import REXRAGConfig
 from rex_rag.data.question_rows import QuestionError
-from rex_rag.prompts import add_prompts
+from rex_rag.prompts import checked_questions
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.trainer import REXRAGTrainer
 from rex_rag.types import Passage
@@ -15,17 +15,17 @@ from rex_rag.types import Passage
 GOOD = {"question": "capital of Norway?", "golden_answers": ["Oslo"]}
 
 
-def prompted(*rows, name="train_dataset") -> list[dict]:
-    return add_prompts(Dataset.from_list(list(rows)), "Question: {question}", name).to_list()
+def checked(*rows, name="train_dataset") -> list[dict]:
+    return checked_questions(Dataset.from_list(list(rows)), name).to_list()
 
 
 def test_texts_stay_and_a_string_is_a_list_of_one():
-    [row] = prompted(GOOD)
-    assert row == {**GOOD, "prompt": [{"role": "user", "content": "Question: capital of Norway?"}]}
-    assert [row["golden_answers"] for row in prompted(*[{**GOOD, "golden_answers": "Oslo"}] * 2)] == [["Oslo"]] * 2
-    assert prompted({**GOOD, "golden_answers": ["Oslo", " ", "Kristiania"]})[0]["golden_answers"][1] == "Kristiania"
+    [row] = checked(GOOD)
+    assert row == GOOD
+    assert [row["golden_answers"] for row in checked(*[{**GOOD, "golden_answers": "Oslo"}] * 2)] == [["Oslo"]] * 2
+    assert checked({**GOOD, "golden_answers": ["Oslo", " ", "Kristiania"]})[0]["golden_answers"][1] == "Kristiania"
     arrays = Dataset.from_list([GOOD]).with_format("numpy")
-    assert add_prompts(arrays, "{question}", "train_dataset").with_format(None)[0]["golden_answers"] == ["Oslo"]
+    assert checked_questions(arrays, "train_dataset").with_format(None)[0]["golden_answers"] == ["Oslo"]
 
 
 @pytest.mark.parametrize(
@@ -34,14 +34,14 @@ def test_texts_stay_and_a_string_is_a_list_of_one():
 )
 def test_other_answers_are_refused_with_dataset_and_row(value):
     with pytest.raises(QuestionError, match=r"^eval_dataset\['nq'\]\[0\]: "):
-        prompted({**GOOD, "golden_answers": value}, name="eval_dataset['nq']")
+        checked({**GOOD, "golden_answers": value}, name="eval_dataset['nq']")
 
 
 @pytest.mark.parametrize("value", [None, "", " \n", "half \ud83d"])
 def test_so_are_other_questions(value):
     rows = [GOOD, {**GOOD, "question": value}]
     stream = IterableDataset.from_generator(lambda: iter(rows))
-    seen = iter(add_prompts(stream, "Question: {question}", "train_dataset"))
+    seen = iter(checked_questions(stream, "train_dataset"))
     assert next(seen)["golden_answers"] == ["Oslo"]
     with pytest.raises(QuestionError, match=r"^train_dataset\[1\]: "):
         next(seen)
