@@ -4,7 +4,7 @@ import logging
 
 import pytest
 from datasets import Dataset
-from parts import PASSAGES, RIGHT, WRONG, ScriptedGenerator, TwoRanks, run_on_both, sampler_for
+from parts import PASSAGES, RIGHT, WRONG, ScriptedGenerator, TwoRanks, make_word_tokenizer, run_on_both, sampler_for
 from tiny_training import save_tiny_policy, tiny_trainer
 
 from rex_rag.config import REXRAGConfig
@@ -186,15 +186,17 @@ def test_resting_questions_are_replaced_before_they_are_asked(word_tokenizer, re
     turns = [[RIGHT, WRONG, RIGHT, RIGHT], [WRONG] * 4, [WRONG] * 4]
     sampler = sampler_for(word_tokenizer, retriever, turns, probe_probability=0.0)
     sampling = dynamic(sampler, rest_after=1)
+    [resting] = fresh_indices(1, {0, 1}, (1, 0))
+    sampling.buffer.note(f"q{resting}", True)  # it would be drawn
     metrics = []
     for step in range(3):
         examples, prompt_ids = batch_of(0, 1)
         metrics.append(sampling.sample(examples, prompt_ids, step=step, keep_ratio=0.5).metrics)
-    [other] = fresh_indices(1, {0, 1}, (1, 0))
+    [other] = fresh_indices(1, {0, 1, resting}, (1, 0))
     seen = [asked(sampler.engine.generator, call) for call in range(3)]
     assert seen == [[0, 0, 1, 1], [0, 0, other, other], [0, 0, 1, 1]]
     assert [part["difficulty/rested"] for part in metrics] == [0, 1, 0]
-    assert [part["difficulty/resting"] for part in metrics] == [1, 0, 0]
+    assert [part["difficulty/resting"] for part in metrics] == [2, 1, 1]
 
 
 # In the trainer
@@ -325,4 +327,5 @@ def test_a_stream_is_refused_before_the_model_loads(folder, tmp_path):
                 args=REXRAGConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **{setting: 1}),
                 train_dataset=stream,
                 retriever=BM25Retriever(PASSAGES),
+                processing_class=make_word_tokenizer(),
             )
