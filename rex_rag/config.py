@@ -18,6 +18,7 @@ from rex_rag.exploration import load_pool
 from rex_rag.grpo_options import (
     bound_problems,
     data_loading_problems,
+    loss_problems,
     option_problems,
     option_warnings,
     sampling_problems,
@@ -104,9 +105,9 @@ class REXRAGConfig(GRPOConfig):
         format_reward_weight (`float`, *optional*, defaults to `0.0`):
             Weight of the reward for well-formed trajectories beside exact match; off by default, as in the paper.
         shaping_needs_right_answer (`bool`, *optional*, defaults to `True`):
-            Count the format reward and further reward functions in the advantage only where the group (originals and
-            kept probes) holds a right answer. Elsewhere they alone would tell its rows apart, and the group's std
-            would make full-size advantages of any difference. `False` counts them everywhere.
+            Count the format reward, and reward functions marked by `rex_rag.rewards.shaping`, in the advantage only
+            where the group (originals and kept probes) holds a right answer. Elsewhere they alone would tell its rows
+            apart, and the group's std would make full-size advantages of any difference. `False`: everywhere.
         dynamic_sampling_rounds (`int`, *optional*, defaults to `0`):
             How many times a step may replace groups without signal, all right or all wrong by exact match, by fresh
             questions and generate for them (DAPO, arXiv 2503.14476); `0` switches dynamic sampling off.
@@ -202,7 +203,7 @@ class REXRAGConfig(GRPOConfig):
     format_reward_weight: float = field(default=0.0, metadata={"help": "Weight of the well-formedness reward."})
     shaping_needs_right_answer: bool = field(
         default=True,
-        metadata={"help": "Count rewards beside exact match only in groups that hold a right answer."},
+        metadata={"help": "Count shaping rewards (format) only in groups that hold a right answer."},
     )
     dynamic_sampling_rounds: int = field(
         default=0, metadata={"help": "Times a step may replace groups without signal by fresh questions; 0: never."}
@@ -301,7 +302,7 @@ class REXRAGConfig(GRPOConfig):
             if getattr(self, name) not in choices
         ]
         problems += option_problems(self) + bound_problems(self) + signal_problems(self)
-        problems += self._rollout_problems() + sampling_problems(self) + self._loss_problems()
+        problems += self._rollout_problems() + sampling_problems(self) + loss_problems(self)
         for check in (
             self.exploration_pool,
             lambda: build_prompt("", self.prompt_text()),
@@ -384,24 +385,6 @@ class REXRAGConfig(GRPOConfig):
                 f"correction_weight_max is {self.correction_weight_max}; below 1 it would cut weights of tokens that "
                 "need no correction: use at least 1, or leave it unset"
             )
-        return problems
-
-    def _loss_problems(self) -> list[str]:
-        problems = []
-        largest = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        if self.loss_type == "cispo" and largest < 1:
-            problems.append(
-                f"loss_type is 'cispo' with epsilon_high {self.epsilon_high}: TRL cuts every importance weight to "
-                f"{largest} there, and not to 1 more than that; set epsilon_high to the largest weight to allow "
-                "(ScaleRL: 5.0)"
-            )
-        if self.neftune_noise_alpha is not None:
-            problems.append(
-                f"neftune_noise_alpha is {self.neftune_noise_alpha}: noise on the embeddings goes into every "
-                "log-probability of the policy, so that ratios and KL measure noise; leave it unset"
-            )
-        if self.num_probe_slots > 0 and self.correction in FORMS:
-            problems += self.correction_form.problems(self)
         return problems
 
     def _prepare_generation(self) -> None:

@@ -155,24 +155,17 @@ class DifficultyBuffer:
 
 
 def signal_problems(args: REXRAGConfig) -> list[str]:
-    """What is wrong with the settings of shaping, dynamic sampling and the difficulty buffer."""
+    """What is wrong with the settings of dynamic sampling and the difficulty buffer."""
     problems = [
         f"{name} is {getattr(args, name)}; use 0 (off) or a positive number"
         for name in ("dynamic_sampling_rounds", "rest_after")
         if getattr(args, name) < 0
     ]
-    # A weight of 0 means that another function is the task's reward; which one nobody has said.
-    if not args.reward_weights or args.reward_weights[0] > 0:
-        return problems
-    ignored = f"reward_weights is {args.reward_weights}, so that exact match does not count, but "
-    if args.shaping_needs_right_answer and len(args.reward_weights) > 1:
+    if args.dynamic_sampling_rounds > 0 and args.reward_weights and args.reward_weights[0] <= 0:
         problems.append(
-            f"{ignored}shaping_needs_right_answer lets the others count only beside an exact match; set it to false"
-        )
-    if args.dynamic_sampling_rounds:
-        problems.append(
-            f"{ignored}dynamic_sampling_rounds {args.dynamic_sampling_rounds} judges by it which groups have signal; "
-            "set it to 0"
+            f"reward_weights is {args.reward_weights}, so that exact match does not count, but "
+            f"dynamic_sampling_rounds {args.dynamic_sampling_rounds} judges by it which groups have signal: set it "
+            "to 0"
         )
     return problems
 

@@ -110,6 +110,26 @@ def sampling_problems(args: GRPOConfig) -> list[str]:
     return problems
 
 
+def loss_problems(args: REXRAGConfig) -> list[str]:
+    """What would make another objective of the loss, under any correction form or under the one chosen."""
+    problems = []
+    largest = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    if args.loss_type == "cispo" and largest < 1:
+        problems.append(
+            f"loss_type is 'cispo' with epsilon_high {args.epsilon_high}: TRL cuts every importance weight to "
+            f"{largest} there, and not to 1 more than that; set epsilon_high to the largest weight to allow "
+            "(ScaleRL: 5.0)"
+        )
+    if args.neftune_noise_alpha is not None:
+        problems.append(
+            f"neftune_noise_alpha is {args.neftune_noise_alpha}: noise on the embeddings goes into every "
+            "log-probability of the policy, so that ratios and KL measure noise; leave it unset"
+        )
+    if args.num_probe_slots > 0 and args.correction in FORMS:
+        problems += args.correction_form.problems(args)
+    return problems
+
+
 def bound_problems(args: REXRAGConfig) -> list[str]:
     """Bounds on the ratio that leave no gradient before the first update."""
     problems = []

@@ -21,6 +21,13 @@ def exact_match_reward(
     return [float(exact_match(answer, golds)) for answer, golds in zip(predicted_answer, golden_answers, strict=True)]
 
 
+def shaping(function: Callable) -> Callable:
+    """Mark a reward function as shaping: it counts only in groups that hold a right answer (`rex_rag.shaping`)."""
+    function.is_shaping = True
+    return function
+
+
+@shaping
 def format_reward(completions: Sequence, *, trajectory: Sequence[Trajectory | None], **_) -> list[float]:
     """1.0 for a rollout that answered and in which every turn was a valid action, else 0.0."""
     return [float(item is not None and item.answer is not None and item.invalid_actions == 0) for item in trajectory]

@@ -1,10 +1,11 @@
-"""Reward shaping: rewards beside exact match count where a question was answered right at all.
+"""Reward shaping: what shapes an answer's form counts where a question was answered right at all.
 
-Exact match is the task; the format reward and a user's own functions shape how an answer comes about. Where a group
-holds no right answer, shaping is all that tells its rows apart, and division by the group's std makes a full-size
-advantage of any difference, however small: the policy then learns form from its failures, and nothing pulls it back.
-So there shaping counts as 0. Where every answer is right it counts, and ranks right answers among themselves: what it
-spoils turns up as wrong answers, against which exact match is the larger reward again.
+Exact match is the task; the format reward, and whatever else is marked by `rex_rag.rewards.shaping`, shapes how an
+answer comes about. Where a group holds no right answer, shaping is all that tells its rows apart, and division by the
+group's std makes a full-size advantage of any difference, however small: the policy then learns form from its
+failures, and nothing pulls it back. So there shaping counts as 0. Where every answer is right it counts, and ranks
+right answers among themselves: what it spoils turns up as wrong answers, against which exact match is the larger
+reward again.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import torch
 from trl.trainer.utils import nanstd
 
 
-def gate_shaping(rewards_per_func: torch.Tensor, group: int) -> torch.Tensor:
+def gate_shaping(rewards_per_func: torch.Tensor, is_shaping: Sequence[bool], group: int) -> torch.Tensor:
     """The rewards that advantages are made of: shaping is 0 in groups without a right answer.
 
     Args:
         rewards_per_func: (B, R) rewards of the global batch, exact match first; NaN where a function does not apply,
             whole rows of it in empty probe slots. A right probe is a right answer of its group.
+        is_shaping: of the R functions.
         group: rows per question.
 
     Returns:
@@ -28,8 +30,7 @@ def gate_shaping(rewards_per_func: torch.Tensor, group: int) -> torch.Tensor:
     """
     answered = (rewards_per_func[:, 0].view(-1, group) > 0).any(dim=1)  # NaN compares as false
     silenced = ~answered.repeat_interleave(group).unsqueeze(1) & ~rewards_per_func.isnan()  # (B, R)
-    silenced[:, 0] = False
-    return rewards_per_func.masked_fill(silenced, 0.0)
+    return rewards_per_func.masked_fill(silenced & torch.tensor(is_shaping, device=silenced.device), 0.0)
 
 
 def log_given_rewards(

@@ -101,8 +101,8 @@ class REXRAGTrainer(CorrectedLoss, ResumableTrainer):
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
             Further TRL reward functions, added to exact match. They receive model-written text as `completions`, and
             `predicted_answer`, `golden_answers` and `trajectory` beside TRL's arguments. `args.reward_weights` counts
-            exact match first, then the format reward where it is on, then these. All but exact match is shaping, and
-            counts where a question was answered right (`args.shaping_needs_right_answer`).
+            exact match first, then the format reward where it is on, then these. One that only shapes answers is
+            marked by `rex_rag.rewards.shaping`, and then counts where a question was answered right.
         recipe (`str`, *optional*):
             Where the settings came from, for the model card.
 
@@ -155,6 +155,7 @@ class REXRAGTrainer(CorrectedLoss, ResumableTrainer):
         fresh = fresh_questions(train_dataset, args)
         given_weights = args.reward_weights
         functions, args.reward_weights = compose_rewards(reward_funcs, given_weights, args.format_reward_weight)
+        self._is_shaping = [getattr(function, "is_shaping", False) for function in functions]
         super().__init__(
             model=model,
             reward_funcs=functions,
@@ -340,14 +341,9 @@ class REXRAGTrainer(CorrectedLoss, ResumableTrainer):
         all_empty, all_probe = self.accelerator.gather(empty), self.accelerator.gather(is_probe)
         self._log("reward/originals", rewards[~all_empty & ~all_probe].mean().item())
         self._log("reward/probes", rewards[all_probe].mean().item())
-        if not self._shaping_is_gated:
-            return rewards_per_func
-        self._given_rewards = rewards_per_func
-        return gate_shaping(rewards_per_func, self.num_generations)
-
-    @property
-    def _shaping_is_gated(self) -> bool:
-        return self.model.training and self.args.shaping_needs_right_answer and len(self.reward_funcs) > 1
+        gated = self.model.training and self.args.shaping_needs_right_answer and any(self._is_shaping)
+        self._given_rewards = rewards_per_func if gated else None
+        return gate_shaping(rewards_per_func, self._is_shaping, self.num_generations) if gated else rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
         """As in the parent, plus what the correction needs, minus the empty slots."""
@@ -357,7 +353,7 @@ class REXRAGTrainer(CorrectedLoss, ResumableTrainer):
             for column in table_columns(self._logs):
                 column.clear()  # TRL's table holds the newest generation batch, which is rid of empty slots below
         output = super()._generate_and_score_completions(inputs)
-        if self._shaping_is_gated:
+        if self._given_rewards is not None:
             log_given_rewards(
                 self._given_rewards, self.reward_func_names, self.reward_weights, self._metrics["train"], self._logs
             )

@@ -87,10 +87,9 @@ def test_defaults_are_the_papers(tmp_path):
         ({"format_reward_weight": -1.0}, r"format_reward_weight is -1.0"),
         ({"dynamic_sampling_rounds": -1}, r"dynamic_sampling_rounds is -1; use 0 \(off\)"),
         ({"rest_after": -2}, r"rest_after is -2; use 0 \(off\)"),
-        ({"reward_weights": [0.0, 1.0]}, r"exact match does not count, but shaping_needs_right_answer .*to false"),
-        ({"reward_weights": [0.0, 1.0], "shaping_needs_right_answer": False}, None),
+        ({"reward_weights": [0.0, 1.0]}, None),
         (
-            {"reward_weights": [0.0, 1.0], "shaping_needs_right_answer": False, "dynamic_sampling_rounds": 1},
+            {"reward_weights": [0.0, 1.0], "dynamic_sampling_rounds": 1},
             r"does not count, but dynamic_sampling_rounds 1 judges by it.*set it to 0",
         ),
         ({"use_vllm": True, "vllm_max_model_length": 1024}, r"vllm_max_model_length is 1024, less than"),

@@ -238,7 +238,7 @@ def make_trainer(folder, output, **settings):
         for word in (*EASY, *MIXED, *HARD)
     ]
     sizes = {"num_generations": 4, "num_probe_slots": 2, "per_device_train_batch_size": 16, "max_turns": 0}
-    shaped = {"reward_funcs": None, "shaping_needs_right_answer": True, "keep_ratio": 0.25}
+    shaped = {"reward_funcs": None, "keep_ratio": 0.25}
     trainer = tiny_trainer(
         folder, output, BM25Retriever(PASSAGES), questions=questions, **{**sizes, **shaped, **settings}
     )

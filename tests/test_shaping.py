@@ -8,6 +8,7 @@ from parts import PASSAGES, RIGHT, WRONG, ScriptedGenerator
 from tiny_training import save_tiny_policy, tiny_trainer
 
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
+from rex_rag.rewards import shaping
 from rex_rag.shaping import gate_shaping
 
 SILENT = "so so so"
@@ -29,14 +30,16 @@ def test_shaping_is_gated_group_by_group():
         ]
     )
     expected = given.clone()
-    expected[8:12] = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, nan], [0.0, 0.0, 0.0], [nan, nan, nan]])
-    assert torch.equal(gate_shaping(given, 4).nan_to_num(-1), expected.nan_to_num(-1))
+    expected[8:12, 1] = torch.tensor([0.0, 0.0, 0.0, nan])
+    assert torch.equal(gate_shaping(given, [False, True, False], 4).nan_to_num(-1), expected.nan_to_num(-1))
+    expected[8:12, 2] = torch.tensor([0.0, nan, 0.0, nan])
+    assert torch.equal(gate_shaping(given, [False, True, True], 4).nan_to_num(-1), expected.nan_to_num(-1))
 
 
 def scored(folder, tmp_path, turns, **settings):
     """Two questions of four originals, exact match and 0.2 x format; the trainer and its scored batch."""
     sizes = {"num_generations": 4, "num_probe_slots": 0, "per_device_train_batch_size": 8, "max_turns": 0}
-    gated = {"shaping_needs_right_answer": True, "format_reward_weight": 0.2, "reward_funcs": None}
+    gated = {"format_reward_weight": 0.2, "reward_funcs": None}
     trainer = tiny_trainer(folder, tmp_path, BM25Retriever(PASSAGES), log_completions=True, **sizes | gated | settings)
     trainer.sampler.engine.generator = ScriptedGenerator(trainer._tokenizer, [turns])
     trainer.current_gradient_accumulation_steps = 1
@@ -80,12 +83,18 @@ def test_the_std_of_a_whole_batch_is_that_of_what_counts(folder, tmp_path):
     assert output["advantages"].tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_right_answers_are_ranked_by_shaping(folder, tmp_path):
-    """All right, 0, -0.1, -0.2, -0.3 beside it: mean -0.15, std 0.129099, so 0.15 / 0.129199 = 1.160999 and so on."""
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_function_of_ones_own_is_shaping_where_it_is_marked(folder, tmp_path, marked):
+    """0, -0.1, -0.2, -0.3 in both groups: mean -0.15, std 0.129099, so 0.15 / 0.129199 = 1.160999 and so on.
+
+    Right answers are ranked by it; wrong ones only where it is no shaping.
+    """
 
     def brevity(completions, **_):
         return [-0.1 * (index % 4) for index in range(len(completions))]
 
-    _, output = scored(folder, tmp_path, ALL_RIGHT + ALL_WRONG, reward_funcs=brevity, format_reward_weight=0.0)
-    expected = [1.160999, 0.387000, -0.387000, -1.160999, 0, 0, 0, 0]
+    function = shaping(brevity) if marked else brevity
+    _, output = scored(folder, tmp_path, ALL_RIGHT + ALL_WRONG, reward_funcs=function, format_reward_weight=0.0)
+    ranked = [1.160999, 0.387000, -0.387000, -1.160999]
+    expected = ranked + ([0, 0, 0, 0] if marked else ranked)
     assert output["advantages"].tolist() == pytest.approx(expected, abs=1e-5)

@@ -551,7 +551,7 @@ def test_training_with_a_sampling_policy_runs_and_moves(model_path, tmp_path):
         return [-0.01 * len(completion[0]["content"]) for completion in completions]
 
     sizes = {"num_generations": 8, "num_probe_slots": 4, "per_device_train_batch_size": 32, "max_steps": 4}
-    trainer = make_trainer(model_path, tmp_path, reward_funcs=brevity, shaping_needs_right_answer=False, **sizes)
+    trainer = make_trainer(model_path, tmp_path, reward_funcs=brevity, **sizes)
     before = {name: value.clone() for name, value in trainer.model.named_parameters()}
     trainer.train()
     history = [row for row in trainer.state.log_history if "em/originals" in row]
@@ -649,7 +649,6 @@ def test_lora_trains_the_adapter_alone(model_path, tmp_path):
             num_generations=6,
             num_probe_slots=2,
             per_device_train_batch_size=12,
-            shaping_needs_right_answer=False,
         ),
         train_dataset=Dataset.from_list(QUESTIONS),
         retriever=BM25Retriever(PASSAGES),

@@ -29,10 +29,7 @@ def save_tiny_policy(folder: Path) -> Path:
 
 
 def brevity(completions, **_):
-    """A reward that differs between any two rollouts: with exact match alone a random policy learns nothing.
-
-    It never answers rightly either, so the reward must count without a right answer (`shaping_needs_right_answer`).
-    """
+    """A reward that differs between any two rollouts: with exact match alone a random policy learns nothing."""
     return [-0.01 * len(completion[0]["content"]) for completion in completions]
 
 
@@ -56,7 +53,6 @@ def tiny_trainer(
         **{"disable_tqdm": True, "logging_steps": 1, "learning_rate": 2e-3},
         **{"num_generations": 6, "num_probe_slots": 3, "probe_probability": 0.7, "keep_ratio": 0.4},
         **{"max_prompt_length": 32, "max_turn_tokens": 30, "max_observation_tokens": 40, "max_sequence_length": 200},
-        "shaping_needs_right_answer": False,
         "exploration_prompts": str(folder / "pool.txt"),
         "prompt_template": str(folder / "prompt.txt"),
     }

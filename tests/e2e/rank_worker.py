@@ -44,7 +44,6 @@ def main() -> None:
             gradient_accumulation_steps=2,
             probe_probability=0.6,
             keep_ratio=0.25,
-            shaping_needs_right_answer=False,
             dynamic_sampling_rounds=1,
             max_prompt_length=200,
             max_turn_tokens=16,
