@@ -428,7 +428,8 @@ class REXRAGConfig(GRPOConfig):
             logger.warning(warning)
         if self.loss_type != "dapo":
             logger.warning(
-                "loss_type is %r; the method averages over the tokens of the whole batch, which is loss_type 'dapo'",
+                "loss_type is %r; the mean over the tokens of an update, which comes nearest to the reference's "
+                "(tokens per micro-batch, weighted by rows), is loss_type 'dapo'",
                 self.loss_type,
             )
         window = self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps

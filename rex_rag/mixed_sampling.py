@@ -49,7 +49,10 @@ class MixedBatch:
 
     @property
     def failure_rate(self) -> float:
-        """z: the fraction of originals of the global batch that answered wrongly."""
+        """z: the fraction of originals of the global batch that answered wrongly: what probes are drawn from.
+
+        The reference takes 1 - accuracy, which counts originals without an answer too; none of those is ever probed.
+        """
         return self.global_failed / self.global_originals
 
     @property
