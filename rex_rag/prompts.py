@@ -29,6 +29,10 @@ def checked_questions(dataset: Dataset | IterableDataset | dict | None, name: st
         return None
     if isinstance(dataset, dict):
         return {key: checked_questions(part, f"{name}[{key!r}]") for key, part in dataset.items()}
+    if not hasattr(dataset, "column_names"):
+        raise ValueError(
+            f"{name} is a {type(dataset).__name__}; make it a datasets.Dataset, with from_list or from_pandas"
+        )
     columns = dataset.column_names
     missing = [column for column in REQUIRED_COLUMNS if columns is not None and column not in columns]
     if missing:

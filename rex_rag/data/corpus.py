@@ -42,7 +42,8 @@ def passage_from_row(row: Mapping[str, Any], default_id: str) -> Passage:
     """
     field = next((name for name in ("contents", "text") if row.get(name) is not None), None)
     if field is None:
-        raise CorpusError(f"missing fields, neither 'contents' nor 'text' among {sorted(map(str, row))}")
+        held = sorted(str(name) for name, value in row.items() if value is not None)
+        raise CorpusError(f"missing fields, neither 'contents' nor 'text' among {held}")
     text, title = _string(row[field], field), _short_text(row, "title") or ""
     if field == "contents":
         title, text = (title, _without_title(text, title)) if title.strip() else split_contents(text)
@@ -96,15 +97,24 @@ def iter_passages(path: str | Path) -> Iterator[tuple[int, Passage]]:
             missing fields, an empty text.
     """
     for number, row in iter_json_objects(path, CorpusError):
-        if all(row.get(name) is None for name in ID_FIELDS):
-            _tell_numbered(path, ", ".join(sorted(row.keys() - {"contents", "title", "text", *ID_FIELDS})))
         try:
             passage = passage_from_row(row, default_id=str(number))
         except CorpusError as error:
             raise CorpusError(
                 f"{path}, line {number}: {error}; repair the row or leave it out. A row is {LAYOUTS}"
             ) from None
+        others = row.keys() - {"contents", "title", "text", *ID_FIELDS}
+        if all(row.get(name) is None for name in ID_FIELDS):
+            _tell_numbered(path, ", ".join(sorted(others)))
+        if not passage.title and (titles := sorted(name for name in others if "title" in name.lower())):
+            _tell_untitled(path, titles[0])
         yield number, passage
+
+
+@cache
+def _tell_untitled(path: str | Path, field: str) -> None:
+    """Once a file: a title under another name is not read."""
+    logger.warning("%s: the field %r is not read; rename it to title if it holds a passage's", path, field)
 
 
 @cache

@@ -19,12 +19,13 @@ from typing import Any
 
 from rex_rag.data.jsonl import shorten
 
-# What neither JSON nor Python reads as a list, but numpy, pandas or Python printed for one.
+# What neither JSON nor Python reads as a list, but numpy, pandas, Spark or a word processor made of one.
 _PRINTED = re.compile(
-    r"\[\s*['\"].*\]|\[[\d\s.,+-]*\]|(?:array|(?:frozen)?set|list|tuple|dict_\w+)\([\[({].*\)", re.DOTALL
+    r"\[\s*['\"\u2018\u201c].*\]|\[(?:nan|[\d\s.,+-])*\]|\[[^\[\]]*,[^\[\]]*\]|(?:array|(?:frozen)?set|list|tuple|dict_\w+)\([\[({].*\)",
+    re.DOTALL,
 )
 # Of the answer, as MuSiQue (answer_aliases) and PopQA (o_aliases) have them; PopQA has aliases of the subject too.
-_ALIASES = re.compile(r"(?!s(?:ubj(?:ect)?)?_)\w*alias(?:es)?", re.IGNORECASE)
+_ALIASES = re.compile(r"(?!s(?:ubj(?:ect)?)?_)[\w -]*alias(?:es)?", re.IGNORECASE)
 BLANK_ANSWERS = "%s: %d blank gold answers stand beside others and were left out"
 _WAYS_OUT = {
     bool: "write yes or no",
@@ -82,7 +83,8 @@ def read_row(row: Mapping[str, Any], columns: Columns, place: str, may_be_lists:
         raise QuestionError(f"{place}: the question is {shorten(question)}; it must be a string: repair the row")
     found = [read_answers(row.get(name), place, may_be_lists) for name in columns.of_answers]
     unread = [name for name in map(str, row) if isinstance(columns.answers, str) and is_alias_of(name, columns)]
-    if aliases := [name for name in unread if str(row[name]).strip() not in ("", "None", "[]")]:
+    answers = [answer for answers, _ in found for answer in answers]
+    if aliases := [name for name in unread if _says_more(row[name], answers)]:
         raise QuestionError(
             f"{place}: the column {aliases[0]!r} holds more gold answers than {columns.answers!r}; set answers_column "
             f"to [{columns.answers}, {aliases[0]}] to read both, or to [{columns.answers}] to read it alone"
@@ -90,7 +92,7 @@ def read_row(row: Mapping[str, Any], columns: Columns, place: str, may_be_lists:
     return QuestionRow(
         text_of(row.get(columns.id), "id", place) or None,
         text_of(question, "question", place),
-        [answer for answers, _ in found for answer in answers],
+        answers,
         sum(blank for _, blank in found),
     )
 
@@ -101,7 +103,7 @@ def checked_answers(row: Mapping[str, Any], place: str) -> list[str]:
     Raises:
         QuestionError: for what `read_row` refuses, for a question that is absent, and for anything but texts.
     """
-    question, value = row["question"], row["golden_answers"]
+    question, value = row.get("question"), row.get("golden_answers")
     if not isinstance(question, str) or not text_of(question, "question", place):
         raise QuestionError(f"{place}: the question is {shorten(question)}; it must be a non-blank string")
     value = value.tolist() if hasattr(value, "tolist") else value
@@ -117,6 +119,12 @@ def checked_answers(row: Mapping[str, Any], place: str) -> list[str]:
 def is_alias_of(name: str, columns: Columns) -> bool:
     """Whether a column that is not read seems to hold further spellings of the gold answers."""
     return name not in columns.of_answers and _ALIASES.fullmatch(name) is not None
+
+
+def _says_more(value: Any, answers: list[str]) -> bool:
+    """Whether a column of aliases holds what the answers do not."""
+    entries = value if isinstance(value, list | tuple) else [value]
+    return any(str(entry).strip() not in ("", "None", "nan", "[]", "{}", *answers) for entry in entries)
 
 
 def read_answers(value: Any, place: str, may_be_lists: bool = False) -> tuple[list[str], int]:
@@ -148,6 +156,8 @@ def text_of(value: Any, what: str, place: str) -> str:
     value = value.tolist() if hasattr(value, "tolist") else value
     if value is None:
         return ""
+    if isinstance(value, float | Decimal) and value == 0:  # which may have a sign
+        return "0"
     if isinstance(value, float | Decimal) and math.isfinite(value):
         text = format(Decimal(_shortest(value)), "f")
         return text.rstrip("0").rstrip(".") if "." in text else text

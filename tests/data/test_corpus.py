@@ -85,7 +85,7 @@ def test_contents_are_split_at_the_first_line(contents, title, text):
         ('{"id": "x"}', r"missing fields, neither 'contents' nor 'text' among \['id'\]"),
         ('{"id": "x", "title": "T"}', "missing fields"),
         ('{"pid": "x", "passage": "T"}', r"missing fields, .* among \['passage', 'pid'\]"),
-        ('{"id": "x", "title": "T", "text": null}', "missing fields"),
+        ('{"id": "x", "title": "T", "text": null}', r"missing fields, .* among \['id', 'title'\]"),
         ('{"id": "x", "title": "T", "text": " \\n"}', "empty text"),
         ('{"id": "x", "contents": "\\"T\\"\\n "}', "empty text"),
         ('{"id": "x", "contents": "\\"T\\"\\n"}', "empty text"),
@@ -136,6 +136,14 @@ def test_rows_without_an_id_are_numbered_with_a_warning_if_another_field_may_be_
     assert "numbered by line" in said and "(uid)" in said
     caplog.clear()
     read_corpus(_write(tmp_path / "plain.jsonl", '{"text": "t"}'))
+    assert not caplog.records
+
+
+def test_a_title_under_another_name_is_told(tmp_path, caplog):
+    read_corpus(_write(tmp_path / "kilt.jsonl", *['{"wikipedia_title": "T", "text": "t"}'] * 2))
+    assert "'wikipedia_title' is not read" in caplog.text and caplog.text.count("not read") == 1
+    caplog.clear()
+    read_corpus(_write(tmp_path / "both.jsonl", '{"id": 1, "title": "T", "subtitle": "S", "text": "t"}'))
     assert not caplog.records
 
 

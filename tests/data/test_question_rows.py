@@ -34,6 +34,10 @@ LISTS = [
     " [null]\n",
     '{"text": ["a"], "answer_start": [3]}',
     "{'text': ['a']}",
+    "[\u2018a\u2019, \u2018b\u2019]",
+    "[\u201ca\u201d]",
+    "[Oslo, Kristiania]",
+    "[nan]",
 ]
 
 
@@ -70,6 +74,8 @@ def write(path: Path, *rows) -> Path:
         (1e-7, ["0.0000001"]),
         (100.0, ["100"]),
         (-0.5, ["-0.5"]),
+        (-0.0, ["0"]),
+        (Decimal("-0.00"), ["0"]),
         (1073741824.0, ["1073741824"]),
         (1234.5678, ["1234.5678"]),
         (np.float32(3.1), ["3.1"]),
@@ -234,6 +240,12 @@ def test_aliases_in_a_second_column_are_read_if_it_is_named(tmp_path, read):
     assert read(path, answers_column=["answer"]) == [("Where?", ["Oslo"]), ("Who?", ["Ann"])]
     path.write_text(path.read_text().replace('["Christiania", "Kristiania"]', '"[]"'))
     assert read(path, answers_column="answer") == [("Where?", ["Oslo"]), ("Who?", ["Ann"])]
+    for none in ("NaN", '[""]', "[null]", "{}", '["Oslo"]', '"Oslo"'):
+        path.write_text(f'{{"question": "Where?", "answer": "Oslo", "answer_aliases": {none}}}\n')
+        assert read(path, answers_column="answer") == [("Where?", ["Oslo"])], none
+    write(path, {"question": "Where?", "answer": "Oslo", "Answer Aliases": ["Christiania"]})
+    with pytest.raises(QuestionError, match="the column 'Answer Aliases' holds more"):
+        read(path, answers_column="answer")
     with pytest.raises(QuestionError, match=r"no column 'answer_alias'; .*Set answers_column"):
         read(path, answers_column=["answer", "answer_alias"])
 

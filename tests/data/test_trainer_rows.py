@@ -47,6 +47,15 @@ def test_so_are_other_questions(value):
         next(seen)
 
 
+def test_rows_without_the_columns_and_what_is_no_dataset_are_refused():
+    for row in ({"question": "Who?"}, {"golden_answers": ["Ann"]}):
+        stream = IterableDataset.from_generator(lambda row=row: iter([row]))
+        with pytest.raises(QuestionError, match=r"^train_dataset\[0\]: .* is None"):
+            next(iter(checked_questions(stream, "train_dataset")))
+    with pytest.raises(ValueError, match=r"^train_dataset is a list; make it a datasets\.Dataset"):
+        checked_questions([GOOD], "train_dataset")
+
+
 @pytest.mark.parametrize("part", ["train_dataset", "eval_dataset"])
 def test_they_are_refused_before_weights_load(tmp_path, part):
     bad = Dataset.from_list([GOOD, {**GOOD, "golden_answers": []}])

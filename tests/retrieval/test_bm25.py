@@ -65,6 +65,10 @@ def test_stop_words_are_left_out_unless_asked_for():
         ("เชียงใหม่อยู่เหนือ", "กรุงเทพเป็นเมืองหลวงของไทย", "เมืองหลวง"),
         ("ភ្នំពេញ", "សៀមរាប", "សៀមរាប"),
         ("Oslo 東京都 Rome", "Oslo 京都府 Rome", "京都府"),
+        ("小狗是动物", "小猫是动物", "猫"),
+        ("부산은 도시", "서울은 도시", "서울"),
+        ("日本のＫｙｏｔｏ", "日本のＴｏｋｙｏ", "Tokyo"),
+        ("ｵｵｻｶ", "ﾄｳｷｮｳ", "トウキョウ"),
     ],
 )
 def test_words_of_one_character_accents_and_scripts_without_spaces_are_found(other, right, query):
@@ -72,8 +76,10 @@ def test_words_of_one_character_accents_and_scripts_without_spaces_are_found(oth
     assert first.id == "1" and first.score > second.score
 
 
-def test_a_lone_character_of_a_script_without_spaces_is_a_term():
-    assert TermSplitter(BM25Options()).terms(["中 and 日本語 x"]) == [["中", "日本", "本語", "x"]]
+def test_characters_of_a_script_without_spaces_are_terms_in_pairs_and_ideographs_alone():
+    splitter = TermSplitter(BM25Options())
+    assert splitter.terms(["中 and 日本語 x"]) == [["中", "日本", "本語", "日", "本", "語", "x"]]
+    assert splitter.terms(["タワー", "서울은"]) == [["タワ", "ワー"], ["서울", "울은", "서", "울", "은"]]
 
 
 @pytest.mark.parametrize("query", ["zzz", "the of", "!?", "\u4e2d", "a", "", " \n", "\0"])
@@ -225,7 +231,7 @@ def test_threads_see_the_same_ranking():
 
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the HotpotQA sample is not at ../shared/data/hotpotqa_sample")
-@pytest.mark.parametrize(("top_k", "expected"), [(2, 0.595), (3, 0.695), (5, 0.780), (10, 0.890)])
+@pytest.mark.parametrize(("top_k", "expected"), [(2, 0.595), (3, 0.695), (5, 0.785), (10, 0.890)])
 def test_recall_of_gold_passages_on_hotpotqa(top_k, expected):
     retriever = BM25Retriever(read_corpus(REAL_DATA / "corpus.jsonl"))
     with (REAL_DATA / "qa.jsonl").open(encoding="utf-8") as lines:

@@ -11,9 +11,12 @@ _TAGGED = re.compile(
     f"{ANSWER_TAGS[0]}((?:(?!{ANSWER_TAGS[0]}).)*?){ANSWER_TAGS[1]}",
     re.DOTALL,
 )
-# The end of "So the answer is:", as the prompts ask for it; IRCoT stops there (arXiv 2212.10509, section 3.1).
-_ANNOUNCED = re.compile(r"\banswer is[\s*_]*:", re.IGNORECASE)
-_NEXT_QUESTION = re.compile(r"\n\s*Question:")
+# "So the answer is:", as the prompts ask for it; IRCoT stops there (arXiv 2212.10509, section 3.1). With a closing
+# quote behind it, it is only talked about.
+_ANNOUNCED = re.compile(
+    r"(?:\bso\s+)?(?:\bthe\s+)?(?:\bfinal\s+)?\banswer is[\s*_]*[:\uff1a](?![\"'\u2019\u201d](?!\w))", re.IGNORECASE
+)
+_NEXT_QUESTION = re.compile(r"\n[\s*_#]*Question[*_]*:")
 _BOX = re.compile(r"\\boxed\s*\{")
 _TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
 _EMPHASIS = "*_`"
@@ -56,7 +59,8 @@ def announced_answer(text: str) -> str | None:
     beyond = _NEXT_QUESTION.search(text, first.end()) if first else None
     text = text[: beyond.start()] if beyond else text
     for match in reversed(list(_ANNOUNCED.finditer(text))):
-        line = next((line for line in text[match.end() :].splitlines() if line.strip(_EMPHASIS + " \t")), "")
+        text, rest = text[: match.start()], text[match.end() :].replace(THINK_TAGS[1], "\n")
+        line = next((line for line in rest.splitlines() if line.strip(_EMPHASIS + " \t")), "")
         answer = line.strip().strip(_EMPHASIS).strip()
         answer = answer.removesuffix(".").strip(_EMPHASIS).strip()
         if answer:

@@ -55,6 +55,7 @@ class IRCoT(ScriptMethod):
     """
 
     name = "ircot"
+    revision = 2  # the last announcement of a sentence counts
     title = "IRCoT"
     source = "Trivedi et al., Interleaving Retrieval with Chain-of-Thought Reasoning, arXiv 2212.10509"
     uses_retriever = True

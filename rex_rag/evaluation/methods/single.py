@@ -30,6 +30,7 @@ class ChainOfThought(ScriptMethod):
     reasoning model before it is in them (or what it put into answer tags)."""
 
     name = "cot"
+    revision = 2  # the last announcement counts
     title = "Chain of thought"
     source = "Wei et al., Chain-of-Thought Prompting Elicits Reasoning in Large Language Models, arXiv 2201.11903"
     uses_retriever = False

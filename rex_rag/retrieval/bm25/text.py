@@ -27,11 +27,13 @@ BM25_DEFAULT_STEMMER = "english"
 BM25_DEFAULT_STOPWORDS = "english"
 # Words of one character too, as in Lucene's standard analyser and unlike scikit-learn: Vitamin K, Apollo 8.
 TOKEN_PATTERN = r"(?u)\b\w+\b"
-# Thai and Lao, Burmese, Khmer, Japanese and Chinese stand without spaces between words.
+# Thai and Lao, Burmese, Khmer, Japanese and Chinese stand without spaces between words; Korean's particles stick to
+# them.
 _UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-    "\U00020000-\U0003ffff]+"
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3"
+    "\uf900-\ufaff\U00020000-\U0003ffff]+"
 )
+_FIRST_IDEOGRAPH = "\u3400"
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,9 @@ class BM25Options:
 
 
 class TermSplitter:
-    """Splits texts into terms: composed Unicode, lower case, `TOKEN_PATTERN`, stop words dropped, stemmed; pairs of
-    neighbouring characters where a script has no spaces, as in Lucene's CJK analyser. Safe between threads.
+    """Splits texts into terms: composed Unicode, lower case, `TOKEN_PATTERN`, stop words dropped, stemmed; where a
+    script has no spaces pairs of neighbouring characters, as in Lucene's CJK analyser, and those that may be words by
+    themselves. Safe between threads.
 
     Raises:
         RetrievalError: for a stemmer or a list of stop words that there is not.
@@ -100,13 +103,15 @@ class TermSplitter:
 
 
 def _spaced(text: str) -> str:
-    return _UNSPACED.sub(_pairs, unicodedata.normalize("NFC", text))
+    # Widths too: Japanese has Latin letters as wide as its own, and narrow kana.
+    return _UNSPACED.sub(_pairs, unicodedata.normalize("NFKC", text))
 
 
 def _pairs(run: re.Match) -> str:
     # The pattern of words knows no vowel signs.
     letters = [character for character in run[0] if character.isalnum()]
-    return f" {' '.join(map(''.join, pairwise(letters))) or ''.join(letters)} "
+    words = [letter for letter in letters if letter >= _FIRST_IDEOGRAPH or len(letters) == 1]
+    return f" {' '.join([*map(''.join, pairwise(letters)), *words])} "
 
 
 def passage_text(passage: Passage) -> str:
