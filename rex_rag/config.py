@@ -18,6 +18,7 @@ from rex_rag.dynamic_sampling import signal_problems
 from rex_rag.exploration import load_pool
 from rex_rag.grpo_options import (
     bound_problems,
+    choice_problems,
     data_loading_problems,
     loss_problems,
     option_problems,
@@ -309,12 +310,9 @@ class REXRAGConfig(GRPOConfig):
 
     def _refuse_bad_values(self) -> None:
         """Collect every problem and report them together."""
-        problems = [
-            f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}"
-            for name, choices in _CHOICES.items()
-            if getattr(self, name) not in choices
-        ]
-        problems += option_problems(self) + bound_problems(self) + signal_problems(self)
+        problems = (
+            choice_problems(self, _CHOICES) + option_problems(self) + bound_problems(self) + signal_problems(self)
+        )
         problems += self._rollout_problems() + sampling_problems(self) + loss_problems(self)
         for check in (
             self.exploration_pool,
