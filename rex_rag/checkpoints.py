@@ -165,8 +165,8 @@ def set_aside_later(output_dir: str, checkpoint: str) -> list[Path]:
     """Move what a resumed run leaves behind into `abandoned` of the output directory, and say so.
 
     These are checkpoints, completion tables and the log of later steps than the checkpoint's: the run writes its own,
-    and pictures, the next resume and `save_total_limit` would take the old ones for them. A later abandoned file of
-    the same name replaces an earlier one.
+    and pictures, the next resume and `save_total_limit` would take the old ones for them. They keep their places in
+    it, where a later abandoned file replaces an earlier one.
     """
     output = Path(output_dir)
     step = _done_steps(Path(checkpoint))
@@ -177,10 +177,11 @@ def set_aside_later(output_dir: str, checkpoint: str) -> list[Path]:
         later.append(finished)
     aside = output / ABANDONED
     for path in later:
-        aside.mkdir(exist_ok=True)
-        if (aside / path.name).is_dir():
-            shutil.rmtree(aside / path.name)
-        path.replace(aside / path.name)
+        place = aside / path.relative_to(output)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.is_dir():
+            remove(place)
+        path.replace(place)
     if later:
         names = ", ".join(path.name for path in later[:4]) + (", …" if len(later) > 4 else "")
         logger.warning(f"{names}: of steps after {step}, from which training goes on, and put into {aside}")
@@ -191,3 +192,11 @@ def completion_tables(output: Path) -> list[tuple[int, Path]]:
     """(step, file) of a run's completion tables, by step."""
     found = ((_TABLE.fullmatch(path.name), path) for path in (output / "completions").glob("*.parquet"))
     return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder, or a link, whose target stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

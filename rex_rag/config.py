@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from rex_rag.dynamic_sampling import signal_problems
 from rex_rag.exploration import load_pool
 from rex_rag.grpo_options import (
     bound_problems,
+    choice_problems,
     data_loading_problems,
     loss_problems,
     option_problems,
@@ -235,6 +237,18 @@ class REXRAGConfig(GRPOConfig):
         """What is saved as training_args.bin, beside every checkpoint: no secrets, which would be pushed with it."""
         return without_secrets(self.__dict__)
 
+    def __copy__(self) -> REXRAGConfig:
+        """With secrets, as for `__deepcopy__`: a copy is there to train with."""
+        return self._twin(vars(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> REXRAGConfig:
+        return self._twin(copy.deepcopy(vars(self), memo))
+
+    def _twin(self, settings: dict[str, Any]) -> REXRAGConfig:
+        twin = object.__new__(type(self))
+        vars(twin).update(settings)
+        return twin
+
     def to_dict(self) -> dict[str, Any]:
         """What trackers are told: as in the parent, with secrets inside of settings blanked too."""
         return without_secrets(super().to_dict())
@@ -296,12 +310,9 @@ class REXRAGConfig(GRPOConfig):
 
     def _refuse_bad_values(self) -> None:
         """Collect every problem and report them together."""
-        problems = [
-            f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}"
-            for name, choices in _CHOICES.items()
-            if getattr(self, name) not in choices
-        ]
-        problems += option_problems(self) + bound_problems(self) + signal_problems(self)
+        problems = (
+            choice_problems(self, _CHOICES) + option_problems(self) + bound_problems(self) + signal_problems(self)
+        )
         problems += self._rollout_problems() + sampling_problems(self) + loss_problems(self)
         for check in (
             self.exploration_pool,
@@ -432,14 +443,15 @@ class REXRAGConfig(GRPOConfig):
                 "(tokens per micro-batch, weighted by rows), is loss_type 'dapo'",
                 self.loss_type,
             )
-        window = self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps
-        if window > 1 and self.save_strategy == "steps" and self.save_steps >= 1 and self.save_steps % window:
+        served = self.steps_per_generation * self.num_iterations  # micro-batches
+        updates = served // math.gcd(served, self.gradient_accumulation_steps)
+        if self.save_strategy == "steps" and self.save_steps >= 1 and self.save_steps % updates:
             logger.warning(
-                "save_steps is %s, but a generation batch serves %d updates: a run resumed from inside one generates "
-                "anew and differs from an uninterrupted one. Use a multiple of %d",
+                "save_steps is %s, but a generation batch ends together with an update every %d updates: a run "
+                "resumed from inside one generates anew and differs from an uninterrupted one. Use a multiple of %d",
                 self.save_steps,
-                window,
-                window,
+                updates,
+                updates,
             )
         originals = self.generation_batch_size // self.num_generations * self.num_originals
         if self.num_probe_slots and self.probe_filter != "none" and keep_count(self.keep_ratio, originals) == 0:

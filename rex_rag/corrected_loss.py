@@ -71,6 +71,8 @@ class CorrectedLoss(EvaluationLog):
             inserted = inputs["segment_kinds"] == SegmentKind.PROBE
             if inserted.any():
                 inputs["ref_per_token_logps"] = torch.where(inserted, per_token_logps, inputs["ref_per_token_logps"])
+                if "kl_bounded" in inputs:
+                    inputs["kl_bounded"] = inputs["kl_bounded"] & ~inserted
 
     def _realign(self, per_token_logps: torch.Tensor) -> None:
         """Replace what the correction form replaces in the loss's inputs, and log what it did.

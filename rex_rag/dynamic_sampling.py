@@ -290,6 +290,7 @@ class DynamicSampler:
         return {} if self.buffer is None else {"difficulty": self.buffer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._last_draw = (-1, 0)  # this process may have generated for the same step before
         if self.buffer is None:
             return
         if "difficulty" in state:

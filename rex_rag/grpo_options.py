@@ -6,7 +6,7 @@ Such a setting is refused or warned of when the configuration is made. docs/grpo
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Collection, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.correction_forms import FORMS
@@ -39,6 +39,7 @@ _WITHOUT_EFFECT = {
 }
 
 _ON = {
+    "use_transformers_continuous_batching": "it cannot stop a row at a tag; use vLLM (use_vllm) or plain generation",
     "use_transformers_paged": "continuous batching cannot stop a row at a tag; use vLLM (use_vllm)",
     "vllm_structured_outputs_regex": "samples would follow the expression, while log-probabilities are those of the "
     "full softmax; leave it unset",
@@ -48,13 +49,18 @@ _ON = {
 }
 
 
+def choice_problems(args: GRPOConfig, choices: Mapping[str, Collection]) -> list[str]:
+    """Which settings hold none of the values that there are for them."""
+    return [
+        f"{name} is {getattr(args, name)!r}; choose one of {', '.join(map(str, values))}"
+        for name, values in choices.items()
+        if getattr(args, name) not in values
+    ]
+
+
 def option_problems(args: GRPOConfig) -> list[str]:
     """What is wrong with TRL's own settings as they were given: value, reason and way out."""
-    problems = [
-        f"{name} is {getattr(args, name)!r}; choose one of {', '.join(map(str, choices))}"
-        for name, choices in _CHOICES.items()
-        if getattr(args, name) not in choices
-    ]
+    problems = choice_problems(args, _CHOICES)
     for name, (default, reason) in _WITHOUT_EFFECT.items():
         if getattr(args, name) != default:
             problems.append(f"{name} is {getattr(args, name)!r}, which would have no effect: {reason}; leave it unset")
@@ -101,11 +107,6 @@ def sampling_problems(args: GRPOConfig) -> list[str]:
         problems.append(
             "mask_truncated_completions is on, but TRL takes a completion without end-of-sequence token for a "
             "truncated one, and a rollout ends at </answer>: every answer would be masked; switch it off"
-        )
-    if args.use_transformers_continuous_batching:
-        problems.append(
-            "use_transformers_continuous_batching is on, but it cannot stop a row at a tag; use vLLM (use_vllm) "
-            "or plain generation"
         )
     return problems
 

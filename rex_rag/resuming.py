@@ -93,6 +93,7 @@ class ResumableTrainer(GRPOTrainer):
             self._train_sampler.epoch = epoch
         if epoch == epochs_trained:
             self._step = epoch * others["steps_in_epoch"] + steps_trained_in_current_epoch
+            self._buffered_inputs = None  # an earlier call of `train` may have left some
         return super()._run_epoch(
             epoch=epoch,
             epochs_trained=epochs_trained,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rex_rag.checkpoints import ABANDONED, TRAINER_STATE_FILE, checkpoints, completion_tables
-from rex_rag.model_files import ADAPTER_FILE
+from rex_rag.checkpoints import ABANDONED, TRAINER_STATE_FILE, checkpoints, completion_tables, remove
+from rex_rag.model_files import ADAPTER_FILE, adapter_base, is_adapter
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,11 +26,11 @@ class FolderError(ValueError):
 def left_by_runs(output: Path) -> list[Path]:
     """What earlier runs left in a folder: checkpoints, completion tables, weights, the trainer's state and arguments.
 
-    It is also what `overwrite_output_dir` removes, and nothing else.
+    The same of what resumed runs put aside. It is also what `overwrite_output_dir` removes, and nothing else.
     """
     found = [*checkpoints(output), *(path for _, path in completion_tables(output))]
     found += [path for pattern in _FILES for path in sorted(output.glob(pattern))]
-    return [*found, *output.glob(ABANDONED)]
+    return [*found, *(left_by_runs(output / ABANDONED) if (output / ABANDONED).is_dir() else [])]
 
 
 def check_folder(output_dir: str, *, overwrite: bool, checkpoint: str | None, model: str) -> None:
@@ -47,7 +46,9 @@ def check_folder(output_dir: str, *, overwrite: bool, checkpoint: str | None, mo
     """
     output = Path(output_dir)
     if overwrite:
-        for setting, needed in (("resume_from_checkpoint", checkpoint), ("model_name_or_path", model)):
+        base = adapter_base(Path(model))[0] if is_adapter(model) else None
+        needs = (("resume_from_checkpoint", checkpoint), ("model_name_or_path", model), ("the adapter", base))
+        for setting, needed in needs:
             if needed and Path(needed).is_dir() and Path(needed).resolve().is_relative_to(output.resolve()):
                 raise FolderError(
                     f"overwrite_output_dir would remove {needed}, from which {setting} starts; leave out one of them, "
@@ -68,5 +69,5 @@ def clear_folder(output_dir: str, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         for path in left_by_runs(Path(output_dir)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
     accelerator.wait_for_everyone()

@@ -13,7 +13,14 @@ import torch
 from accelerate import PartialState
 from safetensors.numpy import save_file
 
-from rex_rag.checkpoints import CheckpointError, damage, find_checkpoint, other_processes, set_aside_later
+from rex_rag.checkpoints import (
+    CheckpointError,
+    damage,
+    find_checkpoint,
+    other_processes,
+    remove,
+    set_aside_later,
+)
 from rex_rag.run_folder import FolderError, check_folder, clear_folder, left_by_runs
 
 
@@ -122,13 +129,20 @@ def test_later_steps_are_put_aside_and_can_be_abandoned_again(run: Path, caplog)
         *("completions_00001.parquet", "completions_00004.parquet", "mine.parquet")
     ]
     assert sorted(path.name for path in run.iterdir()) == ["abandoned", "checkpoint-2", "checkpoint-4", "completions"]
-    aside = ["checkpoint-10", "completions_00005.parquet", "completions_00009.parquet", "trainer_state.json"]
-    assert sorted(path.name for path in (run / "abandoned").iterdir()) == aside
+    aside = ["completions_00005.parquet", "completions_00009.parquet"]
+    assert sorted(path.name for path in (run / "abandoned" / "completions").iterdir()) == aside
+    kinds = ["checkpoint-10", "completions", "trainer_state.json"]
+    assert sorted(path.name for path in (run / "abandoned").iterdir()) == kinds
     write_checkpoint(run / "checkpoint-10", 10)
     (tables / "completions_00005.parquet").write_text("second 5")
     set_aside_later(run, run / "checkpoint-4")
-    assert sorted(path.name for path in (run / "abandoned").iterdir()) == aside
-    assert (run / "abandoned" / "completions_00005.parquet").read_text() == "second 5"
+    assert sorted(path.name for path in (run / "abandoned" / "completions").iterdir()) == aside
+    assert (run / "abandoned" / "completions" / "completions_00005.parquet").read_text() == "second 5"
+    (run / "abandoned" / "notes.txt").write_text("mine")
+    for path in left_by_runs(run / "abandoned"):
+        remove(path)
+    left = [path.name for path in (run / "abandoned").rglob("*") if path.is_file()]
+    assert left == ["notes.txt"] and run / "abandoned" not in left_by_runs(run)
 
 
 def check(folder: Path, overwrite: bool = False, checkpoint: Path | None = None, model: str = "a/model") -> None:
@@ -136,8 +150,9 @@ def check(folder: Path, overwrite: bool = False, checkpoint: Path | None = None,
 
 
 def test_a_used_folder_is_refused_and_overwriting_removes_what_runs_leave_alone(run: Path, tmp_path: Path):
-    for name in ("model.safetensors", "trainer_state.json", "adapter_config.json", "notes.txt", "config.json"):
+    for name in ("model.safetensors", "trainer_state.json", "notes.txt", "config.json"):
         (run / name).write_text("x")
+    (run / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "a/base"}))
     (run / "completions").mkdir()
     (run / "completions" / "completions_00001.parquet").write_text("x")
     (run / "checkpoint-best").mkdir()
@@ -148,14 +163,21 @@ def test_a_used_folder_is_refused_and_overwriting_removes_what_runs_leave_alone(
     check(run, checkpoint=run / "checkpoint-4")
     check(run, overwrite=True)
     check(tmp_path / "new")
-    for needed in ({"checkpoint": run / "checkpoint-4"}, {"model": str(run)}, {"model": str(run / "checkpoint-2")}):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(run)}))
+    for needed in (
+        *({"checkpoint": run / "checkpoint-4"}, {"model": str(run)}, {"model": str(run / "checkpoint-2")}),
+        {"model": str(adapter)},
+    ):
         with pytest.raises(FolderError, match="overwrite_output_dir would remove"):
             check(run, overwrite=True, **needed)
 
     from accelerate import Accelerator
 
+    (run / "checkpoint-7").symlink_to(adapter)
     clear_folder(str(run), Accelerator(cpu=True))
-    assert left_by_runs(run) == []
+    assert left_by_runs(run) == [] and list(adapter.iterdir())  # a link is removed, and not what it leads to
     kept = ["checkpoint-best", "completions", "config.json", "notes.txt"]
     assert sorted(path.name for path in run.iterdir()) == kept
     check(run)

@@ -1,5 +1,6 @@
 """What the configuration refuses, and that each refusal says value, reason and way out."""
 
+import copy
 import logging
 import pickle
 
@@ -176,11 +177,21 @@ def test_vllm_stops_at_our_tags(tmp_path):
     assert config.vllm_max_model_length == 4096
 
 
-@pytest.mark.parametrize(("save_steps", "warns"), [(100, False), (101, True)])
-def test_warning_when_checkpoints_fall_inside_a_generation_batch(tmp_path, caplog, save_steps, warns):
+@pytest.mark.parametrize(
+    ("served", "accumulated", "save_steps", "multiple"),
+    [
+        *((4, 2, 100, None), (4, 2, 101, 2), (2, 4, 1, None)),
+        *((3, 2, 2, 3), (3, 2, 3, None)),  # a generation batch of one update and a half
+        *((2, 3, 1, 2), (2, 3, 2, None)),  # three generation batches in two updates
+    ],
+)
+def test_warning_when_checkpoints_fall_inside_a_generation_batch(
+    tmp_path, caplog, served, accumulated, save_steps, multiple
+):
     with caplog.at_level(logging.WARNING, logger="rex_rag.config"):
-        make(tmp_path, steps_per_generation=4, gradient_accumulation_steps=2, save_steps=save_steps)
-    assert ("Use a multiple of 2" in caplog.text) is warns
+        make(tmp_path, steps_per_generation=served, gradient_accumulation_steps=accumulated, save_steps=save_steps)
+    assert ("save_steps" in caplog.text) is (multiple is not None)
+    assert multiple is None or f"Use a multiple of {multiple}" in caplog.text
 
 
 def test_secrets_are_in_nothing_that_is_saved_or_told_to_trackers(tmp_path):
@@ -189,4 +200,5 @@ def test_secrets_are_in_nothing_that_is_saved_or_told_to_trackers(tmp_path):
         assert b"hf_SECRET" not in written
     restored = pickle.loads(pickle.dumps(config))
     assert restored.hub_token is None and restored.model_init_kwargs == {"token": None, "dtype": "float32"}
-    assert config.hub_token == config.model_init_kwargs["token"] == "hf_SECRET"  # pushing still finds it
+    for pushing in (config, copy.copy(config), copy.deepcopy(config)):
+        assert pushing.hub_token == pushing.model_init_kwargs["token"] == "hf_SECRET" and pushing == config

@@ -279,6 +279,18 @@ def test_rewards_masks_and_tables_are_of_the_questions_that_were_asked(folder, t
     assert float(output["mixing_share"]) == share == (len(filled) - 8) / len(filled)
 
 
+def test_a_step_that_was_begun_before_is_drawn_for_as_if_it_was_not(word_tokenizer, retriever):
+    sampler = sampler_for(word_tokenizer, retriever, [[WRONG] * 4] * 6, probe_probability=0.0)
+    sampling, rounds = dynamic(sampler, rounds=1), []
+    for resumes in (False, False, True):
+        if resumes:
+            sampling.load_state_dict({})
+        examples, prompt_ids = batch_of(0, 1)
+        sampling.sample(examples, prompt_ids, step=3, keep_ratio=0.5)
+        rounds.append([example["question"] for example in examples])
+    assert rounds[0] == rounds[2] != rounds[1]
+
+
 def test_evaluation_replaces_nothing(folder, tmp_path):
     trainer = make_trainer(
         folder, tmp_path, dynamic_sampling_rounds=3, rest_after=1, per_device_eval_batch_size=4, num_generations_eval=2

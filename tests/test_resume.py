@@ -100,3 +100,19 @@ def test_a_run_resumed_within_a_generation_batch_asks_each_question_when_its_tur
     )
     # The batch of steps 4 and 5 is generated anew for step 5 alone; the next one comes at its own step.
     assert resumed == [(5, whole[2][1]), whole[3]]
+
+
+def test_a_trainer_that_trained_before_resumes_with_rollouts_of_its_own(tmp_path):
+    """Stopped in a generation batch and resumed within it, in the same process."""
+    settings = {"per_device_train_batch_size": 9, "steps_per_generation": 2, "max_steps": 4, "num_probe_slots": 0}
+    trainer = make_trainer(save_tiny_policy(tmp_path / "tiny"), tmp_path / "out", settings)
+    steps, generate = [], trainer._generate_and_score_completions
+
+    def recorded(inputs):
+        steps.append(trainer.state.global_step)
+        return generate(inputs)
+
+    trainer._generate_and_score_completions = recorded
+    trainer.train()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    assert steps == [0, 2, 1, 2]
