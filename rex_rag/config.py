@@ -177,7 +177,7 @@ class REXRAGConfig(GRPOConfig):
         metadata={"help": "Density of the inserted prompt's tokens.", "choices": list(_CHOICES["probe_density"])},
     )
     kl_token_max: float | None = field(
-        default=10.0, metadata={"help": "Upper bound on the KL estimate of a token, in nats; unset: TRL's, unbounded."}
+        default=10.0, metadata={"help": "Upper bound on the KL estimate of a token, in nats; inf: TRL's, unbounded."}
     )
     kl_on_probe_tokens: bool = field(
         default=True, metadata={"help": "Let the KL term run over inserted exploration prompts."}
