@@ -296,6 +296,9 @@ class REXRAGConfig(GRPOConfig):
 
     def _refuse_bad_values(self) -> None:
         """Collect every problem and report them together."""
+        # No comparison holds for NaN, so bounds would let it through.
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, float)}
+        self._refuse([f"{name} is nan; give a number" for name, value in numbers.items() if math.isnan(value)])
         problems = [
             f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}"
             for name, choices in _CHOICES.items()
