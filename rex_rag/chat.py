@@ -39,7 +39,10 @@ def read_settings(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
     try:
         settings = json.loads(given) if isinstance(given, str) else given
     except ValueError as error:
-        raise ValueError(f"chat_template_kwargs is {given!r}, which is no JSON ({error})") from error
+        raise ValueError(
+            f"chat_template_kwargs is {given!r}, which is no JSON ({error}); give a mapping, such as "
+            '{"enable_thinking": false}'
+        ) from error
     if settings is None or settings == {}:
         return {}
     if not isinstance(settings, Mapping):

@@ -179,7 +179,7 @@ class REXRAGConfig(GRPOConfig):
         metadata={"help": "Density of the inserted prompt's tokens.", "choices": list(_CHOICES["probe_density"])},
     )
     kl_token_max: float | None = field(
-        default=10.0, metadata={"help": "Upper bound on the KL estimate of a token, in nats; unset: TRL's, unbounded."}
+        default=10.0, metadata={"help": "Upper bound on the KL estimate of a token, in nats; inf: TRL's, unbounded."}
     )
     kl_on_probe_tokens: bool = field(
         default=True, metadata={"help": "Let the KL term run over inserted exploration prompts."}
@@ -310,6 +310,9 @@ class REXRAGConfig(GRPOConfig):
 
     def _refuse_bad_values(self) -> None:
         """Collect every problem and report them together."""
+        # No comparison holds for NaN, so bounds would let it through.
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, float)}
+        self._refuse([f"{name} is nan; give a number" for name, value in numbers.items() if math.isnan(value)])
         problems = (
             choice_problems(self, _CHOICES) + option_problems(self) + bound_problems(self) + signal_problems(self)
         )

@@ -8,6 +8,8 @@ configuration are checked before the model is loaded; what a user can mend is sa
 with exit code 2.
 """
 
+import argparse
+import logging
 import os
 import sys
 
@@ -32,6 +34,7 @@ from rex_rag.trainer import REXRAGTrainer
 
 def main() -> int:
     """Train; returns the exit code: 0, or 2 for errors a user can mend."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         trainer, checkpoint = prepare()
     except Exception as error:
@@ -53,7 +56,7 @@ def main() -> int:
 def prepare() -> tuple[REXRAGTrainer, str | None]:
     """The trainer that recipe and command line ask for, and the checkpoint to go on from."""
     recipe = sys.argv[sys.argv.index("--config") + 1] if "--config" in sys.argv[:-1] else None
-    parser = TrlParser(RECIPE_PARTS)
+    parser = TrlParser(RECIPE_PARTS, usage=argparse.SUPPRESS)  # hundreds of lines before the one that matters
     questions, evaluation, retrieval, config, model = parser.parse_args_and_config()
     if model.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set; name a Hub model or a folder in the recipe")

@@ -46,6 +46,8 @@ def test_defaults_are_the_papers(tmp_path):
         ({"probe_probability": -0.1}, r"probe_probability is -0.1; it is a share"),
         ({"correction": "importance"}, r"correction is 'importance'; choose one of token, decoupled, sequence, none"),
         ({"correction_weight_max": 0.5}, r"correction_weight_max is 0.5; below 1"),
+        ({"correction_weight_max": float("nan")}, r"correction_weight_max is nan; give a number"),
+        ({"epsilon": float("nan"), "learning_rate": float("nan")}, r"(?s)learning_rate is nan.*epsilon is nan"),
         ({"correction": "floor", "correction_weight_min": 0.0}, r"correction_weight_min is 0.0; .*in \(0, 1\]"),
         ({"correction": "floor", "correction_weight_min": 1.5}, r"correction_weight_min is 1.5; above 1"),
         ({"loss_type": "vespo"}, r"loss_type is 'vespo' with correction 'token'.*the gradient vanishes.*'decoupled'"),

@@ -86,6 +86,16 @@ def test_what_a_user_can_mend_is_said_without_a_traceback(
     assert "Traceback" not in before + said
 
 
+def test_a_value_of_another_type_is_told_without_the_list_of_all_options(
+    script: ModuleType, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    with pytest.raises(SystemExit) as stopped:
+        start(script, monkeypatch, recipe, "--rest_after", "often")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert "--rest_after" in said and "'often'" in said and len(said.splitlines()) == 1
+
+
 def test_a_used_folder_and_what_does_not_go_together_are_refused_before_training(
     script: ModuleType, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
