@@ -33,7 +33,13 @@ def parse_section(
     """
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(types, prog=f"rex-rag {command}", description=description, allow_abbrev=False)
+    parser = HfArgumentParser(
+        types,
+        prog=f"rex-rag {command}",
+        description=description,
+        allow_abbrev=False,
+        usage=argparse.SUPPRESS,  # some fifty options, shown before the one line that matters
+    )
     parser.add_argument("--config", metavar="RECIPE.yaml", help=f"defaults from the part `{section}:` of this file")
     if add_arguments is not None:
         add_arguments(parser)
