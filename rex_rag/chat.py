@@ -59,6 +59,34 @@ def read_settings(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
     return dict(settings)
 
 
+def carry_settings(tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any] | str | None) -> None:
+    """Make settings the defaults of a tokenizer's chat template, in place.
+
+    Saved beside the model, the template then renders prompts as training did, whoever loads it. What is said at use
+    goes over a default.
+    """
+    guards = "".join(
+        f"{{% if {name} is not defined %}}{{% set {name} = {_jinja(value)} %}}{{% endif %}}"
+        for name, value in read_settings(settings).items()
+        if name.isidentifier()
+    )
+    template = tokenizer.chat_template
+    if guards and isinstance(template, str) and not template.startswith(guards):
+        # Behind a block Jinja drops a line break, which may be the template's own; behind an expression it does not.
+        tokenizer.chat_template = guards + "{{ '' }}" + template
+
+
+def _jinja(value: Any) -> str:
+    """A JSON value as a literal of a template."""
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(str(key))}: {_jinja(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_jinja, value)) + "]"
+    return json.dumps(value)
+
+
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, str]],

@@ -24,7 +24,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
 from rex_rag.answers import exact_match
-from rex_rag.chat import policy_tokenizer, template_settings, warn_of_unread
+from rex_rag.chat import carry_settings, policy_tokenizer, template_settings, warn_of_unread
 from rex_rag.checkpoints import STATE_FILE
 from rex_rag.config import REXRAGConfig
 from rex_rag.corrected_loss import CorrectedLoss
@@ -171,6 +171,7 @@ class REXRAGTrainer(CorrectedLoss, ResumableTrainer):
         args.reward_weights = given_weights  # `args` is the caller's, and may serve another trainer
         self.chat_template_kwargs = template_settings(args.chat_template_kwargs)
         warn_of_unread(self._tokenizer, args.chat_template_kwargs)
+        carry_settings(self._tokenizer, args.chat_template_kwargs)
         self._refuse_long_prompts()
         for warning in training_warnings(args, self.train_dataset, self.model):
             logger.warning(warning)

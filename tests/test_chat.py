@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 from parts import PASSAGES, make_bpe_tokenizer, make_tiny_model
 
-from rex_rag.chat import encode_chat, template_settings, warn_of_unread
+from rex_rag.chat import carry_settings, encode_chat, template_settings, warn_of_unread
 from rex_rag.config import REXRAGConfig
 from rex_rag.evaluation.methods import METHODS, Toolbox, make_method
 from rex_rag.evaluation.records import Question
@@ -69,9 +69,10 @@ def test_training_and_evaluation_ask_with_the_same_ids(template, settings, begin
     )
     trained = trainer._tokenize_prompts(list(trainer.train_dataset["prompt"]))[0]
     method = make_method("rex_rag", (tmp_path / "prompt.txt").read_text())
-    toolbox = Toolbox(tokenizer, lambda stop: None, chat_template_kwargs=trainer.args.chat_template_kwargs)
-    evaluated = [toolbox.encode_chat(method.prompt_text(Question("1", each, ("x",)))) for each in questions]
-    assert trained == evaluated
+    for told in (settings, None):  # the tokenizer carries them
+        toolbox = Toolbox(tokenizer, lambda stop: None, chat_template_kwargs=told)
+        evaluated = [toolbox.encode_chat(method.prompt_text(Question("1", each, ("x",)))) for each in questions]
+        assert trained == evaluated
     for ids, shown in zip(trained, (questions[0], INERT), strict=True):
         text = tokenizer.decode(ids)
         assert text.startswith(begins) and text.endswith(ends)
@@ -111,6 +112,26 @@ def test_settings_that_are_no_templates_are_refused(settings, reason: str, tmp_p
         template_settings(settings)
     with pytest.raises(ValueError, match=reason):
         REXRAGConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, chat_template_kwargs=settings)
+
+
+def test_a_tokenizer_carries_the_settings_of_training(tmp_path: Path):
+    messages = build_prompt("where is the owl", "{question}")
+    plain = make_tokenizer(QWEN3)
+    thoughtless = encode_chat(plain, messages, {"enable_thinking": False})
+    carrying = make_tokenizer(QWEN3)
+    for _ in range(2):  # the second time changes nothing
+        carry_settings(carrying, {"enable_thinking": False, "names": ['"a"\n', None, 1.5, {"b": True}]})
+    assert carrying.chat_template.endswith(QWEN3) and carrying.chat_template.count("enable_thinking is not") == 1
+    carrying.save_pretrained(tmp_path)
+    for tokenizer in (carrying, type(carrying).from_pretrained(tmp_path)):
+        assert encode_chat(tokenizer, messages) == thoughtless
+        assert encode_chat(tokenizer, messages, {"enable_thinking": True}) == encode_chat(plain, messages)
+    reading = make_tokenizer("\n{{ names | tojson }}")
+    carry_settings(reading, {"names": ['"a"\n', None, 1.5, {"b": True}]})
+    assert reading.apply_chat_template(messages, tokenize=False) == '\n["\\"a\\"\\n", null, 1.5, {"b": true}]'
+    untouched = make_tokenizer(QWEN3)
+    carry_settings(untouched, None)
+    assert untouched.chat_template == QWEN3
 
 
 def test_a_setting_that_the_template_never_reads_is_told(caplog):
