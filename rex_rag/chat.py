@@ -98,16 +98,24 @@ def encode_chat(
         settings: `chat_template_kwargs`.
 
     Raises:
-        ValueError: for a tokenizer without a chat template.
+        ValueError: for a tokenizer without a chat template, or with a broken one.
     """
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template, so there is no way to put a question to "
             "the model; save one with the tokenizer (tokenizer.chat_template)"
         )
-    return tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, return_dict=False, **template_settings(settings)
-    )
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_dict=False, **template_settings(settings)
+        )
+    except TemplateError as error:
+        raise ValueError(
+            f"the chat template of the tokenizer {tokenizer.name_or_path!r} cannot be rendered "
+            f"({type(error).__name__}: {error}); repair it, or fetch the tokenizer again"
+        ) from error
 
 
 def policy_tokenizer(model: str | PreTrainedModel, args: GRPOConfig) -> PreTrainedTokenizerBase:

@@ -25,10 +25,10 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    "chat_template.json",
+    *("chat_template.json", "chat_template.jinja"),
 )
 _POINTER = b"version https://git-lfs"
-_ARCHIVE = b"PK\x03\x04"
+_ARCHIVE, _OLDER_FORMAT = b"PK\x03\x04", b"\x80"
 # The Hub's own rule, save for the few names that it keeps for itself.
 HUB_NAME = re.compile(r"(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]{0,95}", re.ASCII)
 # What transformers, peft and torch say of weights that are of another shape than the configuration's.
@@ -51,9 +51,11 @@ def broken(path: Path) -> str | None:
         return "is a Git LFS pointer and not the file itself: fetch it again, with git-lfs"
     if path.suffix == ".json":
         try:
-            json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             return f"is no JSON ({error}): it was cut, or edited"
+        if not isinstance(content, dict):
+            return f"holds a {type(content).__name__} and no JSON object"
     elif path.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
 
@@ -62,8 +64,10 @@ def broken(path: Path) -> str | None:
                 pass
         except SafetensorError as error:
             return f"is cut or damaged ({error})"
-    elif head.startswith(_ARCHIVE) and not zipfile.is_zipfile(path):  # others are of PyTorch's older format
+    elif head.startswith(_ARCHIVE) and not zipfile.is_zipfile(path):
         return "is cut: it has no table of contents at its end"
+    elif path.suffix == ".bin" and not head.startswith((_ARCHIVE, _OLDER_FORMAT)):
+        return "is no file of PyTorch's"
     return None
 
 
@@ -77,11 +81,10 @@ def damaged_weights(folder: Path) -> str | None:
         return f"{first} {reason}"
     if first.suffix != ".json":
         return None
-    try:
-        shards = sorted(set(json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (KeyError, TypeError, AttributeError):
+    shards = json.loads(first.read_text(encoding="utf-8")).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
         return f"{first} has no `weight_map`, which says where each tensor lies"
-    for shard in shards:
+    for shard in sorted(set(shards.values())):
         if reason := broken(folder / shard):
             return f"{folder / shard}, which {first.name} names, {reason}"
     return None

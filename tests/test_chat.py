@@ -134,6 +134,12 @@ def test_a_tokenizer_carries_the_settings_of_training(tmp_path: Path):
     assert untouched.chat_template == QWEN3
 
 
+@pytest.mark.parametrize("template", ["{% for %}", "{{ absent.part.of_it }}", "{{ raise_exception('no user') }}"])
+def test_a_template_that_cannot_be_rendered_is_named(template: str):
+    with pytest.raises(ValueError, match=r"^the chat template of the tokenizer .* cannot be rendered \(\w+: "):
+        encode_chat(make_tokenizer(template), [{"role": "user", "content": "q"}])
+
+
 def test_a_setting_that_the_template_never_reads_is_told(caplog):
     tokenizer = make_tokenizer(QWEN3)
     with caplog.at_level(logging.WARNING):

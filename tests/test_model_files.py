@@ -57,6 +57,20 @@ def test_a_file_that_is_cut_empty_or_a_pointer_is_named(copy, name: str):
         assert refusal(folder).startswith(f"{folder / name} ") and reason in refusal(folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_json_that_is_no_object_is_named(copy, name: str):
+    folder = copy()
+    (folder / name).write_text("[]")
+    assert refusal(folder).startswith(f"{folder / name} holds a list and no JSON object")
+
+
+def test_a_chat_template_that_is_not_there_in_truth_is_named(copy):
+    folder = copy()
+    for content, reason in ((b"", "is empty"), (POINTER, "with git-lfs")):
+        (folder / "chat_template.jinja").write_bytes(content)
+        assert refusal(folder).startswith(f"{folder / 'chat_template.jinja'} ") and reason in refusal(folder)
+
+
 def test_missing_settings_weights_and_shards_are_named(copy):
     folder = copy("sharded")
     check_files(ModelOptions(str(folder)))
@@ -64,8 +78,9 @@ def test_missing_settings_weights_and_shards_are_named(copy):
     shard = sorted(index["weight_map"].values())[1]
     (folder / shard).unlink()
     assert f"{folder / shard}, which model.safetensors.index.json names, is missing" in refusal(folder)
-    (folder / "model.safetensors.index.json").write_text("{}")
-    assert "model.safetensors.index.json has no `weight_map`" in refusal(folder)
+    for index in ("{}", '{"weight_map": {}}', '{"weight_map": {"lm_head.weight": 5}}'):
+        (folder / "model.safetensors.index.json").write_text(index)
+        assert "model.safetensors.index.json has no `weight_map`" in refusal(folder)
     (folder / "model.safetensors.index.json").unlink()
     assert refusal(folder).startswith(f"{folder / 'model.safetensors'} is missing")
     (folder / "config.json").unlink()
@@ -80,6 +95,8 @@ def test_an_archive_of_pytorch_without_its_end_is_named(copy):
     content = (folder / "pytorch_model.bin").read_bytes()
     (folder / "pytorch_model.bin").write_bytes(content[:5000])
     assert refusal(folder).startswith(f"{folder / 'pytorch_model.bin'} is cut")
+    (folder / "pytorch_model.bin").write_bytes(b"<html>not found</html>")
+    assert refusal(folder).startswith(f"{folder / 'pytorch_model.bin'} is no file of PyTorch's")
 
 
 def test_what_only_loading_can_tell_names_the_model_too(copy):
