@@ -18,12 +18,12 @@ from rex_rag import __version__
 from rex_rag.commands import coverage, evaluate, pictures, report, retrieval
 from rex_rag.commands.sections import describe_unknown
 from rex_rag.commands.terminal import EXPECTED_ERROR, one_line, positive
-from rex_rag.data.jsonl import counted
+from rex_rag.support.wording import counted
 
 if TYPE_CHECKING:
-    from rex_rag.config import REXRAGConfig
     from rex_rag.evaluation.during_training import EvaluationSetArguments
     from rex_rag.retrieval.load import RetrieverArguments
+    from rex_rag.training.config import REXRAGConfig
 
 # These take whole dataclasses of options, or a recipe's part; their parsers are made when they run.
 _FORWARDED = {
@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _hopworld(options: argparse.Namespace) -> None:
-    from rex_rag.data.hopworld import WORLD_FILES, HopWorldConfig, build_hopworld, write_hopworld
+    from rex_rag.quickstart.hopworld import WORLD_FILES, HopWorldConfig, build_hopworld, write_hopworld
 
     names = ("seed", "people", "cities", "organisations", "countries", "train_questions", "test_questions")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
@@ -150,7 +150,7 @@ def _hopworld(options: argparse.Namespace) -> None:
 
 
 def _prompts(options: argparse.Namespace) -> None:
-    from rex_rag.exploration import DEFAULT_POOL
+    from rex_rag.probes.pool import DEFAULT_POOL
 
     for prompt in DEFAULT_POOL:
         print(prompt)
@@ -164,7 +164,7 @@ def _check(options: argparse.Namespace) -> None:
 
     from trl import TrlParser
 
-    from rex_rag.recipe import RECIPE_PARTS
+    from rex_rag.training.recipe import RECIPE_PARTS
 
     parser = TrlParser(
         RECIPE_PARTS,
@@ -308,7 +308,7 @@ def _batch_lines(config: REXRAGConfig, processes: int) -> dict[str, str]:
 
 def _most_probes(config: REXRAGConfig, questions: int) -> int:
     """The largest number of probes that a generation of so many questions can keep."""
-    from rex_rag.policy_correction import keep_count
+    from rex_rag.probes.filter import keep_count
 
     slots = questions * min(config.num_probe_slots, config.num_originals)
     if config.probe_filter == "none":

@@ -27,12 +27,12 @@ from rex_rag.commands.sections import parse_section
 from rex_rag.commands.terminal import positive
 from rex_rag.evaluation.arguments import EvaluationArguments, SearchArguments
 from rex_rag.evaluation.benchmarks import Benchmark, subset
-from rex_rag.evaluation.card import protocol_card
 from rex_rag.evaluation.methods import make_method
-from rex_rag.evaluation.models import TRANSFORMERS, VLLM, LanguageModel, open_model
 from rex_rag.evaluation.records import Prediction
 from rex_rag.evaluation.run import EvaluationRun
+from rex_rag.evaluation.run_card import protocol_card
 from rex_rag.evaluation.scores import read_predictions
+from rex_rag.models.language_model import TRANSFORMERS, VLLM, LanguageModel, open_model
 from rex_rag.retrieval.base import Retriever
 from rex_rag.retrieval.load import load_retriever
 

@@ -33,8 +33,8 @@ from typing import Any
 import numpy as np
 from benchmark_dense import dense_kinds
 
-from rex_rag.bars import progress_bar
 from rex_rag.retrieval.passages import OFFSETS_FILE, PASSAGES_FILE, PassageStore, passage_json
+from rex_rag.support.progress_bars import progress_bar
 from rex_rag.types import Passage
 
 # Ranks below the knee follow 1/r, those above r^-1.8: n words of text then hold about n^(1/1.8) different ones.

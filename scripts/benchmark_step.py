@@ -24,9 +24,9 @@ from transformers.utils.logging import disable_progress_bar
 from trl import TrlParser
 
 from rex_rag.data.qa import load_questions
-from rex_rag.recipe import RECIPE_PARTS
 from rex_rag.retrieval.load import load_retriever
-from rex_rag.trainer import REXRAGTrainer
+from rex_rag.training.recipe import RECIPE_PARTS
+from rex_rag.training.trainer import REXRAGTrainer
 
 # Of the cost of probes, what belongs to the method (more rows, longer ones) and what to the code can be told apart.
 AIMS = {"rex_over_grpo": 1.15, "correction_share": 0.01, "engine_share": 0.02}

@@ -26,15 +26,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils.logging import disable_progress_bar
 from trl import ModelConfig, TrlParser
 
-from rex_rag.chat import encode_chat
-from rex_rag.config import REXRAGConfig
 from rex_rag.data.qa import QuestionArguments
 from rex_rag.evaluation.dead_ends import EvaluatedQuestion, evaluate_questions, probe_dead_ends
-from rex_rag.exploration import ExplorationPool
-from rex_rag.generation import TransformersGenerator
-from rex_rag.protocol import build_prompt, control_tokens
+from rex_rag.models.chat import encode_chat
+from rex_rag.models.generation import TransformersGenerator
+from rex_rag.probes.pool import ExplorationPool
+from rex_rag.protocols.search_r1 import build_prompt, control_tokens
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
-from rex_rag.rollout import RolloutEngine
+from rex_rag.rollout.engine import RolloutEngine
+from rex_rag.training.config import REXRAGConfig
 from rex_rag.visualization.curves import plot_training_curves
 from rex_rag.visualization.page import write_trajectory_page
 from rex_rag.visualization.records import trajectory_record

@@ -34,15 +34,15 @@ from transformers import Qwen2ForCausalLM, Qwen2Tokenizer, TrainerCallback, set_
 from trl import ModelConfig, SFTTrainer, TrlParser
 from warm_start import CHAT_TEMPLATE, build_model, build_tokenizer, save, supervise
 
-from rex_rag.config import REXRAGConfig
 from rex_rag.data.corpus import read_corpus
 from rex_rag.data.qa import QuestionArguments, load_questions
-from rex_rag.exploration import DEFAULT_POOL
-from rex_rag.generation import Generation
-from rex_rag.protocol import ALL_TAGS, FEEDBACK_TEXT, SEARCH_TAGS, build_prompt
+from rex_rag.models.generation import Generation
+from rex_rag.probes.pool import DEFAULT_POOL
+from rex_rag.protocols.search_r1 import ALL_TAGS, FEEDBACK_TEXT, SEARCH_TAGS, build_prompt
 from rex_rag.retrieval.base import Retriever, checked_search
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
-from rex_rag.rollout import RolloutEngine
+from rex_rag.rollout.engine import RolloutEngine
+from rex_rag.training.config import REXRAGConfig
 from rex_rag.types import SegmentKind, Trajectory
 
 RECIPE = Path("recipes/hotpotqa_sample/rex_rag.yaml")

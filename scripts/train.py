@@ -18,18 +18,18 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
 from trl import TrlParser, get_peft_config, get_quantization_config
 
-from rex_rag.adapters import load_policy, tokenizer_place
-from rex_rag.checkpoints import find_checkpoint
 from rex_rag.commands.terminal import refuse
 from rex_rag.data.qa import load_questions
 from rex_rag.evaluation.during_training import check_best_metric, load_evaluation_sets
-from rex_rag.model_files import check_model, explained
-from rex_rag.progress import ProgressLine
-from rex_rag.recipe import RECIPE_PARTS
+from rex_rag.models.adapters import load_policy, tokenizer_place
+from rex_rag.models.files import check_model, explained
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.load import load_retriever
-from rex_rag.run_folder import check_folder, clear_folder
-from rex_rag.trainer import REXRAGTrainer
+from rex_rag.training.checkpoints import find_checkpoint
+from rex_rag.training.progress_line import ProgressLine
+from rex_rag.training.recipe import RECIPE_PARTS
+from rex_rag.training.run_folder import check_folder, clear_folder
+from rex_rag.training.trainer import REXRAGTrainer
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
 """Build the quickstart's starting point: a tiny policy that searches, and the world it will be trained on.
 
 A tiny Qwen2 with a tokenizer trained on the spot learns the search protocol from imperfect demonstrations over
-several worlds (`rex_rag.data.demonstrations`): it answers one-hop questions of a world it has never seen, and runs
-into dead ends on two-hop ones. Training goes on until one-hop questions are answered, or to `--max-steps`.
+several worlds (`rex_rag.quickstart.demonstrations`): it answers one-hop questions of a world it has never seen, and
+runs into dead ends on two-hop ones. Training goes on until one-hop questions are answered, or to `--max-steps`.
 
     python scripts/warm_start.py --output outputs/quickstart/warm_start
 
@@ -41,13 +41,13 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from rex_rag.answers import exact_match
-from rex_rag.data.demonstrations import build_demonstrations, tokenize_demonstrations
-from rex_rag.data.hopworld import HopQuestion, HopWorldConfig, build_hopworld, hopworld_words, write_hopworld
-from rex_rag.exploration import DEFAULT_POOL
-from rex_rag.generation import TransformersGenerator
-from rex_rag.protocol import ALL_TAGS, FEEDBACK_TEXT, PROMPT_TEMPLATE, build_prompt
+from rex_rag.models.generation import TransformersGenerator
+from rex_rag.probes.pool import DEFAULT_POOL
+from rex_rag.protocols.search_r1 import ALL_TAGS, FEEDBACK_TEXT, PROMPT_TEMPLATE, build_prompt
+from rex_rag.quickstart.demonstrations import build_demonstrations, tokenize_demonstrations
+from rex_rag.quickstart.hopworld import HopQuestion, HopWorldConfig, build_hopworld, hopworld_words, write_hopworld
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
-from rex_rag.rollout import RolloutBudget, RolloutEngine
+from rex_rag.rollout.engine import RolloutBudget, RolloutEngine
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (

@@ -8,11 +8,11 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from rex_rag.exploration import ExplorationPool
-from rex_rag.generation import Generation
-from rex_rag.mixed_sampling import MixedSampler, MixedSamplingConfig
-from rex_rag.protocol import ALL_TAGS, FEEDBACK_TEXT
-from rex_rag.rollout import RolloutBudget, RolloutEngine
+from rex_rag.models.generation import Generation
+from rex_rag.probes.mixed_sampling import MixedSampler, MixedSamplingConfig
+from rex_rag.probes.pool import ExplorationPool
+from rex_rag.protocols.search_r1 import ALL_TAGS, FEEDBACK_TEXT
+from rex_rag.rollout.engine import RolloutBudget, RolloutEngine
 from rex_rag.types import Passage
 
 WORDS = "red blue green gold oak elm fox owl river hill where is the tree of Doc Title ( ) 1 2 : . abcdef Question"

@@ -68,55 +68,40 @@ def test_the_import_reader_sees_every_kind_of_import_and_skips_those_for_type_ch
         "from rex_rag import answers\n"
         "from typing import TYPE_CHECKING\n"
         "if TYPE_CHECKING:\n    from rex_rag.cli import main\n"
-        "def late():\n    from rex_rag.protocol import parse_action\n"
+        "def late():\n    from rex_rag.protocols.search_r1 import parse_action\n"
     )
-    assert _Imports(source).found == {"rex_rag.types", "rex_rag.answers", "rex_rag.protocol"}
+    assert _Imports(source).found == {"rex_rag.types", "rex_rag.answers", "rex_rag.protocols.search_r1"}
 
 
-# What each part may never reach, directly or through others; rollout knows neither rewards nor trainer, and so on.
-ABOVE = ("rex_rag.config", "rex_rag.trainer", "rex_rag.rewards", "rex_rag.evaluation", "rex_rag.cli")
-FORBIDDEN = {
-    "rex_rag.retrieval": (*ABOVE, "rex_rag.rollout", "rex_rag.generation", "rex_rag.policy_correction"),
-    "rex_rag.data": (*ABOVE, "rex_rag.rollout", "rex_rag.generation", "rex_rag.policy_correction"),
-    "rex_rag.exploration": (*ABOVE, "rex_rag.rollout", "rex_rag.generation", "rex_rag.retrieval"),
-    "rex_rag.policy_correction": (*ABOVE, "rex_rag.rollout", "rex_rag.generation", "rex_rag.retrieval"),
-    "rex_rag.correction_forms": (*ABOVE, "rex_rag.rollout", "rex_rag.generation", "rex_rag.retrieval"),
-    "rex_rag.generation": (*ABOVE, "rex_rag.rollout", "rex_rag.retrieval"),
-    "rex_rag.rollout": ABOVE,
-    "rex_rag.mixed_sampling": ABOVE,
-    "rex_rag.dynamic_sampling": ABOVE,
-    "rex_rag.shaping": ABOVE,
-    "rex_rag.rewards": ("rex_rag.trainer", "rex_rag.config", "rex_rag.rollout", "rex_rag.evaluation"),
-    "rex_rag.config": ("rex_rag.trainer", "rex_rag.evaluation"),
-    "rex_rag.trainer": ("rex_rag.evaluation", "rex_rag.cli"),
-    "rex_rag.evaluation": ("rex_rag.trainer", "rex_rag.cli"),
-    "rex_rag.visualization": ("rex_rag.trainer", "rex_rag.generation", "rex_rag.rollout"),
-}
-
-
-def within(name: str, part: str) -> bool:
-    return name == part or name.startswith(part + ".")
-
-
-@pytest.mark.parametrize(
-    ("module", "allowed"),
-    [
-        ("rex_rag.types", set()),
-        ("rex_rag.answers", set()),
-        ("rex_rag.protocol", {"rex_rag.types"}),
-        ("rex_rag.retrieval.base", {"rex_rag.types"}),
-    ],
+# From the ground up: a part imports only what stands on a line below its own, and nothing beside it.
+LAYERS = (
+    ("types", "answers", "support"),
+    ("protocols", "data"),
+    ("retrieval", "models"),
+    ("rollout", "quickstart"),
+    ("probes", "correction"),
+    ("evaluation",),
+    ("training", "visualization"),
+    ("commands",),
+    ("cli",),
 )
-def test_the_vocabulary_rests_on_nothing_above_it(module: str, allowed: set[str]):
-    assert IMPORTS[module] <= allowed
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
+def part_of(module: str) -> str | None:
+    """The file or package of the root that a module belongs to; `None` for the root itself."""
+    return module.split(".")[1] if "." in module else None
+
+
+def test_every_part_has_its_layer():
+    assert {part_of(module) for module in MODULES} - {None} == set(LEVEL)
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"rex_rag"}))
 def test_imports_point_down(module: str):
-    for part, forbidden in FORBIDDEN.items():
-        if within(module, part):
-            wrong = sorted(found for found in reachable(module) if any(within(found, other) for other in forbidden))
-            assert not wrong, f"{module} reaches {wrong}"
+    own = part_of(module)
+    others = {part_of(found) for found in IMPORTS[module]} - {None, own}
+    assert not {other for other in others if LEVEL[other] >= LEVEL[own]}, f"{module} imports what is not below it"
     assert module not in reachable(module), f"{module} imports itself in a circle"
 
 
@@ -127,8 +112,9 @@ def test_modules_stay_readable_in_one_sitting(module: str):
 
 def light_modules() -> list[str]:
     names = ["rex_rag"]
-    names += [f"rex_rag.{name}" for name in ("types", "protocol", "answers", "exploration", "visualization", "cli")]
-    return names + [name for name in MODULES if within(name, "rex_rag.retrieval") or within(name, "rex_rag.data")]
+    names += [f"rex_rag.{name}" for name in ("types", "answers", "probes.pool", "cli")]
+    light = ("protocols", "retrieval", "data", "visualization")
+    return names + [name for name in MODULES if part_of(name) in light]
 
 
 def test_importing_the_light_modules_does_not_import_torch():
@@ -145,7 +131,7 @@ def test_importing_the_light_modules_does_not_import_torch():
 def test_the_package_exports_the_config_lazily_and_names_its_exports_for_a_wrong_one():
     import rex_rag
 
-    assert rex_rag.REXRAGConfig.__module__ == "rex_rag.config"
+    assert rex_rag.REXRAGConfig.__module__ == "rex_rag.training.config"
     assert set(dir(rex_rag)) == {"REXRAGConfig", "REXRAGTrainer", "__version__"}
     with pytest.raises(AttributeError, match=r"no attribute 'REXTrainer'; it exports REXRAGConfig, REXRAGTrainer"):
         _ = rex_rag.REXTrainer
@@ -241,7 +227,7 @@ def test_every_module_says_what_it_is():
 def test_the_docs_name_every_setting_with_its_default():
     from dataclasses import fields
 
-    from rex_rag.config import REXRAGConfig
+    from rex_rag.training.config import REXRAGConfig
 
     text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", text, re.MULTILINE))

@@ -10,7 +10,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from trl import TrlParser
 
-from rex_rag.recipe import RECIPE_PARTS
+from rex_rag.training.recipe import RECIPE_PARTS
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCELERATE = ROOT / "recipes" / "accelerate_configs"

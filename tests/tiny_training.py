@@ -11,9 +11,9 @@ from parts import make_tiny_model, make_word_tokenizer
 from peft import PeftModel
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 
-from rex_rag.config import REXRAGConfig
 from rex_rag.retrieval.base import Retriever
-from rex_rag.trainer import REXRAGTrainer
+from rex_rag.training.config import REXRAGConfig
+from rex_rag.training.trainer import REXRAGTrainer
 
 WORDS = ("owl", "fox", "hill", "tree")
 

@@ -92,11 +92,11 @@ class CoverageArguments:
 
 def coverage(words: Sequence[str]) -> None:
     """Print a table of coverage."""
-    from rex_rag.data.jsonl import counted
-    from rex_rag.durable import write_json
     from rex_rag.evaluation.benchmarks import OPEN, load_benchmark, subset
     from rex_rag.evaluation.coverage import coverage_table, measure_coverage, open_corpus, write_answerable
     from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+    from rex_rag.support.durable import write_json
+    from rex_rag.support.wording import counted
 
     arguments, retrieval, _ = parse_section(
         "coverage", DESCRIPTION, "coverage", (CoverageArguments, RetrieverArguments), words

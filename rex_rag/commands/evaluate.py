@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.commands.sections import parse_section
-from rex_rag.data.jsonl import counted
+from rex_rag.support.wording import counted
 
 if TYPE_CHECKING:
     from rex_rag.evaluation.arguments import EvaluationArguments, SearchArguments
     from rex_rag.evaluation.benchmarks import Benchmark
-    from rex_rag.evaluation.models import ModelOptions
     from rex_rag.evaluation.run import Shard
     from rex_rag.evaluation.scores import BenchmarkScores
+    from rex_rag.models.language_model import ModelOptions
     from rex_rag.retrieval.base import Retriever
 
 DESCRIPTION = (
@@ -116,11 +116,11 @@ def run_evaluation(
         ValueError: for arguments, benchmarks, a model or a directory that do not go together.
         RetrievalError, OSError: when searches or completions failed; what is finished stays for the next start.
     """
-    from rex_rag.chat import warn_of_unread
-    from rex_rag.evaluation.card import describe_retriever, protocol_card
     from rex_rag.evaluation.methods import make_method
-    from rex_rag.evaluation.models import check_files, check_name, open_model, stored_max_length
     from rex_rag.evaluation.run import EvaluationRun
+    from rex_rag.evaluation.run_card import describe_retriever, protocol_card
+    from rex_rag.models.chat import warn_of_unread
+    from rex_rag.models.language_model import check_files, check_name, open_model, stored_max_length
 
     method = make_method(arguments.method, arguments.prompt_text(), arguments.further_texts())
     if method.uses_retriever and not search.is_given:
@@ -201,9 +201,9 @@ def _finished_card(
     Raises:
         RunError: for another run's.
     """
-    from rex_rag.evaluation.card import describe_retriever, read_card
     from rex_rag.evaluation.records import RUN_FILE
     from rex_rag.evaluation.run import check_same_run, is_finished
+    from rex_rag.evaluation.run_card import describe_retriever, read_card
 
     if not (output / RUN_FILE).is_file():
         return None
@@ -225,8 +225,8 @@ def _known_identity(options: ModelOptions, tokenizer: str | None, with_weights: 
 
     tokenizer: what the card there says of it.
     """
-    from rex_rag.evaluation.model_identity import model_identity
-    from rex_rag.evaluation.models import ENDPOINT, confirmed_tokenizer_sha256
+    from rex_rag.models.identity import model_identity
+    from rex_rag.models.language_model import ENDPOINT, confirmed_tokenizer_sha256
 
     known = {
         "backend": options.backend,
@@ -343,7 +343,7 @@ def _may_go_first(search: SearchArguments, options: ModelOptions) -> bool:
 
     vLLM's CPU build cannot start once bm25s is loaded, and its GPUs are chosen before torch has looked at them.
     """
-    from rex_rag.evaluation.models import VLLM
+    from rex_rag.models.language_model import VLLM
 
     return options.backend != VLLM or (search.kind in ("remote", "online") and search.rerank_model is None)
 

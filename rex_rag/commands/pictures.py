@@ -139,15 +139,15 @@ def add_reliability(commands: argparse._SubParsersAction) -> None:
 
 
 def _reliability(options: argparse.Namespace) -> None:
-    from rex_rag.chat import read_settings
-    from rex_rag.model_files import check_model
-    from rex_rag.protocol import PROMPT_TEMPLATE, build_prompt
+    from rex_rag.models.chat import read_settings
+    from rex_rag.models.files import check_model
+    from rex_rag.protocols.search_r1 import PROMPT_TEMPLATE, build_prompt
     from rex_rag.retrieval.load import BM25, RetrieverArguments
     from rex_rag.visualization.curves import labelled_runs
     from rex_rag.visualization.files import picture_format
     from rex_rag.visualization.page import write_trajectory_page
     from rex_rag.visualization.records import trajectory_record
-    from rex_rag.visualization.reliability import draw_reliability, summary, with_shared_scale
+    from rex_rag.visualization.reliability_picture import draw_reliability, summary, with_shared_scale
 
     # What is wrong with the request is said before any model is loaded.
     picture_format(options.output)
@@ -191,14 +191,14 @@ def _answer(
     import torch
     from transformers import AutoTokenizer
 
-    from rex_rag.chat import encode_chat
-    from rex_rag.evaluation.reliability import score_trajectory
-    from rex_rag.generation import TransformersGenerator
-    from rex_rag.model_files import load_causal_lm
-    from rex_rag.protocol import build_prompt, control_tokens
+    from rex_rag.evaluation.token_reliability import score_trajectory
+    from rex_rag.models.chat import encode_chat
+    from rex_rag.models.files import load_causal_lm
+    from rex_rag.models.generation import TransformersGenerator
+    from rex_rag.protocols.search_r1 import build_prompt, control_tokens
     from rex_rag.retrieval.load import load_retriever
-    from rex_rag.rollout import RolloutBudget, RolloutEngine
-    from rex_rag.visualization.reliability import reliability_record
+    from rex_rag.rollout.engine import RolloutBudget, RolloutEngine
+    from rex_rag.visualization.reliability_picture import reliability_record
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")

@@ -79,7 +79,7 @@ def report(options: argparse.Namespace) -> None:
     )
     text = FORMATS[options.format](table)
     if options.model_card:
-        from rex_rag.evaluation.hub_card import write_model_card
+        from rex_rag.evaluation.publish import write_model_card
 
         write_model_card(options.model_card, runs)
     _show(text, options.output)
@@ -124,9 +124,9 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """Print or write the comparison, its figures and the questions that changed."""
-    from rex_rag.durable import write_json, written_whole
     from rex_rag.evaluation.compare import as_markdown, changed_rows, compare_runs
     from rex_rag.evaluation.finished import read_run
+    from rex_rag.support.durable import write_json, written_whole
 
     first, second = (read_run(path, resamples=options.resamples, seed=options.seed) for path in (options.a, options.b))
     found = compare_runs(
@@ -158,7 +158,7 @@ def _show(text: str, output: Path | None) -> None:
     if output is None:
         print(text, end="")
         return
-    from rex_rag.durable import written_whole
+    from rex_rag.support.durable import written_whole
 
     with written_whole(output) as file:
         file.write(text.encode())

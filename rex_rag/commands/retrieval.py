@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from rex_rag.commands.sections import parse_section
 from rex_rag.commands.terminal import positive, printable
-from rex_rag.data.jsonl import counted
+from rex_rag.support.wording import counted
 
 if TYPE_CHECKING:
     from rex_rag.types import Passage

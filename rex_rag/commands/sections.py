@@ -10,7 +10,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from rex_rag.data.jsonl import describe_unknown
+from rex_rag.support.wording import describe_unknown
 
 _UNSET = ("none", "null")
 

@@ -16,8 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rex_rag.data.jsonl import iter_json_objects, shorten
-from rex_rag.durable import written_whole
+from rex_rag.support.durable import written_whole
+from rex_rag.support.jsonl import iter_json_objects
+from rex_rag.support.wording import shorten
 from rex_rag.types import Passage
 
 logger = logging.getLogger(__name__)

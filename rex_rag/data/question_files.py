@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rex_rag.data.jsonl import iter_json_objects, shorten
 from rex_rag.data.question_rows import QuestionError
+from rex_rag.support.jsonl import iter_json_objects
+from rex_rag.support.wording import shorten
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from rex_rag.data.jsonl import shorten
+from rex_rag.support.wording import shorten
 
 # What neither JSON nor Python reads as a list, but numpy, pandas, Spark or a word processor made of one.
 _PRINTED = re.compile(

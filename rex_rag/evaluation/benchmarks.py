@@ -18,11 +18,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rex_rag.data.jsonl import describe_unknown
 from rex_rag.data.question_files import open_rows
 from rex_rag.data.question_rows import QuestionError, check_answers_column
-from rex_rag.evaluation.question_rows import BenchmarkColumns, questions_of
+from rex_rag.evaluation.benchmark_rows import BenchmarkColumns, questions_of
 from rex_rag.evaluation.records import Question
+from rex_rag.support.wording import describe_unknown
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from rex_rag.evaluation.benchmarks import OPEN
 from rex_rag.evaluation.bootstrap import RESAMPLES
-from rex_rag.evaluation.card import comparable
 from rex_rag.evaluation.finished import FinishedRun, unlike_judges, unread_verdicts
 from rex_rag.evaluation.paired import Paired, compare_scores
 from rex_rag.evaluation.published import label, ordered
+from rex_rag.evaluation.run_card import comparable
 from rex_rag.evaluation.scores import JUDGE, main_metric, read_predictions
-from rex_rag.tables import markdown_table, markdown_text, one_line
+from rex_rag.support.tables import markdown_table, markdown_text, one_line
 
 MAIN = "main"
 METRICS = (MAIN, "f1", "sub_match", JUDGE)

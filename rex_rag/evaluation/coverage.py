@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 
 from rex_rag.answers import normalize_answer
-from rex_rag.bars import progress_bar
 from rex_rag.data.corpus import corpus_files, iter_passages
-from rex_rag.durable import written_whole
 from rex_rag.evaluation.benchmarks import Benchmark
 from rex_rag.evaluation.bootstrap import Estimate, bootstrap
 from rex_rag.evaluation.records import Question
 from rex_rag.retrieval.base import Retriever, checked_search
 from rex_rag.retrieval.passages import PassageStore
-from rex_rag.tables import markdown_table, markdown_text
+from rex_rag.support.durable import written_whole
+from rex_rag.support.progress_bars import progress_bar
+from rex_rag.support.tables import markdown_table, markdown_text
 from rex_rag.types import Passage
 
 DEFAULT_KS = (1, 3, 5, 10)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from rex_rag.answers import exact_match
-from rex_rag.exploration import ExplorationPool, draw_probe
-from rex_rag.rollout import RolloutEngine
+from rex_rag.probes.pool import ExplorationPool, draw_probe
+from rex_rag.rollout.engine import RolloutEngine
 from rex_rag.types import Trajectory
 
 

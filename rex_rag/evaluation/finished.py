@@ -15,9 +15,9 @@ from typing import Any
 
 from rex_rag.evaluation.benchmarks import Benchmark
 from rex_rag.evaluation.bootstrap import RESAMPLES, Estimate
-from rex_rag.evaluation.card import read_card, scorer_row, shared_protocol
 from rex_rag.evaluation.judge import count_verdicts, judge_of, read_judge
 from rex_rag.evaluation.records import PREDICTIONS_FILE, RUN_FILE, Prediction, Question, questions_in_chunks
+from rex_rag.evaluation.run_card import read_card, scorer_row, shared_protocol
 from rex_rag.evaluation.scores import BenchmarkScores, macro_scores, read_predictions, read_seconds, score_benchmark
 
 

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rex_rag.bars import progress_bar
-from rex_rag.durable import locked, write_json
-from rex_rag.evaluation.endpoint import EndpointClient, EndpointError, EndpointOptions
 from rex_rag.evaluation.records import Prediction
 from rex_rag.evaluation.scores import Judge, read_predictions
+from rex_rag.models.endpoint import EndpointClient, EndpointError, EndpointOptions
+from rex_rag.support.durable import locked, write_json
+from rex_rag.support.progress_bars import progress_bar
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rex_rag.evaluation.bootstrap import RESAMPLES, Estimate, macro_mean
-from rex_rag.evaluation.card import comparable
 from rex_rag.evaluation.finished import FinishedRun, read_run, run_directories, unlike_judges, unread_verdicts
 from rex_rag.evaluation.published import (
     BENCHMARKS,
@@ -25,6 +24,7 @@ from rex_rag.evaluation.published import (
     ordered,
     published_rows,
 )
+from rex_rag.evaluation.run_card import comparable
 from rex_rag.evaluation.scores import ACCURACY, BenchmarkScores
 
 # Extra columns, with what stands at their head.

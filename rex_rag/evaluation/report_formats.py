@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rex_rag.evaluation.bootstrap import Estimate
 from rex_rag.evaluation.report import COLUMNS, WITH_INTERVAL, Cell, Column, Extra, Report, Row
-from rex_rag.tables import csv_table, latex_table, latex_text, markdown_table, markdown_text
+from rex_rag.support.tables import csv_table, latex_table, latex_text, markdown_table, markdown_text
 
 _NOTHING = "–"
 _LABEL = "tab:results"

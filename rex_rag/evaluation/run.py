@@ -18,13 +18,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rex_rag.bars import progress_bar
-from rex_rag.data.jsonl import counted
-from rex_rag.durable import locked, write_json, written_whole
-from rex_rag.evaluation.card import differences, read_card
 from rex_rag.evaluation.judge import judge_of, read_judge
 from rex_rag.evaluation.methods import Method, Toolbox
-from rex_rag.evaluation.prompts import question_text
+from rex_rag.evaluation.methods.prompt_texts import question_text
 from rex_rag.evaluation.records import (
     CHUNKS_FOLDER,
     PREDICTIONS_FILE,
@@ -34,15 +30,19 @@ from rex_rag.evaluation.records import (
     Question,
     Sample,
 )
+from rex_rag.evaluation.run_card import differences, read_card
 from rex_rag.evaluation.scores import BenchmarkScores, macro_scores, read_predictions, read_seconds, score_benchmark
 from rex_rag.evaluation.stopwatch import Stopwatch
 from rex_rag.retrieval.base import Retriever
-from rex_rag.rollout import RolloutBudget
+from rex_rag.rollout.engine import RolloutBudget
+from rex_rag.support.durable import locked, write_json, written_whole
+from rex_rag.support.progress_bars import progress_bar
+from rex_rag.support.wording import counted
 from rex_rag.types import Truncation
 
 if TYPE_CHECKING:
     from rex_rag.evaluation.benchmarks import Benchmark
-    from rex_rag.evaluation.models import LanguageModel
+    from rex_rag.models.language_model import LanguageModel
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from rex_rag.answers import answer_key, exact_match, sub_match, token_f1
-from rex_rag.data.jsonl import iter_json_objects
 from rex_rag.evaluation.bootstrap import RESAMPLES, Estimate, bootstrap, macro_mean
 from rex_rag.evaluation.choices import choice_letter
 from rex_rag.evaluation.records import PREDICTIONS_FILE, TIMINGS_FILE, Prediction, Sample
+from rex_rag.support.jsonl import iter_json_objects
 
 __all__ = [
     "BenchmarkScores",

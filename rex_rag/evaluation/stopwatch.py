@@ -10,7 +10,7 @@ from rex_rag.retrieval.base import Retriever
 from rex_rag.types import Passage
 
 if TYPE_CHECKING:
-    from rex_rag.generation import Generation, Generator
+    from rex_rag.models.generation import Generation, Generator
 
 
 class Stopwatch:

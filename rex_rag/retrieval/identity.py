@@ -17,7 +17,7 @@ from rex_rag.retrieval.index.manifest import Manifest
 from rex_rag.retrieval.indexed import IndexedRetriever
 from rex_rag.retrieval.load import BM25, RetrieverArguments
 from rex_rag.retrieval.passages import passage_json
-from rex_rag.tables import one_line
+from rex_rag.support.tables import one_line
 from rex_rag.types import Passage
 
 logger = logging.getLogger(__name__)

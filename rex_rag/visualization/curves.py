@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rex_rag.log_rows import EXACT_MATCH, UNNAMED_SET, evaluated_sets
+from rex_rag.support.log_rows import EXACT_MATCH, UNNAMED_SET, evaluated_sets
 from rex_rag.visualization.escape import without_controls
 from rex_rag.visualization.files import new_figure, picture_format, write_figure
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rex_rag.durable import written_whole
+from rex_rag.support.durable import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

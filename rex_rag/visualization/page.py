@@ -28,7 +28,7 @@ from rex_rag.visualization.records import (
     passage_ids,
     searches_behind,
 )
-from rex_rag.visualization.reliability import reliability_html, reliability_style
+from rex_rag.visualization.reliability_picture import reliability_html, reliability_style
 
 KIND_MEANING = {
     SegmentKind.POLICY: "written by the model",

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rex_rag.answers import exact_match
-from rex_rag.data.jsonl import counted, iter_json_objects
-from rex_rag.evaluation.card import read_card
 from rex_rag.evaluation.choices import choice_letter
 from rex_rag.evaluation.records import (
     CHUNKS_FOLDER,
@@ -19,7 +17,10 @@ from rex_rag.evaluation.records import (
     finished_chunks,
     questions_in_chunks,
 )
+from rex_rag.evaluation.run_card import read_card
 from rex_rag.evaluation.scores import Judge
+from rex_rag.support.jsonl import iter_json_objects
+from rex_rag.support.wording import counted
 
 UNFINISHED = "not finished"  # the name under which `run_facts` says what is missing
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.evaluation.records import PREDICTIONS_FILE
-from rex_rag.protocol import ANSWER_TAGS, THINK_TAGS, parse_action
+from rex_rag.protocols.search_r1 import ANSWER_TAGS, THINK_TAGS, parse_action
 from rex_rag.types import SegmentKind, Trajectory
 from rex_rag.visualization.predictions import JudgeReader, prediction_files, read_predictions
 
@@ -48,7 +48,8 @@ def trajectory_record(
 
     Beside these keys, a page understands `benchmark`, `id`, `sample`, `model` and `notes` (short texts), `searches`
     (`{"query", "passages"}` of each), `beside` (index of the record to stand next to) and `reliability` (a model's
-    name and its tokens, see `rex_rag.visualization.reliability`). With a `metric`, the name of what `reward` is, a
+    name and its tokens, see `rex_rag.visualization.reliability_picture`).
+    With a `metric`, the name of what `reward` is, a
     record is an evaluation's: it is right or wrong, and may have `choices` (letter -> text), the `letter` that was
     read from the answer, and `judged` (whether a judge found the answer correct).
     """

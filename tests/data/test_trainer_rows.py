@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset, IterableDataset
 
-from rex_rag.config import REXRAGConfig
 from rex_rag.data.question_rows import QuestionError
-from rex_rag.prompts import checked_questions
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
-from rex_rag.trainer import REXRAGTrainer
+from rex_rag.training.config import REXRAGConfig
+from rex_rag.training.questions import checked_questions
+from rex_rag.training.trainer import REXRAGTrainer
 from rex_rag.types import Passage
 
 GOOD = {"question": "capital of Norway?", "golden_answers": ["Oslo"]}

@@ -16,10 +16,10 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from rex_rag.config import REXRAGConfig
-from rex_rag.generation import Generation
+from rex_rag.models.generation import Generation
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
-from rex_rag.trainer import REXRAGTrainer
+from rex_rag.training.config import REXRAGConfig
+from rex_rag.training.trainer import REXRAGTrainer
 from rex_rag.types import Passage
 
 

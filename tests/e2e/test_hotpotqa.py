@@ -125,11 +125,11 @@ def test_no_token_of_a_passage_is_trained(model, openings, tmp_path, monkeypatch
     from transformers import AutoTokenizer
     from trl import TrlParser
 
+    from rex_rag.correction.realignment import loss_mask
     from rex_rag.data.qa import load_questions
-    from rex_rag.realignment import loss_mask
-    from rex_rag.recipe import RECIPE_PARTS
     from rex_rag.retrieval.load import load_retriever
-    from rex_rag.trainer import REXRAGTrainer
+    from rex_rag.training.recipe import RECIPE_PARTS
+    from rex_rag.training.trainer import REXRAGTrainer
 
     monkeypatch.chdir(ROOT)
     parser = TrlParser(RECIPE_PARTS)

@@ -14,9 +14,9 @@ from trl import TrlParser
 from vllm.triton_utils import dispatcher
 
 from rex_rag.data.qa import load_questions
-from rex_rag.recipe import RECIPE_PARTS
 from rex_rag.retrieval.load import load_retriever
-from rex_rag.trainer import REXRAGTrainer
+from rex_rag.training.recipe import RECIPE_PARTS
+from rex_rag.training.trainer import REXRAGTrainer
 from rex_rag.types import SegmentKind
 
 

@@ -16,11 +16,11 @@ import yaml
 
 from rex_rag.commands.evaluate import _may_go_first, evaluate, launched_shard
 from rex_rag.commands.sections import parse_section
-from rex_rag.evaluation import models
 from rex_rag.evaluation.arguments import EvaluationArguments, SearchArguments
 from rex_rag.evaluation.benchmarks import FLASHRAG_SETS
 from rex_rag.evaluation.methods import METHODS
 from rex_rag.evaluation.run import RunError, Shard
+from rex_rag.models import language_model as models
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.identity import retriever_identity
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever

@@ -12,13 +12,13 @@ from fastapi.responses import JSONResponse
 
 from rex_rag.evaluation.compare import as_markdown as compared
 from rex_rag.evaluation.compare import compare_runs
-from rex_rag.evaluation.endpoint import EndpointError, EndpointOptions
 from rex_rag.evaluation.finished import read_run
-from rex_rag.evaluation.hub_card import card_results
 from rex_rag.evaluation.judge import Case, JudgeError, judge_run, read_verdict
+from rex_rag.evaluation.publish import card_results
 from rex_rag.evaluation.report import build_report
 from rex_rag.evaluation.report_formats import as_markdown
 from rex_rag.evaluation.run import score_run
+from rex_rag.models.endpoint import EndpointError, EndpointOptions
 from tests.evaluation.run_parts import sample, write_run
 from tests.retrieval.running import AppServer
 

@@ -7,12 +7,12 @@ from parts import PASSAGES, ScriptedGenerator, make_bpe_tokenizer
 from tokenizers import AddedToken
 
 from rex_rag.evaluation.methods import METHODS, Toolbox, make_method
-from rex_rag.evaluation.prompts import DIRECT, fill
+from rex_rag.evaluation.methods.prompt_texts import DIRECT, fill
 from rex_rag.evaluation.records import Question, Sample
-from rex_rag.protocol import PROMPT_TEMPLATE, STOP_STRINGS, build_prompt
+from rex_rag.protocols.search_r1 import PROMPT_TEMPLATE, STOP_STRINGS, build_prompt
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
-from rex_rag.rollout import RolloutBudget, RolloutEngine
+from rex_rag.rollout.engine import RolloutBudget, RolloutEngine
 from rex_rag.types import Passage
 
 BUDGET = RolloutBudget(

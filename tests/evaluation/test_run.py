@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 from rex_rag.commands.evaluate import evaluate
-from rex_rag.durable import locked
 from rex_rag.evaluation.methods import make_method
 from rex_rag.evaluation.records import Prediction
 from rex_rag.evaluation.run import EvaluationRun, RunError, Shard, score_run
+from rex_rag.support.durable import locked
 from tests.evaluation.tiny_run import BUDGET, ROOT, TinyWorld, make_run, make_tiny_world
 
 SAMPLED = {"temperature": 1.0, "samples": 2}

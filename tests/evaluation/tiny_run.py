@@ -11,14 +11,14 @@ import torch
 from tokenizers import AddedToken
 
 from rex_rag.data.corpus import read_corpus
-from rex_rag.data.hopworld import HopWorldConfig, build_hopworld, write_hopworld
 from rex_rag.evaluation.benchmarks import load_benchmark
-from rex_rag.evaluation.card import protocol_card
 from rex_rag.evaluation.methods import make_method
-from rex_rag.evaluation.models import ModelOptions, open_model
 from rex_rag.evaluation.run import EvaluationRun
+from rex_rag.evaluation.run_card import protocol_card
+from rex_rag.models.language_model import ModelOptions, open_model
+from rex_rag.quickstart.hopworld import HopWorldConfig, build_hopworld, write_hopworld
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
-from rex_rag.rollout import RolloutBudget
+from rex_rag.rollout.engine import RolloutBudget
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = RolloutBudget(max_turns=2, max_turn_tokens=12, max_observation_tokens=64, max_sequence_length=256, top_k=1)

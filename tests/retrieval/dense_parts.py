@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rex_rag.durable import write_json
 from rex_rag.retrieval.dense.encode_corpus import LIST_FILE, VectorShards
+from rex_rag.support.durable import write_json
 from rex_rag.types import Passage
 
 WORDS = ["oslo", "rome", "paris", "river", "hill", "query", ":", "passage", "the", "of"]

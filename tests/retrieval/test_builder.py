@@ -18,7 +18,6 @@ import torch
 
 from rex_rag.cli import main
 from rex_rag.data.corpus import write_corpus
-from rex_rag.durable import locked
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.retrieval.dense import encode_corpus, faiss_index
@@ -30,6 +29,7 @@ from rex_rag.retrieval.index.estimate import NotEnoughRoom, Room
 from rex_rag.retrieval.index.kinds import SearchOptions, _encoding_devices, open_index
 from rex_rag.retrieval.index.manifest import verify
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+from rex_rag.support.durable import locked
 from rex_rag.types import Passage
 from tests.retrieval.dense_parts import save_word_encoder, word_passages
 

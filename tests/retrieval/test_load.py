@@ -8,11 +8,11 @@ import pytest
 from trl import TrlParser
 
 from rex_rag.data.corpus import CorpusError, write_corpus
-from rex_rag.recipe import RECIPE_PARTS
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
 from rex_rag.retrieval.remote.client import RemoteRetriever
+from rex_rag.training.recipe import RECIPE_PARTS
 from rex_rag.types import Passage
 
 

@@ -11,11 +11,11 @@ from itertools import pairwise
 import pytest
 from matplotlib.figure import Figure
 
-from rex_rag.evaluation.reliability import TokenReliability
+from rex_rag.evaluation.token_reliability import TokenReliability
 from rex_rag.types import SegmentKind
 from rex_rag.visualization.files import write_figure
 from rex_rag.visualization.page import trajectory_page
-from rex_rag.visualization.reliability import (
+from rex_rag.visualization.reliability_picture import (
     COLOURS,
     MOST_TOKENS,
     draw_reliability,

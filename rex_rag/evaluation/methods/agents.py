@@ -7,14 +7,14 @@ from typing import ClassVar
 
 from rex_rag.evaluation.methods.base import Method, Toolbox, unanswered
 from rex_rag.evaluation.records import Question
-from rex_rag.protocol import FEEDBACK_TEXT, PROMPT_TEMPLATE, STOP_STRINGS
-from rex_rag.rollout import RolloutEngine
+from rex_rag.protocols.search_r1 import FEEDBACK_TEXT, PROMPT_TEMPLATE, STOP_STRINGS
+from rex_rag.rollout.engine import RolloutEngine
 from rex_rag.types import Trajectory, Truncation
 
 
 class SearchR1(Method):
     """Think, search, answer, in tags, with a model trained to. The answer is the content of the first complete
-    `<answer>` that the model writes before any search of the same turn (`rex_rag.protocol.parse_action`)."""
+    `<answer>` that the model writes before any search of the same turn."""
 
     name = "search_r1"
     title = "Search-R1"

@@ -14,18 +14,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rex_rag.chat import encode_chat
-from rex_rag.evaluation.prompts import CHOICES, Prompt, placeholders, question_text
+from rex_rag.evaluation.methods.prompt_texts import CHOICES, Prompt, placeholders, question_text
 from rex_rag.evaluation.records import Question
-from rex_rag.protocol import control_tokens
+from rex_rag.models.chat import encode_chat
+from rex_rag.protocols.search_r1 import control_tokens
 from rex_rag.retrieval.base import Retriever
-from rex_rag.rollout import RolloutBudget
+from rex_rag.rollout.engine import RolloutBudget
 from rex_rag.types import Trajectory, Truncation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rex_rag.generation import Generator
+    from rex_rag.models.generation import Generator
 
 _SAID = "said-by-the-assistant"
 
@@ -47,7 +47,7 @@ class Toolbox:
     chat_template_kwargs: Mapping[str, Any] | None = None
 
     def encode_chat(self, prompt: Prompt | str) -> list[int]:
-        """The prompt ids of one user message, up to where the model's turn begins; as `rex_rag.chat` renders it.
+        """The prompt ids of one user message, up to where the model's turn begins (`rex_rag.models.chat`).
 
         Raises:
             ValueError: for a tokenizer without a chat template.

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable
 
 from rex_rag.evaluation.methods.extraction import announced_answer, announces_only
+from rex_rag.evaluation.methods.prompt_texts import IRCOT
 from rex_rag.evaluation.methods.script import Desk, Generate, Script, ScriptMethod, Search
-from rex_rag.evaluation.prompts import IRCOT
-from rex_rag.protocol import make_inert
+from rex_rag.protocols.search_r1 import make_inert
 from rex_rag.types import Passage, Truncation
 
 # Trivedi et al., section 4.1: at most 15 paragraphs, since more does not fit the models' contexts.

@@ -21,7 +21,7 @@ from typing import ClassVar
 
 from rex_rag.evaluation.methods.base import Method, Toolbox
 from rex_rag.evaluation.records import Question
-from rex_rag.protocol import ALL_TAGS
+from rex_rag.protocols.search_r1 import ALL_TAGS
 from rex_rag.retrieval.base import checked_search
 from rex_rag.types import Passage, SearchCall, Segment, SegmentKind, Trajectory, Truncation
 

@@ -6,8 +6,7 @@ import re
 from typing import ClassVar
 
 from rex_rag.evaluation.methods.extraction import boxed_answer
-from rex_rag.evaluation.methods.script import Desk, Generate, Script, ScriptMethod, Search
-from rex_rag.evaluation.prompts import (
+from rex_rag.evaluation.methods.prompt_texts import (
     SEARCH_O1,
     SEARCH_O1_BLANK,
     SEARCH_O1_DOCUMENTS,
@@ -16,7 +15,8 @@ from rex_rag.evaluation.prompts import (
     SEARCH_O1_REPEATED,
     fill,
 )
-from rex_rag.protocol import make_inert, render_passages
+from rex_rag.evaluation.methods.script import Desk, Generate, Script, ScriptMethod, Search
+from rex_rag.protocols.search_r1 import make_inert, render_passages
 from rex_rag.types import Truncation
 
 QUERY_MARKS = ("<|begin_search_query|>", "<|end_search_query|>")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from rex_rag.evaluation.methods.extraction import announced_answer, bare_answer, behind_thoughts, tagged_answer
+from rex_rag.evaluation.methods.prompt_texts import CHAIN_OF_THOUGHT, DIRECT, RETRIEVE_ONCE, THINK_AND_ANSWER
 from rex_rag.evaluation.methods.script import Desk, Generate, Script, ScriptMethod, Search
-from rex_rag.evaluation.prompts import CHAIN_OF_THOUGHT, DIRECT, RETRIEVE_ONCE, THINK_AND_ANSWER
-from rex_rag.protocol import ANSWER_TAGS, render_passages
+from rex_rag.protocols.search_r1 import ANSWER_TAGS, render_passages
 
 
 class Direct(ScriptMethod):

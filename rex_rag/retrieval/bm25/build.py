@@ -25,8 +25,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rex_rag.bars import progress_bar
-from rex_rag.durable import remove_partial, sync_folder, write_json, written_whole
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.estimate import estimate_bm25
 from rex_rag.retrieval.bm25.postings import TERM_MAXIMA_FILE, TERM_OFFSETS_FILE, TERMS_FILE
@@ -41,6 +39,8 @@ from rex_rag.retrieval.bm25.text import (
     tokenizer_versions,
 )
 from rex_rag.retrieval.passages import PassageSource
+from rex_rag.support.durable import remove_partial, sync_folder, write_json, written_whole
+from rex_rag.support.progress_bars import progress_bar
 
 if TYPE_CHECKING:
     import numpy as np

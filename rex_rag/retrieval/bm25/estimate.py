@@ -9,12 +9,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rex_rag.data.jsonl import counted
 from rex_rag.retrieval.bm25.postings import ROWS_PER_RANGE
 from rex_rag.retrieval.bm25.shards import BLOCK_POSTINGS, SHARD_PASSAGES, SHARDS_AHEAD, Shard, write_shard
 from rex_rag.retrieval.bm25.text import BM25Options, TermSplitter
 from rex_rag.retrieval.index.estimate import Estimate
 from rex_rag.retrieval.passages import passage_json
+from rex_rag.support.wording import counted
 from rex_rag.types import Passage
 
 # Measured on one core (numpy 2.3): merging shards' terms in Python, and gathering and scoring postings.

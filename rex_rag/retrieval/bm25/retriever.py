@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag.data.corpus import read_corpus
-from rex_rag.data.jsonl import counted
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.postings import TERM_MAXIMA_FILE, MappedVocabulary, Postings, PostingsSearcher
 from rex_rag.retrieval.bm25.text import (
@@ -33,6 +32,7 @@ from rex_rag.retrieval.bm25.text import (
 )
 from rex_rag.retrieval.indexed import IndexedRetriever
 from rex_rag.retrieval.passages import PassageList, PassageSource
+from rex_rag.support.wording import counted
 from rex_rag.types import Passage
 
 if TYPE_CHECKING:

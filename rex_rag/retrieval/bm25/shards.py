@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rex_rag.bars import progress_bar
 from rex_rag.data.corpus import passage_from_row
-from rex_rag.durable import written_whole
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.text import BM25Options, TermSplitter, passage_text
 from rex_rag.retrieval.passages import PassageSource
+from rex_rag.support.durable import written_whole
+from rex_rag.support.progress_bars import progress_bar
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,11 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rex_rag.bars import progress_bar
-from rex_rag.durable import remove_partial, write_json, written_whole
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.dense.encoder import CHUNK_ROWS, Encoder
 from rex_rag.retrieval.passages import PassageSource
+from rex_rag.support.durable import remove_partial, write_json, written_whole
+from rex_rag.support.progress_bars import progress_bar
 from rex_rag.types import Passage
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.data.corpus import join_contents
-from rex_rag.data.jsonl import counted
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.dense.checkpoints import Checkpoint, find_checkpoint
+from rex_rag.support.wording import counted
 from rex_rag.types import Passage
 
 if TYPE_CHECKING:

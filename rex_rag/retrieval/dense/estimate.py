@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Sequence
 
-from rex_rag.data.jsonl import counted
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.dense.encode_corpus import DEFAULT_SHARD_ROWS
 from rex_rag.retrieval.dense.encode_corpus import DTYPES as DTYPE_BYTES
@@ -15,6 +14,7 @@ from rex_rag.retrieval.dense.encoder import Encoder
 from rex_rag.retrieval.dense.faiss_index import ADD_ROWS, TRAINING_PER_LIST, FaissOptions
 from rex_rag.retrieval.dense.flat_file import import_faiss
 from rex_rag.retrieval.index.estimate import Estimate
+from rex_rag.support.wording import counted
 from rex_rag.types import Passage
 
 # Writing and syncing a large file: an old disk; every newer one is faster, and encoding takes far longer anyway.

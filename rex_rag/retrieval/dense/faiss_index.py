@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rex_rag.bars import progress_bar
-from rex_rag.data.jsonl import counted
-from rex_rag.durable import written_whole
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.dense.encode_corpus import VectorShards
 from rex_rag.retrieval.dense.flat_file import check_vectors, import_faiss, map_flat, write_flat
 from rex_rag.retrieval.indexed import NO_ROW
+from rex_rag.support.durable import written_whole
+from rex_rag.support.progress_bars import progress_bar
+from rex_rag.support.wording import counted
 
 if TYPE_CHECKING:
     import numpy as np

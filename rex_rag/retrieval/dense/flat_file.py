@@ -10,10 +10,10 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rex_rag.bars import progress_bar
-from rex_rag.durable import written_whole
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.dense.encode_corpus import VectorShards
+from rex_rag.support.durable import written_whole
+from rex_rag.support.progress_bars import progress_bar
 
 if TYPE_CHECKING:
     import numpy as np

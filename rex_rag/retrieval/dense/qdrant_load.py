@@ -15,7 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rex_rag.bars import progress_bar
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.dense.qdrant_calls import (
     COMPLETE_KEY,
@@ -26,6 +25,7 @@ from rex_rag.retrieval.dense.qdrant_calls import (
     is_complete,
     is_embedded,
 )
+from rex_rag.support.progress_bars import progress_bar
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rex_rag.data.jsonl import counted
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.dense.checkpoints import short_name
 from rex_rag.retrieval.dense.encoder import Encoder
 from rex_rag.retrieval.dense.vector_index import VectorIndex
 from rex_rag.retrieval.indexed import IndexedRetriever
 from rex_rag.retrieval.passages import PassageSource
+from rex_rag.support.wording import counted
 
 if TYPE_CHECKING:
     import numpy as np

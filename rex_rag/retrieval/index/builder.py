@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from rex_rag.data.corpus import CorpusError, corpus_files
-from rex_rag.data.jsonl import counted, shorten
-from rex_rag.durable import locked, remove_partial, sync_folder, write_json
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.index.arguments import IndexArguments
 from rex_rag.retrieval.index.estimate import Estimate, Room, check_room, human_bytes, human_seconds, measure_room
@@ -26,6 +24,8 @@ from rex_rag.retrieval.index.kinds import IndexKind, index_kind
 from rex_rag.retrieval.index.manifest import MANIFEST_FILE, Manifest, hash_files, library_versions
 from rex_rag.retrieval.index.passage_writer import CorpusFile, sample_passages, scan_corpus, write_store
 from rex_rag.retrieval.passages import OFFSET_BYTES, PASSAGES_FILE, PassageStore, passage_json
+from rex_rag.support.durable import locked, remove_partial, sync_folder, write_json
+from rex_rag.support.wording import counted, shorten
 from rex_rag.types import Passage
 
 SAMPLE_SIZE = 1_000

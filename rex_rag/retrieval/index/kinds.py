@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rex_rag.data.jsonl import counted
-from rex_rag.durable import written_whole
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.index.arguments import IndexArguments
 from rex_rag.retrieval.index.estimate import Estimate
 from rex_rag.retrieval.index.manifest import ENCODER_FOLDER_FILE, Manifest
 from rex_rag.retrieval.indexed import IndexedRetriever
 from rex_rag.retrieval.passages import PassageStore
+from rex_rag.support.durable import written_whole
+from rex_rag.support.wording import counted
 from rex_rag.types import Passage
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rex_rag.bars import progress_bar
-from rex_rag.durable import write_json
 from rex_rag.retrieval.base import RetrievalError
+from rex_rag.support.durable import write_json
+from rex_rag.support.progress_bars import progress_bar
 
 MANIFEST_FILE = "manifest.json"
 # Beside the manifest, where the index was built with a local encoder: the folder in which it lies on this machine. No

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rex_rag.bars import progress_bar
 from rex_rag.data.corpus import CorpusError, id_prefixes, iter_passages, passage_from_row, repeated_id
-from rex_rag.data.jsonl import open_lines
-from rex_rag.durable import sync_folder, write_json
 from rex_rag.retrieval.passages import OFFSETS_FILE, PASSAGES_FILE, passage_json
+from rex_rag.support.durable import sync_folder, write_json
+from rex_rag.support.jsonl import open_lines
+from rex_rag.support.progress_bars import progress_bar
 from rex_rag.types import Passage
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from rex_rag.data.jsonl import shorten
-from rex_rag.durable import written_whole
 from rex_rag.retrieval.base import RetrievalError
+from rex_rag.support.durable import written_whole
+from rex_rag.support.wording import shorten
 
 FORMAT_VERSION = 1
 

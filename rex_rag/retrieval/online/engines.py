@@ -11,8 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from rex_rag.data.jsonl import shorten
 from rex_rag.retrieval.online.cache import Hit
+from rex_rag.support.wording import shorten
 
 RESULTS_PER_SEARCH = 10  # both engines' default page, and the most that Google's gives
 

@@ -27,10 +27,10 @@ from urllib.parse import quote
 
 import httpx
 
-from rex_rag.data.jsonl import shorten
 from rex_rag.retrieval.base import DEFAULT_MAX_ATTEMPTS, RetrievalError, check_request
 from rex_rag.retrieval.online.cache import CacheMode, Hit, OnlineCache, normalize_query
 from rex_rag.retrieval.online.engines import ENGINES, RESULTS_PER_SEARCH, PassingTrouble, SearchEngine, UnusableAnswer
+from rex_rag.support.wording import shorten
 from rex_rag.types import Passage
 
 logger = logging.getLogger(__name__)

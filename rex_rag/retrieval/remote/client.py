@@ -20,9 +20,9 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-from rex_rag.data.jsonl import shorten
 from rex_rag.retrieval.base import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_SECONDS, RetrievalError, check_request
 from rex_rag.retrieval.remote.endpoint import Endpoint, PassingTrouble, Refusal, Trouble
+from rex_rag.support.wording import shorten
 from rex_rag.types import Passage
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,6 @@ from typing import Any
 
 import httpx
 
-from rex_rag.data.jsonl import shorten
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.remote.wire import (
     HEALTH_PATH,
@@ -29,6 +28,7 @@ from rex_rag.retrieval.remote.wire import (
     decode_rankings,
     encode_request,
 )
+from rex_rag.support.wording import shorten
 from rex_rag.types import Passage
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rex_rag.data.corpus import CorpusError, passage_from_row
-from rex_rag.data.jsonl import counted, shorten
 from rex_rag.retrieval.base import RetrievalError
+from rex_rag.support.wording import counted, shorten
 from rex_rag.types import Passage
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from time import perf_counter
 from typing import Any
 
-from rex_rag.data.jsonl import shorten
 from rex_rag.retrieval.base import RetrievalError, Retriever
 from rex_rag.retrieval.indexed import IndexedRetriever
 from rex_rag.retrieval.remote.wire import HEALTH_PATH, SEARCH_PATH
@@ -27,6 +26,7 @@ from rex_rag.retrieval.server.metrics import ServerMetrics
 from rex_rag.retrieval.server.options import ServerOptions
 from rex_rag.retrieval.server.runner import DirectRunner, Overloaded, Runner
 from rex_rag.retrieval.server.stages import Served, Timings
+from rex_rag.support.wording import shorten
 
 try:
     import uvicorn

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-from rex_rag.data.jsonl import shorten
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.indexed import IndexedRetriever
 from rex_rag.retrieval.server.runner import Observer, Overloaded, QueryFailed, overloaded
 from rex_rag.retrieval.server.stages import Ranking, Served, Timings, attempt, encode, rank, render, timed
+from rex_rag.support.wording import shorten
 
 logger = logging.getLogger(__name__)
 

@@ -18,12 +18,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from time import perf_counter, thread_time
 
-from rex_rag.bars import progress_bar
-from rex_rag.data.jsonl import counted, iter_json_objects
 from rex_rag.retrieval.base import Retriever
 from rex_rag.retrieval.indexed import IndexedRetriever
 from rex_rag.retrieval.remote.endpoint import without_password
 from rex_rag.retrieval.server.bench_load import STAGES, Load, Samples, drive
+from rex_rag.support.jsonl import iter_json_objects
+from rex_rag.support.progress_bars import progress_bar
+from rex_rag.support.wording import counted
 from rex_rag.types import Passage
 
 # Above this share of one core a generator process no longer only measures.

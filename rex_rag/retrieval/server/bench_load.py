@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from time import perf_counter, thread_time
 from urllib.parse import unquote_to_bytes, urlsplit
 
-from rex_rag.data.jsonl import counted, shorten
 from rex_rag.retrieval.remote.wire import SEARCH_PATH
+from rex_rag.support.wording import counted, shorten
 
 STAGES = ("queue", "encode", "search", "fetch")
 _DURATION = re.compile(rb"(\w+);dur=([0-9.]+)")

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 from typing import Protocol
 
-from rex_rag.data.jsonl import counted
 from rex_rag.retrieval.base import RetrievalError, Retriever
 from rex_rag.retrieval.indexed import IndexedRetriever
 from rex_rag.retrieval.server.stages import Served, Timings, search_indexed, search_plain
+from rex_rag.support.wording import counted
 
 # Requests that are searched one by one side by side: an engine on another machine needs company, one here gains none.
 DIRECT_THREADS = 16

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-from rex_rag.data.jsonl import counted, shorten
 from rex_rag.retrieval.base import EngineAway, RetrievalError, Retriever, checked_search
 from rex_rag.retrieval.indexed import NO_ROW, IndexedRetriever
 from rex_rag.retrieval.passages import passage_json
 from rex_rag.retrieval.remote.wire import encode_rankings
+from rex_rag.support.wording import counted, shorten
 from rex_rag.types import Passage
 
 logger = logging.getLogger(__name__)

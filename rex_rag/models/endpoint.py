@@ -1,0 +1,399 @@
+"""A served model as a generation backend: any endpoint that speaks OpenAI's completions format.
+
+Token ids are sent and received where the server can (vLLM). Elsewhere text is sent, or text comes back and the local
+tokenizer encodes it again; `describe` says which, since those ids need not be the ones that the model sampled.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from rex_rag.support.wording import shorten
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rex_rag.models.generation import Generation
+
+DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
+FIRST_PAUSE_SECONDS = 0.5
+MAX_PAUSE_SECONDS = 30.0
+MAX_CONNECT_SECONDS = 10.0
+_PASSING_STATUSES = (408, 425, 429)
+# An address on this machine is never behind the proxy that the environment may name.
+_LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+# vLLM's own parameters. A served model's repetition penalty or top-k (generation_config.json) would otherwise apply.
+# No limit on k is -1: vLLM takes it beside 0, SGLang refuses 0 as soon as a temperature is set.
+_EXTENSIONS = {
+    "top_k": -1,
+    "repetition_penalty": 1.0,
+    "return_token_ids": True,
+    "include_stop_str_in_output": True,
+    "skip_special_tokens": False,
+    "spaces_between_special_tokens": False,
+    "add_special_tokens": False,
+}
+_TRIAL_TEXT = "Question: who wrote Hamlet, and when? <search> Hamlet </search>"
+
+
+class EndpointError(ConnectionError):
+    """The endpoint gave no usable answer; the message names address, attempts and cause, never the key."""
+
+
+class _Refused(EndpointError):
+    """The server understood the request and will not answer it."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointOptions:
+    """Where a model is served and how patiently it is asked.
+
+    url: base address, `http://host:port` or with its path (`https://host/v1`). model: the name it is served under.
+    timeout: seconds of one attempt. attempts: before it is an error. concurrency: requests under way at once.
+    key_variable: environment variable that holds the key; none is sent where it is unset.
+    """
+
+    url: str
+    model: str
+    timeout: float = 600.0
+    attempts: int = 6
+    concurrency: int = 32
+    key_variable: str = DEFAULT_KEY_VARIABLE
+
+
+def check_endpoint_url(url: str) -> httpx.URL:
+    """The base address without a slash at its end, `/v1` where it names no path.
+
+    Raises:
+        ValueError: for anything but a plain http(s) address; a user name or password in it is refused too.
+    """
+    try:
+        parsed = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError) as error:
+        raise ValueError(f"the endpoint {url!r} is malformed ({error}); use http://host:port/v1") from error
+    if parsed.userinfo:
+        raise ValueError(
+            f"the endpoint at {parsed.host!r} has a user name or password in its address, which would end up in logs; "
+            f"put the key into the environment variable {DEFAULT_KEY_VARIABLE}"
+        )
+    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
+        raise ValueError(f"the endpoint {url!r} is not a plain http(s) address; use http://host:port/v1")
+    return parsed.copy_with(path=parsed.path.rstrip("/") or "/v1")
+
+
+class EndpointClient:
+    """Completions over HTTP: pooled connections, bounded retries, bounded concurrency, answers in the order asked."""
+
+    def __init__(self, options: EndpointOptions) -> None:
+        self.options = options
+        base = check_endpoint_url(options.url)
+        self.url = str(base)
+        self._root = str(base.copy_with(path=base.path.removesuffix("/v1") or "/")).rstrip("/")
+        self._key = _key(options.key_variable)
+        self._client = httpx.Client(
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            timeout=httpx.Timeout(options.timeout, connect=min(options.timeout, MAX_CONNECT_SECONDS)),
+            limits=httpx.Limits(max_connections=options.concurrency, max_keepalive_connections=options.concurrency),
+            trust_env=base.host not in _LOOPBACK_HOSTS,
+        )
+        self._jitter = random.Random()
+
+    def close(self) -> None:
+        self._client.close()
+
+    def models(self) -> list[dict[str, Any]]:
+        """What the server says it serves; empty where it has no such list."""
+        try:
+            listed = self._request("GET", f"{self.url}/models").get("data", [])
+        except _Refused:
+            return []
+        return [entry for entry in listed if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
+
+    def version(self) -> str | None:
+        """vLLM's version, `None` for other servers."""
+        try:
+            found = self._request("GET", f"{self._root}/version").get("version")
+        except EndpointError:
+            return None
+        return found if isinstance(found, str) else None
+
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        """One completion: the answer's only choice, with the count of prompt tokens under `prompt_tokens`.
+
+        Raises:
+            EndpointError: once the attempts are spent, or at once for a request that the server refuses.
+        """
+        return self._request("POST", f"{self.url}/completions", body, _only_choice)
+
+    def complete_all(self, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """`complete` for each, `concurrency` at once; the first error ends the others."""
+        failed = threading.Event()
+
+        def ask(body: dict[str, Any]) -> dict[str, Any]:
+            if failed.is_set():
+                raise EndpointError("another request failed")
+            try:
+                return self.complete(body)
+            except BaseException:
+                failed.set()
+                raise
+
+        with ThreadPoolExecutor(max_workers=self.options.concurrency) as threads:
+            asked = [threads.submit(ask, body) for body in bodies]
+            try:
+                wait(asked)
+            except BaseException:  # Ctrl-C: only what is under way is waited for
+                failed.set()
+                raise
+        errors = [future.exception() for future in asked if future.exception() is not None]
+        if errors:
+            raise next((error for error in errors if str(error) != "another request failed"), errors[0])
+        return [future.result() for future in asked]
+
+    def _request(
+        self,
+        verb: str,
+        url: str,
+        body: dict[str, Any] | None = None,
+        read: Callable[[dict[str, Any]], dict[str, Any]] = lambda answer: answer,
+    ) -> dict[str, Any]:
+        pause = FIRST_PAUSE_SECONDS
+        for attempt in range(1, self.options.attempts + 1):
+            wanted_pause = 0.0
+            try:
+                response = self._client.request(verb, url, json=body)
+                if response.status_code < 300:
+                    answer = response.json()
+                    if not isinstance(answer, dict):
+                        raise ValueError(f"a JSON object is needed, found {type(answer).__name__}")
+                    return read(answer)
+                # Without the key first: a part of it that is left by the cut would not be recognised.
+                cause = f"HTTP {response.status_code}: {shorten(self._without_key(response.text), 400)}"
+                if response.status_code < 500 and response.status_code not in _PASSING_STATUSES:
+                    raise _Refused(
+                        self._without_key(
+                            f"{url} refuses the request, {cause}. Check the model's name, the key, and that prompt "
+                            "and completion fit what the server takes (max_sequence_length)"
+                        )
+                    )
+                after = response.headers.get("retry-after", "")
+                wanted_pause = float(after) if after.isdecimal() else 0.0
+            except httpx.HTTPError as error:
+                cause = f"{type(error).__name__}: {error}"
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                cause = f"an answer of another form ({type(error).__name__}: {error})"
+            if attempt < self.options.attempts:
+                time.sleep(min(MAX_PAUSE_SECONDS, max(wanted_pause, pause * self._jitter.uniform(0.5, 1.5))))
+                pause = min(2 * pause, MAX_PAUSE_SECONDS)
+        raise EndpointError(
+            self._without_key(
+                f"{url} gave no usable answer in {self.options.attempts} attempts, last cause: {cause}. Check that "
+                "the server runs and is reachable, or allow it more time (endpoint_timeout, endpoint_attempts)"
+            )
+        )
+
+    def _without_key(self, text: str) -> str:
+        """Servers may quote what they were sent."""
+        return text.replace(self._key, "***") if self._key else text
+
+
+def _key(variable: str) -> str:
+    """The key in an environment variable, without the white space that files leave around it; empty where unset.
+
+    Raises:
+        ValueError: for a key that no header can carry. HTTP libraries would quote it in their errors.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(
+            f"the key in the environment variable {variable} holds a control or non-ASCII character, which no HTTP "
+            "header can carry; set it again"
+        )
+    return key
+
+
+def _only_choice(answer: dict[str, Any]) -> dict[str, Any]:
+    [choice] = answer["choices"]
+    if not isinstance(choice["text"], str):
+        raise TypeError(f"text is a {type(choice['text']).__name__}")
+    return {**choice, "prompt_tokens": (answer.get("usage") or {}).get("prompt_tokens")}
+
+
+class EndpointModel:
+    """A served model behind the interface of `rex_rag.models.language_model.LanguageModel`.
+
+    Raises:
+        EndpointError: for a server that does not answer, or serves no model of that name.
+        ValueError: for a tokenizer that encodes text otherwise than the server does.
+    """
+
+    def __init__(
+        self,
+        options: EndpointOptions,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        temperature: float,
+        row_seed: Callable[[int], int],
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.client = EndpointClient(options)
+        self._temperature = temperature
+        self._row_seed = row_seed
+        self._served = self._find()
+        self._extensions, self._sends_ids, self._receives_ids = self._try_out()
+        self._check_tokenizer()
+
+    @property
+    def max_length(self) -> int | None:
+        """Prompt and completion in tokens, where the server tells."""
+        length = self._served.get("max_model_len")
+        return length if isinstance(length, int) else None
+
+    def describe(self) -> dict[str, Any]:
+        version = self.client.version()
+        return {
+            "name": self.client.options.model,
+            "revision": None,
+            "weights_sha256": None,
+            "server": f"vllm {version}" if version and self._receives_ids else None,
+            "prompts": "token ids" if self._sends_ids else "text",
+            "completions": "token ids" if self._receives_ids else "text, encoded again by the local tokenizer",
+        }
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int, stop_strings: tuple[str, ...]
+    ) -> list[Generation]:
+        """Continue every row; one request a row, so that each has its own seed and limit."""
+        # A server that cuts a stop string off without a word must not be given one that nothing brings back.
+        sent = stop_strings if self._receives_ids else tuple(stop for stop in stop_strings if _opening(stop))
+        bodies = []
+        for row, prompt in enumerate(prompt_ids):
+            room = max_new_tokens if self.max_length is None else self.max_length - len(prompt)
+            bodies.append(self._body(prompt, max(1, min(max_new_tokens, room)), sent, row))
+        choices = self.client.complete_all(bodies)
+        return [self._generation(choice, stop_strings) for choice in choices]
+
+    def close(self) -> None:
+        self.client.close()
+
+    def _find(self) -> dict[str, Any]:
+        name = self.client.options.model
+        served = self.client.models()
+        for entry in served:
+            if entry["id"] == name:
+                return entry
+        if served:
+            names = ", ".join(entry["id"] for entry in served[:10])
+            raise EndpointError(
+                f"{self.client.url} serves no model {name!r}; it serves {names}. Set `model` to one of them, and "
+                "`tokenizer` to where its tokenizer lies"
+            )
+        return {}
+
+    def _try_out(self) -> tuple[dict[str, Any], bool, bool]:
+        """What the server can do: the extensions it takes, whether it reads ids, whether it returns ids."""
+        ids = self._encode(_TRIAL_TEXT)
+        plain = {"model": self.client.options.model, "max_tokens": 1, "temperature": 0}
+        for extensions in (_EXTENSIONS, {}):
+            try:
+                choice = self.client.complete({**plain, **extensions, "prompt": ids})
+            except _Refused:
+                continue
+            # A server that took the numbers for text counts other tokens.
+            reads_ids = choice["prompt_tokens"] == len(ids)
+            returns_ids = reads_ids and isinstance(choice.get("token_ids"), list)
+            return extensions, reads_ids, returns_ids
+        self.client.complete({**plain, "prompt": _TRIAL_TEXT})
+        return {}, False, False
+
+    def _check_tokenizer(self) -> None:
+        """Have the server encode a text; where it does not return ids, their number has to do."""
+        if not self._sends_ids:
+            return
+        body = {"model": self.client.options.model, "max_tokens": 1, **self._extensions, "prompt": _TRIAL_TEXT}
+        answer = self.client.complete(body)
+        ours = self._encode(_TRIAL_TEXT)
+        theirs, count = answer.get("prompt_token_ids"), answer["prompt_tokens"]
+        if theirs is not None:
+            is_same, said = theirs == ours, f"{len(theirs)} ({theirs[:5]}…)"
+        else:  # a server may put a token of its own before text
+            is_same, said = count in (None, len(ours), len(ours) + 1), count
+        if not is_same:
+            raise ValueError(
+                f"the tokenizer {self.tokenizer.name_or_path!r} encodes a text into {len(ours)} tokens "
+                f"({ours[:5]}…), the server's into {said}; set `tokenizer` to that of the served model "
+                f"{self.client.options.model!r}"
+            )
+
+    def _body(self, prompt: Sequence[int], limit: int, stop_strings: tuple[str, ...], row: int) -> dict[str, Any]:
+        body = {
+            "model": self.client.options.model,
+            "prompt": list(prompt) if self._sends_ids else self._prompt_text(prompt),
+            "max_tokens": limit,
+            "temperature": self._temperature,
+            "top_p": 1.0,
+            **self._extensions,
+        }
+        if stop_strings:
+            body["stop"] = list(stop_strings)
+        if self._temperature:
+            body["seed"] = self._row_seed(row)
+        return body
+
+    def _prompt_text(self, prompt: Sequence[int]) -> str:
+        text = self.tokenizer.decode(list(prompt), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        bos = self.tokenizer.bos_token
+        # A server puts the first token before text by itself where this tokenizer does.
+        if bos and text.startswith(bos) and self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]:
+            return text[len(bos) :]
+        return text
+
+    def _generation(self, choice: dict[str, Any], stop_strings: tuple[str, ...]) -> Generation:
+        from rex_rag.models.generation import Generation
+
+        if self._receives_ids and choice.get("token_ids"):
+            return Generation(list(choice["token_ids"]))
+        text = choice["text"]
+        if choice.get("finish_reason") == "stop":
+            text += missing_stop(text, stop_strings, choice.get("stop_reason", choice.get("matched_stop")))
+        ends = [text.index(stop) + len(stop) for stop in stop_strings if stop in text]
+        text = text[: min(ends, default=len(text))]
+        ids = self._encode(text) or [self.tokenizer.eos_token_id or 0]
+        # Encoded again, a text need not have as many tokens as the server counted.
+        return Generation(ids, is_cut=choice.get("finish_reason") == "length" and not ends)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def missing_stop(text: str, stop_strings: Sequence[str], reason: object = None) -> str:
+    """The stop string that a server cut off a stopped text, empty where it cut none.
+
+    reason: what the server says ended the text, if it does; a number is a token, no stop string. Otherwise a closing
+    mark among the stop strings whose opening mark stands last in the text is taken to have been there: without it the
+    text would have gone on.
+    """
+    if isinstance(reason, int) or any(text.endswith(stop) for stop in stop_strings):
+        return ""
+    if reason in stop_strings:
+        return str(reason)
+    opened = {stop: text.rfind(opening) for stop in stop_strings if (opening := _opening(stop))}
+    open_now = {stop: at for stop, at in opened.items() if at >= 0 and text.find(stop, at) < 0}
+    return max(open_now, key=open_now.__getitem__) if open_now else ""
+
+
+def _opening(stop: str) -> str | None:
+    """The mark that a closing one closes, `<search>` for `</search>`, `<|begin_x|>` for `<|end_x|>`; else `None`."""
+    for closing, opening in (("</", "<"), ("<|end_", "<|begin_")):
+        if stop.startswith(closing):
+            return opening + stop.removeprefix(closing)
+    return None

@@ -1,0 +1,209 @@
+"""Scripted search trajectories over HopWorld, for a supervised warm start.
+
+They are imperfect by construction: most multi-hop questions are answered with the entity that the first search found.
+A policy trained on them has real dead ends, and still gives the way out of them a small probability.
+
+Invariant: the ids of a tokenised demonstration are those that the rollout engine would build around the same model
+text: the prompt through the chat template, every segment encoded by itself, the closing tag of an observation apart
+from its body. Labels are -100 wherever the text is not the model's.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
+
+from rex_rag.protocols.search_r1 import (
+    OBSERVATION_HEAD,
+    OBSERVATION_TAIL,
+    PROMPT_TEMPLATE,
+    build_prompt,
+    render_passages,
+)
+from rex_rag.quickstart.hopworld import HopQuestion
+from rex_rag.retrieval.base import Retriever, checked_search
+from rex_rag.types import Passage, SegmentKind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A scripted trajectory: (kind, text) segments after the prompt of `question`, and the answer they end with."""
+
+    question: HopQuestion
+    segments: tuple[tuple[SegmentKind, str], ...]
+    answer: str
+
+    @property
+    def is_correct(self) -> bool:
+        return self.answer in self.question.golden_answers
+
+
+class TokenizedDemonstration(TypedDict):
+    input_ids: list[int]
+    labels: list[int]
+
+
+def write_demonstration(
+    question: HopQuestion,
+    rankings: Sequence[Sequence[Passage]],
+    searches: int | None = None,
+    doubt: str | None = None,
+) -> Demonstration:
+    """Script the walk of a question's chain, one search a hop, and answer with the entity reached.
+
+    Args:
+        question: the question and its chain.
+        rankings: what the retriever returned for each hop's query (`search_query`), best first.
+        searches: how many hops to search before answering; all of them by default. Fewer give a wrong answer.
+        doubt: an exploration prompt to insert (`PROBE`, no loss) after the first search, before the next action.
+    """
+    searches = question.hops if searches is None else searches
+    if not 1 <= searches <= question.hops:
+        raise ValueError(f"searches={searches} is outside 1..{question.hops}, the hops of {question.question!r}")
+    segments: list[tuple[SegmentKind, str]] = []
+    thought = f"I need the {question.relations[0]} of {question.chain[0]}"
+    for hop in range(searches):
+        query = search_query(question, hop)
+        segments += _turn(thought, f"<search> {query}</search>", doubt if hop == 1 else None)
+        observation = OBSERVATION_HEAD + render_passages(rankings[hop]) + OBSERVATION_TAIL
+        segments.append((SegmentKind.INFORMATION, observation))
+        # The thought after a search is the same whether a search or an answer follows: the choice between them, where
+        # dead ends arise, falls on one token.
+        thought = f"the {question.relations[hop]} of {question.chain[hop]} is {question.chain[hop + 1]}"
+    answer = question.chain[searches]
+    segments += _turn(thought, f"<answer> {answer}</answer>", doubt if searches == 1 else None)
+    return Demonstration(question=question, segments=tuple(segments), answer=answer)
+
+
+def _turn(thought: str, action: str, doubt: str | None) -> list[tuple[SegmentKind, str]]:
+    if doubt is None:
+        return [(SegmentKind.POLICY, f"<think> {thought}</think>{action}")]
+    return [
+        (SegmentKind.POLICY, f"<think> {thought}</think>"),
+        (SegmentKind.PROBE, doubt),
+        (SegmentKind.POLICY, f"</think>{action}"),
+    ]
+
+
+def search_query(question: HopQuestion, hop: int) -> str:
+    """The query of a hop, counted from 0."""
+    return f"{question.relations[hop]} of {question.chain[hop]}"
+
+
+def build_demonstrations(
+    questions: Sequence[HopQuestion],
+    retriever: Retriever,
+    *,
+    wrong_rate: float = 0.9,
+    top_k: int = 1,
+    seed: int = 0,
+    doubts: Sequence[str] = (),
+    doubt_rate: float = 0.0,
+    doubt_wrong_rate: float | None = None,
+) -> list[Demonstration]:
+    """Script one demonstration a question, in order, with what the retriever really returns.
+
+    Args:
+        questions: questions of any hop count; one-hop questions are always answered correctly.
+        retriever: searched once, with the queries of all hops.
+        wrong_rate: probability that a multi-hop question is answered after its first search, with the first
+            intermediate entity.
+        top_k: passages an observation.
+        seed: of the draws.
+        doubts: exploration prompts that some demonstrations contain, so that a policy can read on after one.
+        doubt_rate: share of demonstrations with one. Off by default.
+        doubt_wrong_rate: the `wrong_rate` of multi-hop demonstrations with a doubt. By default the same, so that what
+            a doubt should lead to is not taught; a lower one stands in for what a pretrained model has read, that a
+            doubt is often followed by a second look.
+
+    Returns:
+        The demonstrations. A question one of whose passages the retriever did not return is left out: its
+        demonstration would state facts that nobody read. How many were left out is logged.
+
+    Raises:
+        ValueError: when a rate is not a probability, or there are no doubts to draw from.
+        RetrievalError: when the retriever fails.
+    """
+    doubt_wrong_rate = wrong_rate if doubt_wrong_rate is None else doubt_wrong_rate
+    for name, rate in (("wrong_rate", wrong_rate), ("doubt_wrong_rate", doubt_wrong_rate)):
+        if not 0.0 <= rate <= 1.0:
+            raise ValueError(f"{name}={rate} is not a probability; choose a number from 0 to 1")
+    if not 0.0 <= doubt_rate <= 1.0 or (doubt_rate > 0 and not doubts):
+        raise ValueError(f"doubt_rate={doubt_rate} with {len(doubts)} doubts; choose 0 to 1, and give doubts above 0")
+    queries = list(dict.fromkeys(search_query(item, hop) for item in questions for hop in range(item.hops)))
+    found = dict(zip(queries, checked_search(retriever, queries, top_k), strict=True)) if queries else {}
+    draw, draw_doubt = random.Random(f"demonstrations/{seed}"), random.Random(f"demonstrations/{seed}/doubts")
+    demonstrations = []
+    for question in questions:
+        doubt = draw_doubt.choice(doubts) if draw_doubt.random() < doubt_rate else None
+        stops = question.hops > 1 and draw.random() < (wrong_rate if doubt is None else doubt_wrong_rate)
+        searches = 1 if stops else question.hops
+        rankings = [found[search_query(question, hop)] for hop in range(searches)]
+        if all(
+            any(passage.title == entity for passage in ranking)
+            for entity, ranking in zip(question.chain, rankings, strict=False)
+        ):
+            demonstrations.append(write_demonstration(question, rankings, searches, doubt))
+    if len(demonstrations) < len(questions):
+        logger.info(
+            "left out %d of %d demonstrations whose passage was not among the %d retrieved",
+            len(questions) - len(demonstrations),
+            len(questions),
+            top_k,
+        )
+    return demonstrations
+
+
+def tokenize_demonstrations(
+    demonstrations: Iterable[Demonstration],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_template: str = PROMPT_TEMPLATE,
+) -> list[TokenizedDemonstration]:
+    """Encode demonstrations to rows of `input_ids` and `labels`, -100 on all but `POLICY` tokens.
+
+    A row ends with the token of `</answer>`, where a rollout stops; no end-of-sequence token is taught.
+    """
+    demonstrations = list(demonstrations)
+    if not demonstrations:
+        return []
+    prompts = tokenizer.apply_chat_template(
+        [build_prompt(item.question.question, prompt_template) for item in demonstrations],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    pieces = [_pieces(item) for item in demonstrations]
+    # One batched call over the distinct texts: most passages recur.
+    texts = list(dict.fromkeys([*prompts, *(text for row in pieces for _, text in row)]))
+    ids_of = dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True))
+    rows: list[TokenizedDemonstration] = []
+    for prompt, row in zip(prompts, pieces, strict=True):
+        input_ids = list(ids_of[prompt])
+        labels = [IGNORED_LABEL] * len(input_ids)
+        for kind, text in row:
+            ids = ids_of[text]
+            input_ids += ids
+            labels += ids if kind is SegmentKind.POLICY else [IGNORED_LABEL] * len(ids)
+        rows.append({"input_ids": input_ids, "labels": labels})
+    return rows
+
+
+def _pieces(demonstration: Demonstration) -> list[tuple[SegmentKind, str]]:
+    """The texts that are encoded apart: every segment, and the closing tag of an observation."""
+    pieces = []
+    for kind, text in demonstration.segments:
+        if kind is SegmentKind.INFORMATION:
+            pieces.append((kind, text.removesuffix(OBSERVATION_TAIL)))
+            pieces.append((kind, OBSERVATION_TAIL))
+        else:
+            pieces.append((kind, text))
+    return pieces

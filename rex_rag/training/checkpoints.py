@@ -1,0 +1,202 @@
+"""Checkpoints of a training run: which are whole, which one a run goes on from, and what it then puts aside."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from accelerate.logging import get_logger
+
+from rex_rag.models.files import broken, damaged_weights
+
+logger = get_logger(__name__)
+
+STATE_FILE = "rex_rag_state.json"
+TRAINER_STATE_FILE = "trainer_state.json"
+ABANDONED = "abandoned"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_TABLE = re.compile(r"completions_(\d+)\.parquet")
+
+
+class CheckpointError(ValueError):
+    """Training cannot go on from a checkpoint; the message names folder, file and reason."""
+
+
+def find_checkpoint(asked: str | bool | None, output_dir: str) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` asks for; `None` for none.
+
+    Args:
+        asked: a folder, or `True` (or "true") for the newest whole checkpoint in the output directory; damaged ones
+            that are newer are named in a warning.
+
+    Raises:
+        CheckpointError: for a folder that is not there or not whole, and where no checkpoint is whole.
+    """
+    if asked is None or str(asked).lower() == "false":
+        return None
+    output = Path(output_dir)
+    if str(asked).lower() != "true":
+        named = Path(asked)
+        if not named.is_dir():
+            raise CheckpointError(
+                f"resume_from_checkpoint={asked} is no directory here ({Path.cwd()}); name a checkpoint-N"
+            )
+        if reason := damage(named):
+            raise CheckpointError(f"{named} is not a whole checkpoint: {reason}; {_way_out(named.parent, named)}")
+        return str(asked)
+    found = checkpoints(output)
+    if not found:
+        raise CheckpointError(
+            f"resume_from_checkpoint is true, but {output} holds no checkpoint; leave it out to begin anew"
+        )
+    for checkpoint in reversed(found):
+        if (reason := damage(checkpoint)) is None:
+            return str(checkpoint)
+        logger.warning(f"{checkpoint} is not whole and left out: {reason}")
+    raise CheckpointError(
+        f"no checkpoint in {output} is whole, the newest, {found[-1].name}, since {damage(found[-1])}; begin anew "
+        "with overwrite_output_dir, or start from one's weights (model_name_or_path)"
+    )
+
+
+def _way_out(folder: Path, damaged: Path) -> str:
+    whole = next((one for one in reversed(checkpoints(folder)) if one != damaged and damage(one) is None), None)
+    if whole is None:
+        return f"{folder} holds no whole one: begin anew, or start from its weights (model_name_or_path)"
+    return f"the last whole one is {whole}"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders `checkpoint-N` of a run, by step."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name) and path.is_dir()), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(_CHECKPOINT.fullmatch(checkpoint.name)[1])
+
+
+def _done_steps(checkpoint: Path) -> int | None:
+    """Of a checkpoint, or a finished run."""
+    state = json.loads((checkpoint / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+    steps = state.get("global_step") if isinstance(state, dict) else None
+    return steps if isinstance(steps, int) else None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Why a run cannot go on from a checkpoint as if it had not stopped; `None` where it can.
+
+    Files are opened and not read through; see `model_files.broken`.
+    """
+    return next(_damages(checkpoint), None)
+
+
+def _damages(checkpoint: Path) -> Iterator[str]:
+    if not any(checkpoint.iterdir()):
+        yield "it is empty"
+    state = checkpoint / TRAINER_STATE_FILE
+    if reason := broken(state):
+        yield f"{TRAINER_STATE_FILE} {reason}"
+    elif _done_steps(checkpoint) is None:
+        yield f"{TRAINER_STATE_FILE} does not say at which step it was written"
+    if (checkpoint / "latest").is_file():
+        yield from _deepspeed_damages(checkpoint)
+    else:
+        yield from _plain_damages(checkpoint)
+    states = random_states(checkpoint)
+    if not states:
+        yield "rng_state.pth is missing, without which draws are others"
+    for path in [*states, *checkpoint.glob("scaler.pt")]:
+        if reason := broken(path):
+            yield f"{path.name} {reason}"
+    if reason := broken(checkpoint / STATE_FILE):
+        yield f"{STATE_FILE} {reason}; only checkpoints of this trainer hold it"
+
+
+def _plain_damages(checkpoint: Path) -> Iterator[str]:
+    """Of weights, optimizer and schedule, as transformers and FSDP write them."""
+    sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
+    if not sharded and (reason := damaged_weights(checkpoint)):
+        yield reason.replace(f"{checkpoint}/", "")
+    optimizers = sorted(checkpoint.glob("optimizer*"))  # a file, or with FSDP a file or a folder
+    if not optimizers:
+        yield "optimizer.pt is missing: it was saved with save_only_model, or not to its end"
+    for path in [*optimizers, *checkpoint.glob("pytorch_model_fsdp*"), checkpoint / "scheduler.pt"]:
+        if path.is_dir():
+            reason = None if any(path.iterdir()) else "is empty"
+        else:
+            reason = broken(path)
+        if reason:
+            yield f"{path.name} {reason}"
+
+
+def _deepspeed_damages(checkpoint: Path) -> Iterator[str]:
+    """DeepSpeed keeps weights and optimizer in a folder that the file `latest` names, a part a process."""
+    folder = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
+    if not folder.is_dir():
+        yield f"{folder.name}, which `latest` names, is missing"
+        return
+    parts = sorted(folder.glob("*_optim_states.pt"))
+    if not parts or not any(folder.glob("*_model_states.pt")):
+        yield f"{folder.name} lacks states of {'the model' if parts else 'the optimizer'}"
+    elif 1 < len(parts) < len(random_states(checkpoint)):
+        yield f"{folder.name} holds the optimizer's part of {len(parts)} of {len(random_states(checkpoint))} processes"
+    for path in sorted(folder.glob("*.pt")):
+        if reason := broken(path):
+            yield f"{folder.name}/{path.name} {reason}"
+
+
+def random_states(checkpoint: Path) -> list[Path]:
+    """The states of random generators, one for each process that wrote them."""
+    return sorted(checkpoint.glob("rng_state*.pth"))
+
+
+def other_processes(checkpoint: str, processes: int) -> int | None:
+    """How many processes wrote a checkpoint, where that is not as many as now."""
+    written = len(random_states(Path(checkpoint)))
+    return written if written != processes else None
+
+
+def set_aside_later(output_dir: str, checkpoint: str) -> list[Path]:
+    """Move what a resumed run leaves behind into `abandoned` of the output directory, and say so.
+
+    These are checkpoints, completion tables and the log of later steps than the checkpoint's: the run writes its own,
+    and pictures, the next resume and `save_total_limit` would take the old ones for them. They keep their places in
+    it, where a later abandoned file replaces an earlier one.
+    """
+    output = Path(output_dir)
+    step = _done_steps(Path(checkpoint))
+    later = [path for path in checkpoints(output) if _step(path) > step]
+    later += [path for number, path in completion_tables(output) if number > step]
+    finished = output / TRAINER_STATE_FILE  # of a run that came to its end
+    if broken(finished) is None and (_done_steps(output) or 0) > step:
+        later.append(finished)
+    aside = output / ABANDONED
+    for path in later:
+        place = aside / path.relative_to(output)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.is_dir():
+            remove(place)
+        path.replace(place)
+    if later:
+        names = ", ".join(path.name for path in later[:4]) + (", …" if len(later) > 4 else "")
+        logger.warning(f"{names}: of steps after {step}, from which training goes on, and put into {aside}")
+    return later
+
+
+def completion_tables(output: Path) -> list[tuple[int, Path]]:
+    """(step, file) of a run's completion tables, by step."""
+    found = ((_TABLE.fullmatch(path.name), path) for path in (output / "completions").glob("*.parquet"))
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder, or a link, whose target stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -1,0 +1,483 @@
+"""REXRAGConfig: TRL's GRPOConfig plus the settings of REX-RAG. Every cross-field check lives here."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import GRPOConfig
+
+from rex_rag.correction.densities import CLIPPED_LOSSES, clip_bound
+from rex_rag.correction.forms import FORMS, CorrectionForm
+from rex_rag.models.chat import read_settings
+from rex_rag.probes.filter import keep_count
+from rex_rag.probes.mixed_sampling import MixedSamplingConfig
+from rex_rag.probes.pool import load_pool
+from rex_rag.protocols.search_r1 import FEEDBACK_TEXT, PROMPT_TEMPLATE, STOP_STRINGS, build_prompt
+from rex_rag.rollout.engine import RolloutBudget
+from rex_rag.support.secrets import without_secrets
+from rex_rag.training.dynamic_sampling import signal_problems
+from rex_rag.training.grpo_options import (
+    bound_problems,
+    choice_problems,
+    data_loading_problems,
+    loss_problems,
+    option_problems,
+    option_warnings,
+    sampling_problems,
+)
+
+logger = logging.getLogger(__name__)
+
+# TRL averages these over rows (or divides by their number), dapo, cispo and vespo over tokens.
+_ROW_MEAN_LOSSES = ("grpo", "sapo", "luspo", "dr_grpo")
+
+_CHOICES = {
+    "correction": FORMS,  # the mapping itself: a form may be registered later
+    "probe_filter": ("likelihood", "random", "none"),
+    "probe_density": ("exact", "coarse"),
+    "keep_ratio_schedule": ("constant", "accuracy_ema"),
+}
+
+
+@dataclass
+class REXRAGConfig(GRPOConfig):
+    r"""
+    Configuration of [`REXRAGTrainer`], in addition to everything [`~trl.GRPOConfig`] offers.
+
+    Args:
+        num_generations (`int`, *optional*, defaults to `10`):
+            Rows per question: originals and probe slots together. The paper's n = 5 originals are
+            `num_generations - num_probe_slots`.
+        num_probe_slots (`int`, *optional*, defaults to `5`):
+            How many probes a question can hold. Slots left empty are dropped before optimisation and cost nothing, so
+            as many slots as originals never bind. `0` switches probes off: the trainer is then Search-R1's GRPO.
+        probe_probability (`float`, *optional*, defaults to `0.2`):
+            Probability with which a failed original is probed (paper section 3.3: p = 0.2).
+        keep_ratio (`float`, *optional*, defaults to `0.12`):
+            The trajectory filter keeps the best `floor(keep_ratio * N)` probes of the global batch, N originals
+            (paper section 3.4: alpha = 0.12).
+        keep_ratio_schedule (`str`, *optional*, defaults to `"constant"`):
+            `"accuracy_ema"` lets the keep ratio follow probe accuracy (moving average, weight 0.1) from `keep_ratio`
+            on; the reference implementation starts it at 0.08.
+        probe_filter (`str`, *optional*, defaults to `"likelihood"`):
+            `"likelihood"` ranks probes by the mean log-probability of their prompt; `"random"` keeps a random subset
+            of the same size; `"none"` keeps all (both are ablations, paper table 2).
+        correction (`str`, *optional*, defaults to `"token"`):
+            How probes enter the loss: the name of a form in [`~rex_rag.correction.forms.FORMS`]. `"token"` is the
+            paper's (eq. 7-8): the clipped ratio is pi_theta / mu, token by token. docs/correction.md compares them.
+        correction_weight_max (`float` or `None`, *optional*):
+            Truncates the weights of a form that multiplies advantages by them from above.
+        correction_weight_min (`float`, *optional*, defaults to `0.1`):
+            Lower bound on the weights of the form `"floor"`.
+        probe_density (`str`, *optional*, defaults to `"exact"`):
+            `"exact"` takes the prompt's next-token frequencies in the tokenised pool; `"coarse"` 1/n on its first
+            token and 1 on the rest (ablation).
+        kl_token_max (`float` or `None`, *optional*, defaults to `10.0`):
+            The KL estimate (k3) of a token is at most this many nats, without gradient beyond, as in the reference.
+            The policy may make inserted tokens ever less likely, and one of them could outweigh a batch. `None` (on
+            the command line `inf`) is TRL's unbounded estimate.
+        kl_on_probe_tokens (`bool`, *optional*, defaults to `True`):
+            Whether the KL term runs over inserted exploration prompts too, as in the reference.
+        exploration_prompts (`str` or `None`, *optional*):
+            Text file with one exploration prompt a line; `None` uses the built-in 30.
+        exploration_pool_size (`int` or `None`, *optional*):
+            Use only the first so many prompts of the pool; `1` is the single-prompt ablation.
+        max_turns (`int`, *optional*, defaults to `5`):
+            Turns that may search (reference: 5; Search-R1 v0.2: 4). One last generation follows, in which a search
+            is not executed.
+        max_prompt_length (`int`, *optional*, defaults to `2048`):
+            Longest prompt in tokens. A longer one is refused by name, never truncated.
+        max_turn_tokens (`int`, *optional*, defaults to `500`):
+            Longest generation of one turn in tokens.
+        max_observation_tokens (`int`, *optional*, defaults to `500`):
+            Longest observation in tokens, tags included.
+        max_sequence_length (`int`, *optional*, defaults to `4096`):
+            Prompt and completion in all, in tokens. `max_completion_length` follows from it.
+        retrieval_top_k (`int`, *optional*, defaults to `3`):
+            Passages per search (`top_k` is TRL's sampling parameter).
+        prompt_template (`str` or `None`, *optional*):
+            Text file with the prompt; `{question}` marks the place of the question. `None` uses the built-in one.
+        feedback_text (`str` or `None`, *optional*):
+            Text file with what is inserted after an invalid action, taken as it is; `None` uses the built-in text.
+        format_reward_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the reward for well-formed trajectories beside exact match; off by default, as in the paper.
+        shaping_needs_right_answer (`bool`, *optional*, defaults to `True`):
+            Count the format reward, and reward functions marked by `rex_rag.training.rewards.shaping`, in the
+            advantage only where the group (originals and kept probes) holds a right answer. Elsewhere they alone would
+            tell its rows apart, and the group's std would make full-size advantages of any difference. `False`:
+            everywhere.
+        dynamic_sampling_rounds (`int`, *optional*, defaults to `0`):
+            How many times a step may replace groups without signal, all right or all wrong by exact match, by fresh
+            questions and generate for them (DAPO, arXiv 2503.14476); `0` switches dynamic sampling off.
+        rest_after (`int`, *optional*, defaults to `0`):
+            Difficulty buffer: a question whose originals were all right so many times in a row rests, and is replaced
+            by a fresh one, the next so many times that it comes up; `0` switches the buffer off.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether scripts/train.py removes what earlier runs left in `output_dir` (checkpoints, completion tables,
+            weights, the trainer's state and arguments) instead of refusing to train there.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.GRPOConfig`]:
+    > - `num_generations`: Defaults to `10` instead of `8`.
+    > - `num_generations_eval`: Defaults to `1`.
+    > - `max_completion_length`: Defaults to `max_sequence_length`.
+    > - `beta`: Defaults to `0.001` instead of `0.0` (paper section 4.1).
+    > - `use_bias_correction_kl`: Defaults to `False` instead of `True` (the plain k3 estimator, as in the paper).
+    > - `per_device_train_batch_size`: Defaults to `10`, one question a micro-batch.
+    """
+
+    num_generations: int | None = field(
+        default=10, metadata={"help": "Rows per question: originals and probe slots together."}
+    )
+    num_generations_eval: int | None = field(
+        default=1, metadata={"help": "Rollouts per question in evaluation. Evaluation never probes."}
+    )
+    per_device_train_batch_size: int = field(
+        default=10, metadata={"help": "Rows per device and micro-batch, probe slots included."}
+    )
+    max_completion_length: int | None = field(
+        default=None,
+        metadata={"help": "Follows from max_sequence_length; leave it unset."},
+    )
+    beta: float = field(default=0.001, metadata={"help": "KL coefficient against the initial model (k3 estimator)."})
+    use_bias_correction_kl: bool = field(
+        default=False, metadata={"help": "Weight the KL estimate by the importance ratio."}
+    )
+
+    num_probe_slots: int = field(
+        default=5, metadata={"help": "Probe slots per question among num_generations; 0 switches probes off."}
+    )
+    probe_probability: float = field(default=0.2, metadata={"help": "Probability of probing a failed original."})
+    keep_ratio: float = field(
+        default=0.12, metadata={"help": "The filter keeps floor(keep_ratio * originals) probes of the global batch."}
+    )
+    keep_ratio_schedule: str = field(
+        default="constant",
+        metadata={"help": "Keep ratio over time.", "choices": list(_CHOICES["keep_ratio_schedule"])},
+    )
+    probe_filter: str = field(
+        default="likelihood", metadata={"help": "Trajectory filter.", "choices": list(_CHOICES["probe_filter"])}
+    )
+    correction: str = field(
+        default="token",
+        metadata={
+            "help": "How probes enter the loss. "
+            + "; ".join(f"{name}: {form.summary}" for name, form in FORMS.items()),
+            "choices": FORMS,
+        },
+    )
+    correction_weight_max: float | None = field(
+        default=None, metadata={"help": "Upper truncation of weights that multiply advantages."}
+    )
+    correction_weight_min: float = field(default=0.1, metadata={"help": "Lower bound on the weights of form floor."})
+    probe_density: str = field(
+        default="exact",
+        metadata={"help": "Density of the inserted prompt's tokens.", "choices": list(_CHOICES["probe_density"])},
+    )
+    kl_token_max: float | None = field(
+        default=10.0, metadata={"help": "Upper bound on the KL estimate of a token, in nats; inf: TRL's, unbounded."}
+    )
+    kl_on_probe_tokens: bool = field(
+        default=True, metadata={"help": "Let the KL term run over inserted exploration prompts."}
+    )
+    exploration_prompts: str | None = field(
+        default=None, metadata={"help": "Text file with exploration prompts, one a line; unset: the built-in 30."}
+    )
+    exploration_pool_size: int | None = field(
+        default=None, metadata={"help": "Use only the first so many exploration prompts."}
+    )
+    max_turns: int = field(default=5, metadata={"help": "Turns that may search, before one last generation."})
+    max_prompt_length: int = field(default=2048, metadata={"help": "Longest prompt, in tokens."})
+    max_turn_tokens: int = field(default=500, metadata={"help": "Longest generation of a turn, in tokens."})
+    max_observation_tokens: int = field(default=500, metadata={"help": "Longest observation, in tokens."})
+    max_sequence_length: int = field(default=4096, metadata={"help": "Prompt and completion in all, in tokens."})
+    retrieval_top_k: int = field(default=3, metadata={"help": "Passages per search."})
+    prompt_template: str | None = field(
+        default=None, metadata={"help": "Text file with the prompt template; {question} marks the question."}
+    )
+    feedback_text: str | None = field(
+        default=None, metadata={"help": "Text file with what is inserted after an invalid action."}
+    )
+    format_reward_weight: float = field(default=0.0, metadata={"help": "Weight of the well-formedness reward."})
+    shaping_needs_right_answer: bool = field(
+        default=True,
+        metadata={"help": "Count shaping rewards (format) only in groups that hold a right answer."},
+    )
+    dynamic_sampling_rounds: int = field(
+        default=0, metadata={"help": "Times a step may replace groups without signal by fresh questions; 0: never."}
+    )
+    rest_after: int = field(
+        default=0, metadata={"help": "A question all right so many times in a row rests as many turns; 0: never."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Remove what earlier runs left in output_dir instead of refusing to train."}
+    )
+
+    def __post_init__(self) -> None:
+        self._refuse_bad_values()
+        if self.max_completion_length is None:
+            self.max_completion_length = self.max_sequence_length
+        super().__post_init__()
+        self._refuse(data_loading_problems(self))
+        self._refuse_split_groups()
+        self._prepare_generation()
+        self._warn()
+
+    @property
+    def device(self) -> torch.device:
+        """As in the parent, but a CPU has no number: Trainer resumes with `torch.load`, which knows no `cpu:0`."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is saved as training_args.bin, beside every checkpoint: no secrets, which would be pushed with it."""
+        return without_secrets(self.__dict__)
+
+    def __copy__(self) -> REXRAGConfig:
+        """With secrets, as for `__deepcopy__`: a copy is there to train with."""
+        return self._twin(vars(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> REXRAGConfig:
+        return self._twin(copy.deepcopy(vars(self), memo))
+
+    def _twin(self, settings: dict[str, Any]) -> REXRAGConfig:
+        twin = object.__new__(type(self))
+        vars(twin).update(settings)
+        return twin
+
+    def to_dict(self) -> dict[str, Any]:
+        """What trackers are told: as in the parent, with secrets inside of settings blanked too."""
+        return without_secrets(super().to_dict())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(**{self.to_dict()})"
+
+    __str__ = __repr__
+
+    @property
+    def num_originals(self) -> int:
+        """G0 = n: rollouts per question sampled from pi_old alone."""
+        return self.num_generations - self.num_probe_slots
+
+    @property
+    def correction_form(self) -> CorrectionForm:
+        return FORMS[self.correction]
+
+    def mixed_sampling(self) -> MixedSamplingConfig:
+        return MixedSamplingConfig(
+            originals_per_question=self.num_originals,
+            probe_slots=self.num_probe_slots,
+            probe_probability=self.probe_probability,
+            probe_filter=self.probe_filter,
+            seed=self.seed,
+        )
+
+    def rollout_budget(self) -> RolloutBudget:
+        return RolloutBudget(
+            max_turns=self.max_turns,
+            max_turn_tokens=self.max_turn_tokens,
+            max_observation_tokens=self.max_observation_tokens,
+            max_sequence_length=self.max_sequence_length,
+            top_k=self.retrieval_top_k,
+        )
+
+    def exploration_pool(self) -> tuple[str, ...]:
+        return load_pool(self.exploration_prompts, self.exploration_pool_size)
+
+    def prompt_text(self) -> str:
+        """The prompt template's text."""
+        return self._text_file("prompt_template") or PROMPT_TEMPLATE
+
+    def feedback(self) -> str:
+        """The text inserted after an invalid action."""
+        return self._text_file("feedback_text") or FEEDBACK_TEXT
+
+    def _text_file(self, name: str) -> str | None:
+        """The content of the file that a setting names, `None` where it is unset."""
+        value = getattr(self, name)
+        if value is None:
+            return None
+        if not Path(value).is_file():
+            raise ValueError(f"{name} is {value!r}, which is not a file; give a text file")
+        text = Path(value).read_text(encoding="utf-8")
+        if not text.strip():
+            raise ValueError(f"{name} is {value!r}, an empty file; write the text into it, or leave the setting out")
+        return text
+
+    def _refuse_bad_values(self) -> None:
+        """Collect every problem and report them together."""
+        # No comparison holds for NaN, so bounds would let it through.
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, float)}
+        self._refuse([f"{name} is nan; give a number" for name, value in numbers.items() if math.isnan(value)])
+        problems = (
+            choice_problems(self, _CHOICES) + option_problems(self) + bound_problems(self) + signal_problems(self)
+        )
+        problems += self._rollout_problems() + sampling_problems(self) + loss_problems(self)
+        for check in (
+            self.exploration_pool,
+            lambda: build_prompt("", self.prompt_text()),
+            self.feedback,
+            lambda: read_settings(self.chat_template_kwargs),
+        ):
+            try:
+                check()
+            except ValueError as error:
+                problems.append(str(error))
+        self._refuse(problems)
+
+    def _refuse(self, problems: list[str]) -> None:
+        if problems:
+            raise ValueError("REXRAGConfig:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+    def _rollout_problems(self) -> list[str]:
+        problems = []
+        if self.num_probe_slots < 0:
+            problems.append(f"num_probe_slots is {self.num_probe_slots}; use 0 to switch probes off")
+        if self.num_generations is None:
+            return [
+                *problems,
+                "num_generations is None; give the rows per question, originals and probe slots",
+            ]
+        if self.num_generations - max(self.num_probe_slots, 0) < 1:
+            problems.append(
+                f"num_generations is {self.num_generations} with num_probe_slots {self.num_probe_slots}, which leaves "
+                "no original to sample; raise num_generations (it counts originals and probe slots together)"
+            )
+        for name in ("probe_probability", "keep_ratio"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                problems.append(f"{name} is {value}; it is a share, so give a value in [0, 1]")
+        for name in ("max_turns", "max_prompt_length", "max_turn_tokens", "max_observation_tokens", "retrieval_top_k"):
+            lowest = 0 if name == "max_turns" else 1
+            if getattr(self, name) < lowest:
+                problems.append(f"{name} is {getattr(self, name)}; use at least {lowest}")
+        turn = self.max_prompt_length + self.max_turn_tokens
+        if self.max_sequence_length < turn:
+            problems.append(
+                f"max_sequence_length is {self.max_sequence_length}, which cannot hold a prompt and a turn "
+                f"(max_prompt_length {self.max_prompt_length} + max_turn_tokens {self.max_turn_tokens} = {turn}); "
+                "raise it or lower the others"
+            )
+        if self.max_completion_length not in (None, self.max_sequence_length):
+            problems.append(
+                f"max_completion_length is {self.max_completion_length}, but a search rollout is limited by "
+                f"max_sequence_length ({self.max_sequence_length}, prompt included); set that one and leave "
+                "max_completion_length unset"
+            )
+        if self.num_probe_slots and self.loss_type in _ROW_MEAN_LOSSES:
+            problems.append(
+                f"loss_type is {self.loss_type!r}, which averages over rows, so the rows that level the ranks' counts "
+                "of probes would dilute it; use 'dapo', the method's mean over tokens"
+            )
+        if self.num_probe_slots and self.loss_type == "bnpo":
+            problems.append(
+                "loss_type is 'bnpo', which averages over micro-batches, so one of nothing but rows that level the "
+                "ranks' counts of probes would dilute it; use 'dapo', the method's mean over tokens"
+            )
+        if self.remove_unused_columns:
+            problems.append("remove_unused_columns is on, which would remove the gold answers; switch it off")
+        if self.format_reward_weight and self.reward_weights is not None:
+            problems.append(
+                f"format_reward_weight is {self.format_reward_weight} beside reward_weights {self.reward_weights}; "
+                "set one of them: reward_weights counts exact match first, then your own functions"
+            )
+        if self.format_reward_weight < 0:
+            problems.append(f"format_reward_weight is {self.format_reward_weight}; use 0 (off) or a positive weight")
+        if self.kl_token_max == math.inf:  # what a command line can say for `None`
+            self.kl_token_max = None
+        if self.kl_token_max is not None and not 0.0 < self.kl_token_max <= 1000.0:
+            problems.append(
+                f"kl_token_max is {self.kl_token_max}; it bounds the KL estimate of a token, in nats: give a value in "
+                "(0, 1000], 10 in the reference, or inf for the unbounded estimate"
+            )
+        if self.correction_weight_max is not None and self.correction_weight_max < 1:
+            problems.append(
+                f"correction_weight_max is {self.correction_weight_max}; below 1 it would cut weights of tokens that "
+                "need no correction: use at least 1, or leave it unset"
+            )
+        return problems
+
+    def _prepare_generation(self) -> None:
+        generation_kwargs = dict(self.generation_kwargs or {})
+        allowed = {"stop": list(STOP_STRINGS), "include_stop_str_in_output": True} if self.use_vllm else {}
+        foreign = {key: value for key, value in generation_kwargs.items() if allowed.get(key) != value}
+        if foreign:
+            raise ValueError(
+                f"generation_kwargs is {foreign}; rollouts are sampled from the full softmax and stop at our tags, so "
+                "no other sampling parameter is taken: remove it"
+            )
+        if not self.use_vllm:
+            return
+        self.generation_kwargs = allowed
+        if self.vllm_max_model_length is None:
+            self.vllm_max_model_length = self.max_sequence_length
+        elif self.vllm_max_model_length < self.max_sequence_length:
+            raise ValueError(
+                f"vllm_max_model_length is {self.vllm_max_model_length}, less than max_sequence_length "
+                f"{self.max_sequence_length}: vLLM would cut rollouts by itself; leave it unset or raise it"
+            )
+
+    def _refuse_split_groups(self) -> None:
+        rows = self.per_device_train_batch_size * self.steps_per_generation
+        if rows % self.num_generations:
+            raise ValueError(
+                f"per_device_train_batch_size * steps_per_generation is {self.per_device_train_batch_size} * "
+                f"{self.steps_per_generation} = {rows}, not a multiple of num_generations {self.num_generations}: a "
+                "question's originals and probes would be split over processes; make it a multiple"
+            )
+
+        samples = self.num_generations_eval or self.num_generations
+        if self.eval_strategy != "no" and self.per_device_eval_batch_size % samples:
+            raise ValueError(
+                f"per_device_eval_batch_size is {self.per_device_eval_batch_size}, not a multiple of "
+                f"num_generations_eval {samples}: a question's rollouts would be split over processes; make it one"
+            )
+
+    def _warn(self) -> None:
+        for warning in option_warnings(self):
+            logger.warning(warning)
+        if self.loss_type != "dapo":
+            logger.warning(
+                "loss_type is %r; the mean over the tokens of an update, which comes nearest to the reference's "
+                "(tokens per micro-batch, weighted by rows), is loss_type 'dapo'",
+                self.loss_type,
+            )
+        served = self.steps_per_generation * self.num_iterations  # micro-batches
+        updates = served // math.gcd(served, self.gradient_accumulation_steps)
+        if self.save_strategy == "steps" and self.save_steps >= 1 and self.save_steps % updates:
+            logger.warning(
+                "save_steps is %s, but a generation batch ends together with an update every %d updates: a run "
+                "resumed from inside one generates anew and differs from an uninterrupted one. Use a multiple of %d",
+                self.save_steps,
+                updates,
+                updates,
+            )
+        originals = self.generation_batch_size // self.num_generations * self.num_originals
+        if self.num_probe_slots and self.probe_filter != "none" and keep_count(self.keep_ratio, originals) == 0:
+            logger.warning(
+                "keep_ratio %s of %d originals a batch is less than one probe, so none is ever kept; raise keep_ratio "
+                "or the generation batch (per_device_train_batch_size, steps_per_generation)",
+                self.keep_ratio,
+                originals,
+            )
+        epsilon = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        ratio = self.probe_probability if self.probe_filter == "none" else self.keep_ratio
+        widened = self.num_probe_slots and self.correction_form.in_ratio and self.loss_type in CLIPPED_LOSSES
+        if widened and ratio / (1 + ratio) > clip_bound(epsilon):
+            logger.warning(
+                "up to %.3f of the batch can be probes, beyond the clip bound eps/(1+eps) = %.3f: originals then "
+                "start at a ratio of 1/(1-a) outside the clip range and those with positive advantage get no "
+                "gradient. Lower %s below %.2f or use correction='decoupled'",
+                ratio / (1 + ratio),
+                clip_bound(epsilon),
+                "probe_probability" if self.probe_filter == "none" else "keep_ratio",
+                epsilon,
+            )
+        for warning in self.correction_form.warnings(self) if self.num_probe_slots else ():
+            logger.warning(warning)

@@ -1,0 +1,63 @@
+"""Progress on screen: one readable line a logged step instead of the whole metrics dictionary."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from rex_rag.support.log_rows import EXACT_MATCH, evaluated_sets
+
+_SHOWN = (
+    ("EM", EXACT_MATCH),
+    ("probe EM", "em/probes"),
+    ("dead ends", "dead_end/rate"),
+    ("rescued", "dead_end/rescue_rate"),
+    ("kept", "probes/kept"),
+    ("searches", "searches/mean"),
+    ("KL", "kl"),
+)
+
+
+class ProgressLine(TrainerCallback):
+    """Writes steps done, rate, time left and the headline metrics on every log, on the main process."""
+
+    def __init__(self) -> None:
+        self._started = 0.0
+        self._first_step = 0
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._started = time.perf_counter()
+        self._first_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        for name, prefix in evaluated_sets(logs).items():
+            where = f"evaluation of {name}" if name else "evaluation"
+            tqdm.write(f"step {state.global_step}/{state.max_steps}  {where}: {_values(logs, prefix)}")
+        if EXACT_MATCH not in logs:
+            return
+        elapsed = time.perf_counter() - self._started
+        done = max(state.global_step - self._first_step, 1)
+        left = elapsed / done * (state.max_steps - state.global_step)
+        tqdm.write(
+            f"step {state.global_step}/{state.max_steps}  {_values(logs)}  {elapsed / done:.1f} s/step  "
+            f"{_clock(left)} left"
+        )
+
+
+def _values(logs: dict, prefix: str = "") -> str:
+    shown = [(label, logs.get(prefix + key)) for label, key in _SHOWN]
+    return "  ".join(f"{label} {value:.2f}" for label, value in shown if _is_number(value))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not math.isnan(value)
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

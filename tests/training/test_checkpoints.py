@@ -1,0 +1,183 @@
+"""Which checkpoints are whole, which one a run goes on from, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from accelerate import PartialState
+from safetensors.numpy import save_file
+
+from rex_rag.training.checkpoints import (
+    CheckpointError,
+    damage,
+    find_checkpoint,
+    other_processes,
+    remove,
+    set_aside_later,
+)
+from rex_rag.training.run_folder import FolderError, check_folder, clear_folder, left_by_runs
+
+
+@pytest.fixture(autouse=True)
+def _process_state() -> None:
+    PartialState()
+
+
+def write_checkpoint(folder: Path, step: int, processes: int = 1) -> Path:
+    folder.mkdir(parents=True)
+    save_file({"weight": numpy.zeros((3, 3), numpy.float32)}, folder / "model.safetensors")
+    names = ["rng_state"] if processes == 1 else [f"rng_state_{rank}" for rank in range(processes)]
+    for name in ("optimizer.pt", "scheduler.pt", *(f"{name}.pth" for name in names)):
+        torch.save({"state": torch.zeros(500)}, folder / name)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": []}))
+    (folder / "rex_rag_state.json").write_text(json.dumps({"keep_ratio": {"value": 0.1}}))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with the checkpoints 2, 4 and 10."""
+    for step in (2, 4, 10):
+        write_checkpoint(tmp_path / "run" / f"checkpoint-{step}", step)
+    return tmp_path / "run"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "rex_rag_state.json"],
+)
+def test_a_checkpoint_with_a_part_missing_empty_or_cut_is_not_whole(run: Path, name: str):
+    part = run / "checkpoint-10" / name
+    assert damage(part.parent) is None
+    content = part.read_bytes()
+    for broken in (content[: len(content) // 2], b"", b"version https://git-lfs.github.com/spec/v1\n", None):
+        part.unlink() if broken is None else part.write_bytes(broken)
+        assert damage(part.parent).startswith(name), broken
+
+
+def test_shards_adapters_and_deepspeed_parts_are_looked_at(tmp_path: Path):
+    sharded = write_checkpoint(tmp_path / "sharded", 1)
+    (sharded / "model.safetensors").rename(sharded / "model-00001-of-00002.safetensors")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert "model-00002-of-00002.safetensors, which model.safetensors.index.json names, is missing" in damage(sharded)
+    shutil.copy(sharded / shards["a"], sharded / shards["b"])
+    assert damage(sharded) is None
+
+    adapter = write_checkpoint(tmp_path / "adapter", 1)
+    (adapter / "adapter_config.json").write_text("{}")
+    assert damage(adapter) == "adapter_model.safetensors is missing"  # a whole model beside it does not count
+
+    deepspeed = write_checkpoint(tmp_path / "deepspeed", 1, processes=2)
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt"):
+        (deepspeed / name).unlink()
+    (deepspeed / "latest").write_text("global_step1")
+    assert damage(deepspeed) == "global_step1, which `latest` names, is missing"
+    parts = [f"bf16_zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt" for rank in (0, 1) for kind in ("model", "optim")]
+    (deepspeed / "global_step1").mkdir()
+    for part in parts:
+        torch.save({"state": torch.zeros(500)}, deepspeed / "global_step1" / part)
+    assert damage(deepspeed) is None
+    cut(deepspeed / "global_step1" / parts[3])
+    assert damage(deepspeed).startswith(f"global_step1/{parts[3]} is cut")
+
+
+def test_true_takes_the_newest_whole_checkpoint_and_names_what_it_left_out(run: Path, caplog):
+    assert find_checkpoint(None, run) is find_checkpoint("false", run) is find_checkpoint(False, run) is None
+    assert find_checkpoint("true", run) == str(run / "checkpoint-10")  # by number, not by name
+    cut(run / "checkpoint-10" / "optimizer.pt")
+    with caplog.at_level(logging.WARNING):
+        assert find_checkpoint(True, run) == str(run / "checkpoint-4")
+    assert f"{run}/checkpoint-10 is not whole and left out: optimizer.pt is cut" in caplog.text
+    with pytest.raises(CheckpointError, match=r"checkpoint-10 is not .*optimizer\.pt is cut.*last whole one is .*-4$"):
+        find_checkpoint(str(run / "checkpoint-10"), run)
+    for step in (2, 4):
+        (run / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
+        find_checkpoint(True, run)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        find_checkpoint(True, run / "nothing")
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_noticed(tmp_path: Path):
+    written = write_checkpoint(tmp_path / "checkpoint-1", 1, processes=2)
+    assert damage(written) is None
+    assert (other_processes(written, 1), other_processes(written, 2)) == (2, None)
+
+
+def test_later_steps_are_put_aside_and_can_be_abandoned_again(run: Path, caplog):
+    tables = run / "completions"
+    tables.mkdir()
+    for step in (1, 4, 5, 9):
+        (tables / f"completions_{step:05d}.parquet").write_text(f"first {step}")
+    (tables / "mine.parquet").write_text("kept")
+    (run / "trainer_state.json").write_text(json.dumps({"global_step": 10, "log_history": []}))
+    with caplog.at_level(logging.WARNING):
+        set_aside_later(run, run / "checkpoint-4")
+    assert "completions_00005.parquet" in caplog.text
+    assert sorted(path.name for path in tables.iterdir()) == [
+        *("completions_00001.parquet", "completions_00004.parquet", "mine.parquet")
+    ]
+    assert sorted(path.name for path in run.iterdir()) == ["abandoned", "checkpoint-2", "checkpoint-4", "completions"]
+    aside = ["completions_00005.parquet", "completions_00009.parquet"]
+    assert sorted(path.name for path in (run / "abandoned" / "completions").iterdir()) == aside
+    kinds = ["checkpoint-10", "completions", "trainer_state.json"]
+    assert sorted(path.name for path in (run / "abandoned").iterdir()) == kinds
+    write_checkpoint(run / "checkpoint-10", 10)
+    (tables / "completions_00005.parquet").write_text("second 5")
+    set_aside_later(run, run / "checkpoint-4")
+    assert sorted(path.name for path in (run / "abandoned" / "completions").iterdir()) == aside
+    assert (run / "abandoned" / "completions" / "completions_00005.parquet").read_text() == "second 5"
+    (run / "abandoned" / "notes.txt").write_text("mine")
+    for path in left_by_runs(run / "abandoned"):
+        remove(path)
+    left = [path.name for path in (run / "abandoned").rglob("*") if path.is_file()]
+    assert left == ["notes.txt"] and run / "abandoned" not in left_by_runs(run)
+
+
+def check(folder: Path, overwrite: bool = False, checkpoint: Path | None = None, model: str = "a/model") -> None:
+    check_folder(str(folder), overwrite=overwrite, checkpoint=checkpoint and str(checkpoint), model=model)
+
+
+def test_a_used_folder_is_refused_and_overwriting_removes_what_runs_leave_alone(run: Path, tmp_path: Path):
+    for name in ("model.safetensors", "trainer_state.json", "notes.txt", "config.json"):
+        (run / name).write_text("x")
+    (run / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "a/base"}))
+    (run / "completions").mkdir()
+    (run / "completions" / "completions_00001.parquet").write_text("x")
+    (run / "checkpoint-best").mkdir()
+    with pytest.raises(FolderError, match=r"holds a run already \(checkpoint-2 and more\).*--overwrite_output_dir"):
+        check(run)
+    with pytest.raises(FolderError, match="holds a run already"):
+        check(run, checkpoint=write_checkpoint(tmp_path / "other" / "checkpoint-1", 1))
+    check(run, checkpoint=run / "checkpoint-4")
+    check(run, overwrite=True)
+    check(tmp_path / "new")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(run)}))
+    for needed in (
+        *({"checkpoint": run / "checkpoint-4"}, {"model": str(run)}, {"model": str(run / "checkpoint-2")}),
+        {"model": str(adapter)},
+    ):
+        with pytest.raises(FolderError, match="overwrite_output_dir would remove"):
+            check(run, overwrite=True, **needed)
+
+    from accelerate import Accelerator
+
+    (run / "checkpoint-7").symlink_to(adapter)
+    clear_folder(str(run), Accelerator(cpu=True))
+    assert left_by_runs(run) == [] and list(adapter.iterdir())  # a link is removed, and not what it leads to
+    kept = ["checkpoint-best", "completions", "config.json", "notes.txt"]
+    assert sorted(path.name for path in run.iterdir()) == kept
+    check(run)
