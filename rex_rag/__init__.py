@@ -10,14 +10,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rex_rag.agent import SearchAgent
     from rex_rag.training.config import REXRAGConfig
     from rex_rag.training.trainer import REXRAGTrainer
 
 __version__ = "0.1.0"
 
-__all__ = ["REXRAGConfig", "REXRAGTrainer", "__version__"]
+__all__ = ["REXRAGConfig", "REXRAGTrainer", "SearchAgent", "__version__"]
 
-_HOMES = {"REXRAGConfig": "rex_rag.training.config", "REXRAGTrainer": "rex_rag.training.trainer"}
+_HOMES = {
+    "REXRAGConfig": "rex_rag.training.config",
+    "REXRAGTrainer": "rex_rag.training.trainer",
+    "SearchAgent": "rex_rag.agent",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,8 +7,10 @@ model sampled or was given; nothing is ever decoded and encoded again.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
+from typing import Any
 
 
 class SegmentKind(IntEnum):
@@ -68,11 +70,21 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class SearchCall:
-    """One executed search: what was asked and what came back."""
+class ToolUse:
+    """One executed call: what was asked, the passages that came back, and the place that they take among segments."""
 
-    query: str
-    passages: tuple[Passage, ...]
+    tool: str
+    arguments: Mapping[str, Any]
+    passages: tuple[Passage, ...] = ()
+    segment: int = 0
+
+    @property
+    def query(self) -> str:
+        """What was asked, in one line."""
+        values = [str(value) for value in self.arguments.values()]
+        return (
+            values[0] if len(values) == 1 else ", ".join(f"{name}={value}" for name, value in self.arguments.items())
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +100,15 @@ class Trajectory:
     """A prompt and the completion made of segments.
 
     A trajectory with a `PROBE` segment is a probe: the `POLICY` tokens before it are its prefix (copied from the
-    failed original at index `parent`), those after it its continuation. `pool_logprobs` holds, for every `PROBE`
-    token, its log-frequency in the pool given the prompt's tokens so far. `trained` is what enters the loss in its
-    place, where that is not the trajectory itself: rewards, answers and counts are always those of the rollout.
+    failed original at index `parent`, its first `cut` tokens), those after it its continuation. `pool_logprobs` holds,
+    for every `PROBE` token, its log-probability under the explorer that proposed it, given the tokens so far; `None`
+    where that is not known. `trained` is what enters the loss in its place, where that is not the trajectory itself:
+    rewards, answers and counts are always those of the rollout.
     """
 
     prompt_ids: list[int]
     segments: list[Segment] = field(default_factory=list)
-    searches: list[SearchCall] = field(default_factory=list)
+    tool_uses: list[ToolUse] = field(default_factory=list)
     answer: str | None = None
     answer_span: AnswerSpan | None = None
     turns: int = 0
@@ -103,8 +116,14 @@ class Trajectory:
     truncations: Counter = field(default_factory=Counter)
     done: bool = False
     parent: int | None = None
+    cut: int | None = None
     pool_logprobs: list[float] | None = None
     trained: Trajectory | None = None
+
+    @property
+    def searches(self) -> list[ToolUse]:
+        """The executed searches."""
+        return [use for use in self.tool_uses if use.tool == "search"]
 
     @property
     def completion_ids(self) -> list[int]:
@@ -158,6 +177,15 @@ class Trajectory:
     def render(self) -> str:
         """The whole completion with segment kinds made visible, for people and for completion tables."""
         return "\n".join(f"[{segment.kind.name}] {segment.text.strip()}" for segment in self.segments)
+
+    def search_rows(self) -> list[dict[str, Any]]:
+        """The executed calls as plain data: what was asked, ids of the passages, place among the segments, and the
+        tool where it is another than search."""
+        return [
+            {"query": use.query, "passages": [passage.id for passage in use.passages], "segment": use.segment}
+            | ({} if use.tool == "search" else {"tool": use.tool})
+            for use in self.tool_uses
+        ]
 
     def segment_texts(self) -> list[dict[str, str]]:
         """The completion as plain data that keeps its segments apart: `{"kind", "text"}` of each, in order."""

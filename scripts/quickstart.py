@@ -28,12 +28,11 @@ from trl import ModelConfig, TrlParser
 
 from rex_rag.data.qa import QuestionArguments
 from rex_rag.evaluation.dead_ends import EvaluatedQuestion, evaluate_questions, probe_dead_ends
-from rex_rag.models.chat import encode_chat
 from rex_rag.models.generation import TransformersGenerator
-from rex_rag.probes.pool import ExplorationPool
-from rex_rag.protocols.search_r1 import build_prompt, control_tokens
+from rex_rag.probes import make_explorer
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
-from rex_rag.rollout.engine import RolloutEngine
+from rex_rag.rollout.agent import Agent
+from rex_rag.tools import make_tools
 from rex_rag.training.config import REXRAGConfig
 from rex_rag.visualization.curves import plot_training_curves
 from rex_rag.visualization.page import write_trajectory_page
@@ -100,22 +99,24 @@ class Examiner:
         set_seed(self.seed)
         tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-        template, forbidden = self.config.prompt_text(), control_tokens(tokenizer)
-
-        def encode(question: str) -> list[int]:
-            return encode_chat(
-                tokenizer, build_prompt(question, template, forbidden), self.config.chat_template_kwargs
-            )
-
         total = len(self.questions) * (1 + SAMPLES)
         with tqdm(total=total, desc=f"evaluating {name}", unit="rollout", dynamic_ncols=True) as bar:
             runs = {}
             for mode, samples in (("greedy", 1), ("sampled", SAMPLES)):
-                generator = TransformersGenerator(model, tokenizer, temperature=1.0 if mode == "sampled" else 0.0)
-                engine = RolloutEngine(generator, self.retriever, tokenizer, self.config.rollout_budget())
-                runs[mode] = evaluate_questions(engine, self.questions, encode, samples=samples, progress=bar.update)
-            pool = ExplorationPool(self.config.exploration_pool(), tokenizer)
-            probe_dead_ends(engine, runs["sampled"], pool, seed=self.seed)
+                temperature = 1.0 if mode == "sampled" else 0.0
+                agent = Agent(
+                    lambda stop, temperature=temperature: TransformersGenerator(
+                        model, tokenizer, temperature=temperature, stop_strings=stop
+                    ),
+                    make_tools(self.config.agent_tools, self.retriever, self.config.retrieval_top_k),
+                    tokenizer,
+                    self.config.agent_protocol(),
+                    self.config.rollout_budget(),
+                    chat_template_kwargs=self.config.chat_template_kwargs,
+                )
+                runs[mode] = evaluate_questions(agent, self.questions, samples=samples, progress=bar.update)
+            explorer = make_explorer(self.config.explorer, agent, self.config)
+            probe_dead_ends(agent, runs["sampled"], explorer, seed=self.seed)
         return summarize(runs["greedy"], runs["sampled"], time.perf_counter() - started), runs["sampled"]
 
 

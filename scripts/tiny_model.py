@@ -38,10 +38,12 @@ from rex_rag.data.corpus import read_corpus
 from rex_rag.data.qa import QuestionArguments, load_questions
 from rex_rag.models.generation import Generation
 from rex_rag.probes.pool import DEFAULT_POOL
-from rex_rag.protocols.search_r1 import ALL_TAGS, FEEDBACK_TEXT, SEARCH_TAGS, build_prompt
+from rex_rag.protocols import Protocol
+from rex_rag.protocols.inert import SEARCH_TAGS
 from rex_rag.retrieval.base import Retriever, checked_search
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
-from rex_rag.rollout.engine import RolloutEngine
+from rex_rag.rollout.agent import Agent
+from rex_rag.tools import SearchTool
 from rex_rag.training.config import REXRAGConfig
 from rex_rag.types import SegmentKind, Trajectory
 
@@ -55,15 +57,17 @@ ANSWER = "<think> I found {title}. I can answer.</think><answer> {answer}</answe
 DEMONSTRATED_TURNS = (LOOK_UP, LOOK_AGAIN, ANSWER)
 
 
-def train_tokenizer(corpus: Sequence[str], questions: Sequence[str], template: str, size: int) -> Qwen2Tokenizer:
+def train_tokenizer(corpus: Sequence[str], questions: Sequence[str], protocol: Protocol, size: int) -> Qwen2Tokenizer:
     """A Qwen2 tokenizer (byte-level BPE) trained on real text, in which every tag is one token."""
-    protocol = [template, FEEDBACK_TEXT, *DEFAULT_POOL, *DEMONSTRATED_TURNS]
-    for tag in ALL_TAGS:
-        protocol = [text.replace(tag, "") for text in protocol]
+    said = [protocol.template, protocol.default_feedback(), *DEFAULT_POOL, *DEMONSTRATED_TURNS]
+    for tag in protocol.marks:
+        said = [text.replace(tag, "") for text in said]
     # The protocol's own words recur in every rollout, so they are made to count.
-    texts = [*corpus, *(questions[:2000]), *protocol * 50]
-    tokenizer = build_tokenizer(template).train_new_from_iterator(texts, size - len(ALL_TAGS), show_progress=False)
-    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in ALL_TAGS])
+    texts = [*corpus, *(questions[:2000]), *said * 50]
+    tokenizer = build_tokenizer(protocol).train_new_from_iterator(
+        texts, size - len(protocol.marks), show_progress=False
+    )
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in protocol.marks])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -125,13 +129,10 @@ def demonstrate(
 
 
 def _play(group: list[tuple[str, list[str]]], retriever, tokenizer, config: REXRAGConfig) -> list[Trajectory]:
-    template = config.prompt_text()
-    prompts = [
-        tokenizer.apply_chat_template(build_prompt(question, template), add_generation_prompt=True, return_dict=False)
-        for question, _ in group
-    ]
     generator = ScriptedTurns(tokenizer, [turns for _, turns in group])
-    return RolloutEngine(generator, retriever, tokenizer, config.rollout_budget()).rollout(prompts)
+    tools = [SearchTool(retriever, config.retrieval_top_k)]
+    agent = Agent(lambda stop: generator, tools, tokenizer, config.agent_protocol(), config.rollout_budget())
+    return agent.rollout([agent.script.encode(question) for question, _ in group])
 
 
 def _row(trajectory: Trajectory) -> dict[str, list[int]]:
@@ -248,7 +249,7 @@ def run(args: argparse.Namespace) -> dict:
     questions = load_questions(question_arguments)["question"][: args.max_questions]
     retriever = load_retriever(retrieval)
     passages = [f"{passage.title}\n{passage.text}" for passage in read_corpus(retrieval.corpus)]
-    tokenizer = train_tokenizer(passages, questions, config.prompt_text(), args.vocabulary)
+    tokenizer = train_tokenizer(passages, questions, config.agent_protocol(), args.vocabulary)
     demonstrations = demonstrate(questions, retriever, tokenizer, config, args.seed)
     model = build_model(tokenizer, args.hidden_size, args.layers)
     prepared = time.perf_counter()

@@ -43,32 +43,42 @@ from trl import SFTConfig, SFTTrainer
 from rex_rag.answers import exact_match
 from rex_rag.models.generation import TransformersGenerator
 from rex_rag.probes.pool import DEFAULT_POOL
-from rex_rag.protocols.search_r1 import ALL_TAGS, FEEDBACK_TEXT, PROMPT_TEMPLATE, build_prompt
+from rex_rag.protocols import PROTOCOLS, Protocol, ToolCall, make_protocol
 from rex_rag.quickstart.demonstrations import build_demonstrations, tokenize_demonstrations
 from rex_rag.quickstart.hopworld import HopQuestion, HopWorldConfig, build_hopworld, hopworld_words, write_hopworld
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
-from rex_rag.rollout.engine import RolloutBudget, RolloutEngine
+from rex_rag.rollout.agent import Agent
+from rex_rag.rollout.script import RolloutBudget
+from rex_rag.tools import SearchTool
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+# As Qwen's, but for the schemas of tools, of which a tiny model is told the names.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool.function.name + '\n' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}{% for message in messages %}{% if message.role == 'tool' %}"
+    "{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
+    "{{ '\n<tool_response>\n' + message.content + '\n</tool_response>' }}"
+    "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% else %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 QUICKSTART_PROMPT = "Question: {question}"
-EVALUATION_BUDGET = RolloutBudget(max_turns=4, max_turn_tokens=48, max_observation_tokens=96, max_sequence_length=512)
+EVALUATION_BUDGET = RolloutBudget(max_turns=4, max_turn_tokens=64, max_observation_tokens=96, max_sequence_length=512)
 # More than the merges there are: training the tokenizer ends when every word it saw is one token.
 VOCABULARY_LIMIT = 8192
 
 
-def build_tokenizer(prompt_template: str) -> Qwen2Tokenizer:
+def build_tokenizer(protocol: Protocol) -> Qwen2Tokenizer:
     """A Qwen2 tokenizer (byte-level BPE) in which every word of a HopWorld run, and every tag, is one token.
 
     It is the same whatever the seed. Loading a Qwen2 model's directory with AutoTokenizer gives this very class, which
     it would not for a word-level one.
     """
     said = "I need the of is \n\n \nDoc Doc 1(Title: 2(Title: 3(Title: 4(Title: 5(Title: ) ). .\n"
-    texts = [said, "user", "assistant", prompt_template, PROMPT_TEMPLATE, FEEDBACK_TEXT, *DEFAULT_POOL]
-    tags = re.compile("|".join(map(re.escape, ALL_TAGS)))
+    texts = [said, "user", "assistant", protocol.template, protocol.default_template(), protocol.default_feedback()]
+    call = protocol.write_call(ToolCall("search", {"query": ""}))
+    texts += [*DEFAULT_POOL, *([] if protocol.stop_strings else ["system", call, call.replace("}", '"}')])]
+    tags = re.compile("|".join(map(re.escape, protocol.marks)))
     corpus = [piece for text in texts for piece in tags.split(text)] + [f" {word}" for word in hopworld_words()]
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
@@ -96,7 +106,7 @@ def build_tokenizer(prompt_template: str) -> Qwen2Tokenizer:
         model_max_length=2048,
     )
     # Ordinary tokens, not special ones: a decoded trajectory must show them.
-    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in ALL_TAGS])
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in protocol.marks])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -123,7 +133,7 @@ def build_model(tokenizer: Qwen2Tokenizer, hidden_size: int, layers: int) -> Qwe
     )
 
 
-def training_rows(args: argparse.Namespace, tokenizer: Qwen2Tokenizer) -> list[dict]:
+def training_rows(args: argparse.Namespace, tokenizer: Qwen2Tokenizer, protocol: Protocol) -> list[dict]:
     """Tokenised demonstrations over the training worlds, whose seeds follow that of the unseen world."""
     rows = []
     for seed in range(args.seed + 1, args.seed + 1 + args.worlds):
@@ -138,18 +148,19 @@ def training_rows(args: argparse.Namespace, tokenizer: Qwen2Tokenizer) -> list[d
             doubts=DEFAULT_POOL,
             doubt_rate=args.doubt_rate,
             doubt_wrong_rate=args.doubt_wrong_rate,
+            protocol=protocol,
         )
-        rows += tokenize_demonstrations(demonstrations, tokenizer, args.prompt_template)
+        rows += tokenize_demonstrations(demonstrations, tokenizer, protocol)
     return rows
 
 
 class Examination:
     """Exact match of a model on questions of the unseen world, by rollouts with the real engine."""
 
-    def __init__(self, args: argparse.Namespace, world, tokenizer: Qwen2Tokenizer) -> None:
-        self.retriever = BM25Retriever(world.passages)
+    def __init__(self, args: argparse.Namespace, world, tokenizer: Qwen2Tokenizer, protocol: Protocol) -> None:
+        self.tools = [SearchTool(BM25Retriever(world.passages), args.top_k)]
         self.tokenizer = tokenizer
-        self.template = args.prompt_template
+        self.protocol = protocol
         self.budget = RolloutBudget(**{**_fields(EVALUATION_BUDGET), "top_k": args.top_k})
         # Training questions: the test split stays unseen by every decision taken here.
         self.questions = {
@@ -165,18 +176,19 @@ class Examination:
         ) / len(questions)
 
     def _answers(self, model: Qwen2ForCausalLM, questions: list[HopQuestion], greedy: bool) -> list[str | None]:
-        generator = TransformersGenerator(model, self.tokenizer, temperature=0.0 if greedy else 1.0)
-        engine = RolloutEngine(generator, self.retriever, self.tokenizer, self.budget)
-        prompts = [
-            self.tokenizer.apply_chat_template(
-                build_prompt(question.question, self.template), add_generation_prompt=True, return_dict=False
-            )
-            for question in questions
-        ]
+        temperature = 0.0 if greedy else 1.0
+        agent = Agent(
+            lambda stop: TransformersGenerator(model, self.tokenizer, temperature=temperature, stop_strings=stop),
+            self.tools,
+            self.tokenizer,
+            self.protocol,
+            self.budget,
+        )
+        prompts = [agent.script.encode(question.question) for question in questions]
         was_training = model.training
         model.eval()
         try:
-            return [trajectory.answer for trajectory in engine.rollout(prompts)]
+            return [trajectory.answer for trajectory in agent.rollout(prompts)]
         finally:
             model.train(was_training)
 
@@ -314,7 +326,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--doubt-rate", type=float, default=0.2, help="share of demonstrations with an exploration prompt in them")
     add("--doubt-wrong-rate", type=float, default=0.5, help="--wrong-rate of the demonstrations with one")
     add("--top-k", type=int, default=1, help="passages a search")
-    add("--prompt-template", default=QUICKSTART_PROMPT, help="text with {question}, or a file of it, as in the recipe")
+    add(
+        "--prompt-template",
+        default=QUICKSTART_PROMPT,
+        metavar="TEXT",
+        help="text with {question}, or a file of it, as in the recipe",
+    )
+    add("--protocol", default="search_r1", choices=list(PROTOCOLS), help="what calls and answers are written in")
     add("--hidden-size", type=int, default=64)
     add("--layers", type=int, default=2)
     add("--learning-rate", type=float, default=4e-3)
@@ -347,10 +365,11 @@ def run(args: argparse.Namespace) -> dict:
         )
     )
     write_hopworld(world, args.world)
-    tokenizer = build_tokenizer(args.prompt_template)
-    rows = training_rows(args, tokenizer)
+    protocol = make_protocol(args.protocol, template=args.prompt_template)
+    tokenizer = build_tokenizer(protocol)
+    rows = training_rows(args, tokenizer, protocol)
     model = build_model(tokenizer, args.hidden_size, args.layers)
-    examination = Examination(args, world, tokenizer)
+    examination = Examination(args, world, tokenizer, protocol)
     prepared = time.perf_counter()
     steps, one_hop = train(args, model, tokenizer, rows, examination)
     trained = time.perf_counter()

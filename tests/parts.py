@@ -9,10 +9,15 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from rex_rag.models.generation import Generation
+from rex_rag.probes.explorer import Failed, reopen
 from rex_rag.probes.mixed_sampling import MixedSampler, MixedSamplingConfig
-from rex_rag.probes.pool import ExplorationPool
-from rex_rag.protocols.search_r1 import ALL_TAGS, FEEDBACK_TEXT
-from rex_rag.rollout.engine import RolloutBudget, RolloutEngine
+from rex_rag.probes.pool import ExplorationPool, PoolExplorer
+from rex_rag.protocols import SearchR1
+from rex_rag.protocols.inert import ALL_TAGS
+from rex_rag.protocols.search_r1 import FEEDBACK_TEXT
+from rex_rag.rollout.agent import Agent
+from rex_rag.rollout.script import RolloutBudget
+from rex_rag.tools import SearchTool
 from rex_rag.types import Passage
 
 WORDS = "red blue green gold oak elm fox owl river hill where is the tree of Doc Title ( ) 1 2 : . abcdef Question"
@@ -108,6 +113,48 @@ class ScriptedGenerator:
         return [Generation(row[:max_new_tokens], [-1.0] * len(row[:max_new_tokens])) for row in ids]
 
 
+def agent_for(generator, retriever, tokenizer, budget, max_over_ranks=None, context_length=None, **protocol) -> Agent:
+    """Search-R1 over one generator, whatever the stop strings."""
+    return Agent(
+        lambda stop: generator,
+        [SearchTool(retriever, budget.top_k)],
+        tokenizer,
+        SearchR1(**protocol),
+        budget,
+        max_over_ranks=max_over_ranks or (lambda count: count),
+        context_length=context_length,
+    )
+
+
+def play(agent: Agent, generator) -> None:
+    """Have an agent's turns come from this generator."""
+    agent.driver.generator = lambda stop: generator
+
+
+STOP_STRINGS = SearchR1().stop_strings
+
+
+def build_prompt(question: str, template: str | None = None, forbidden=()) -> list[dict[str, str]]:
+    return SearchR1(template=template).messages(question, forbidden)
+
+
+class Drawn:
+    """Random numbers of which one is asked for, and known."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def integers(self, count: int) -> int:
+        return self.number
+
+
+def start_probe(agent: Agent, original, index: int, prompts, prompt: int):
+    """A probe of an original with the prompt of this number."""
+    explorer = PoolExplorer(ExplorationPool(prompts, agent.script.tokenizer), agent.script)
+    [proposal] = explorer.propose([Failed(original, index, Drawn(prompt))])
+    return reopen(original, proposal, agent.budget.max_sequence_length)
+
+
 PROBE_POOL = ["<think> Wait I may be wrong .", "<think> Maybe not so .", "<think> Hold on ."]
 RIGHT, WRONG, SILENT = "<answer> oak </answer>", "<answer> red </answer>", "<think> oak </think>"
 BUDGET = RolloutBudget(max_turns=1, max_turn_tokens=40, max_observation_tokens=60, max_sequence_length=300, top_k=1)
@@ -144,10 +191,10 @@ def sampler_for(
 ):
     settings = {"originals_per_question": 2, "probe_slots": 2, "probe_probability": 1.0, "probe_filter": "likelihood"}
     gathered_max = lambda count: max(gather(count))  # noqa: E731
-    engine = RolloutEngine(ScriptedGenerator(tokenizer, turns), retriever, tokenizer, BUDGET, gathered_max)
+    agent = agent_for(ScriptedGenerator(tokenizer, turns), retriever, tokenizer, BUDGET, gathered_max)
     return MixedSampler(
-        engine,
-        ExplorationPool(PROBE_POOL, tokenizer),
+        agent,
+        PoolExplorer(ExplorationPool(PROBE_POOL, tokenizer), agent.script),
         MixedSamplingConfig(**{**settings, "seed": 0, **config}),
         score_probes=score or (lambda probes: [0.0] * len(probes)),
         trained=trained,

@@ -119,8 +119,8 @@ def run_evaluation(
     from rex_rag.evaluation.methods import make_method
     from rex_rag.evaluation.run import EvaluationRun
     from rex_rag.evaluation.run_card import describe_retriever, protocol_card
-    from rex_rag.models.chat import warn_of_unread
     from rex_rag.models.language_model import check_files, check_name, open_model, stored_max_length
+    from rex_rag.protocols.chat import warn_of_unread
 
     method = make_method(arguments.method, arguments.prompt_text(), arguments.further_texts())
     if method.uses_retriever and not search.is_given:

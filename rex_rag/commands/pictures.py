@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rex_rag.commands.terminal import positive, printable
 
 if TYPE_CHECKING:
+    from rex_rag.protocols import Protocol
     from rex_rag.retrieval.load import RetrieverArguments
     from rex_rag.types import Trajectory
 
@@ -139,9 +140,9 @@ def add_reliability(commands: argparse._SubParsersAction) -> None:
 
 
 def _reliability(options: argparse.Namespace) -> None:
-    from rex_rag.models.chat import read_settings
     from rex_rag.models.files import check_model
-    from rex_rag.protocols.search_r1 import PROMPT_TEMPLATE, build_prompt
+    from rex_rag.protocols import make_protocol
+    from rex_rag.protocols.chat import read_settings
     from rex_rag.retrieval.load import BM25, RetrieverArguments
     from rex_rag.visualization.curves import labelled_runs
     from rex_rag.visualization.files import picture_format
@@ -156,8 +157,8 @@ def _reliability(options: argparse.Namespace) -> None:
     if options.k < 2:
         raise ValueError(f"--k is {options.k}; uncertainty between candidates needs 2 or more")
     read_settings(options.chat_template_kwargs)
-    template = options.prompt_template.read_text(encoding="utf-8") if options.prompt_template else PROMPT_TEMPLATE
-    build_prompt(options.question, template)
+    template = options.prompt_template.read_text(encoding="utf-8") if options.prompt_template else None
+    protocol = make_protocol("search_r1", template=template)
     for model in options.model:
         check_model(model)
     retrieval = None
@@ -166,7 +167,7 @@ def _reliability(options: argparse.Namespace) -> None:
     # A picture is passed on: of a folder's path, only the end that tells models apart stands in it.
     folders = [model for model in dict.fromkeys(options.model) if Path(model).is_dir()]
     names = dict(zip(folders, labelled_runs(folders), strict=True))
-    answered = [_answer(model, names.get(model, model), template, retrieval, options) for model in options.model]
+    answered = [_answer(model, names.get(model, model), protocol, retrieval, options) for model in options.model]
     pictures = with_shared_scale([picture for _, picture in answered])
     print(draw_reliability(pictures, options.output, f"Question: {options.question.strip()}"))
     for picture, (trajectory, _) in zip(pictures, answered, strict=True):
@@ -183,7 +184,7 @@ def _reliability(options: argparse.Namespace) -> None:
 def _answer(
     path: str,
     name: str,
-    template: str,
+    protocol: Protocol,
     retrieval: RetrieverArguments | None,
     options: argparse.Namespace,
 ) -> tuple[Trajectory, dict[str, Any]]:
@@ -192,12 +193,12 @@ def _answer(
     from transformers import AutoTokenizer
 
     from rex_rag.evaluation.token_reliability import score_trajectory
-    from rex_rag.models.chat import encode_chat
     from rex_rag.models.files import load_causal_lm
     from rex_rag.models.generation import TransformersGenerator
-    from rex_rag.protocols.search_r1 import build_prompt, control_tokens
     from rex_rag.retrieval.load import load_retriever
-    from rex_rag.rollout.engine import RolloutBudget, RolloutEngine
+    from rex_rag.rollout.agent import Agent
+    from rex_rag.rollout.script import RolloutBudget
+    from rex_rag.tools import make_tools
     from rex_rag.visualization.reliability_picture import reliability_record
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -212,12 +213,18 @@ def _answer(
         top_k=options.top_k,
     )
     retriever = load_retriever(retrieval) if retrieval else None
-    engine = RolloutEngine(TransformersGenerator(model, tokenizer, temperature=0.0), retriever, tokenizer, budget)
-    messages = build_prompt(options.question, template, control_tokens(tokenizer))
+    agent = Agent(
+        lambda stop: TransformersGenerator(model, tokenizer, temperature=0.0, stop_strings=stop),
+        make_tools(["search"], retriever, budget.top_k) if retriever else [],
+        tokenizer,
+        protocol,
+        budget,
+        chat_template_kwargs=options.chat_template_kwargs,
+    )
     if tokenizer.chat_template:
-        prompt = encode_chat(tokenizer, messages, options.chat_template_kwargs)
+        prompt = agent.script.encode(options.question)
     else:
-        prompt = tokenizer(messages[0]["content"])["input_ids"]
-    [trajectory] = engine.rollout([prompt])
+        prompt = tokenizer(protocol.messages(options.question)[0]["content"])["input_ids"]
+    [trajectory] = agent.rollout([prompt])
     tokens = score_trajectory(model, tokenizer, trajectory, options.k)
     return trajectory, reliability_record(name, tokens, options.k, inserted=options.inserted)

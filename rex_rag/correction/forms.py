@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from rex_rag.correction.densities import decoupled_log_weights, sequence_log_weights
-from rex_rag.rollout.cuts import Decode, without_thought
+from rex_rag.rollout.cuts import without_thought
 from rex_rag.types import Trajectory
 
 if TYPE_CHECKING:
     from rex_rag.correction.realignment import Mixture
+    from rex_rag.rollout.agent import AgentScript
     from rex_rag.training.config import REXRAGConfig
 
 # Settings that only some forms read.
@@ -45,7 +46,7 @@ class CorrectionForm:
     in_ratio: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ()
 
-    def trained(self, probe: Trajectory, decode: Decode) -> Trajectory | str:
+    def trained(self, probe: Trajectory, script: AgentScript) -> Trajectory | str:
         """The trajectory that enters the loss in the place of a probe, or one word on why the probe is dropped.
 
         Its segments may be fewer (they keep their token ids), or context, which is out of loss, KL and weights. The
@@ -194,7 +195,7 @@ class Continuation(CorrectionForm):
         "nothing teaches the policy to doubt by itself"
     )
 
-    def trained(self, probe: Trajectory, decode: Decode) -> Trajectory:
+    def trained(self, probe: Trajectory, script: AgentScript) -> Trajectory:
         end = probe.probe_segment + 1
         context = [replace(segment, is_context=True) for segment in probe.segments[:end]]
         return replace(probe, segments=[*context, *probe.segments[end:]])
@@ -208,8 +209,8 @@ class Unprompted(CorrectionForm):
         "the thought: biased towards what is written behind it, which the policy alone may hardly ever write"
     )
 
-    def trained(self, probe: Trajectory, decode: Decode) -> Trajectory | str:
-        return without_thought(probe, decode)
+    def trained(self, probe: Trajectory, script: AgentScript) -> Trajectory | str:
+        return without_thought(probe, script)
 
 
 def _truncated(log_weights: torch.Tensor, args: REXRAGConfig) -> torch.Tensor:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rex_rag.evaluation.benchmarks import benchmark_specs
-from rex_rag.models.chat import read_settings
 from rex_rag.models.endpoint import DEFAULT_KEY_VARIABLE, EndpointOptions, check_endpoint_url
 from rex_rag.models.language_model import BACKENDS, ENDPOINT, TRANSFORMERS, VLLM, ModelOptions
+from rex_rag.protocols.chat import read_settings
 from rex_rag.retrieval.load import BM25, RetrieverArguments
-from rex_rag.rollout.engine import RolloutBudget
+from rex_rag.rollout.script import RolloutBudget
 
 AUTO = "auto"
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from rex_rag.answers import exact_match
-from rex_rag.probes.pool import ExplorationPool, draw_probe
-from rex_rag.rollout.engine import RolloutEngine
+from rex_rag.probes.explorer import Explorer, Failed, draws, reopen
+from rex_rag.rollout.agent import Agent
 from rex_rag.types import Trajectory
 
 
@@ -38,9 +38,8 @@ class EvaluatedQuestion:
 
 
 def evaluate_questions(
-    engine: RolloutEngine,
+    agent: Agent,
     rows: Sequence[dict],
-    encode_prompt: Callable[[str], list[int]],
     *,
     samples: int,
     batch_size: int = 256,
@@ -50,7 +49,6 @@ def evaluate_questions(
 
     Args:
         rows: FlashRAG rows: `question`, `golden_answers`, optionally `metadata.hops`.
-        encode_prompt: question -> prompt token ids.
         progress: called with the number of rollouts just finished.
     """
     questions = [
@@ -60,28 +58,30 @@ def evaluate_questions(
     work = [question for question in questions for _ in range(samples)]
     for start in range(0, len(work), batch_size):
         batch = work[start : start + batch_size]
-        trajectories = engine.rollout([encode_prompt(question.question) for question in batch])
+        trajectories = agent.rollout([agent.script.encode(question.question) for question in batch])
         for question, trajectory in zip(batch, trajectories, strict=True):
             question.rollouts.append(trajectory)
         progress(len(batch))
     return questions
 
 
-def probe_dead_ends(
-    engine: RolloutEngine, questions: Sequence[EvaluatedQuestion], pool: ExplorationPool, *, seed: int
-) -> None:
-    """Probe every wrong answer of every dead end once, in place, with prompts drawn from the seed."""
-    probes: list[tuple[EvaluatedQuestion, Trajectory]] = []
+def probe_dead_ends(agent: Agent, questions: Sequence[EvaluatedQuestion], explorer: Explorer, *, seed: int) -> None:
+    """Probe every wrong answer of every dead end once, in place, as drawn from the seed."""
+    failed: list[Failed] = []
+    asked: list[EvaluatedQuestion] = []
     for index, question in enumerate(questions):
-        if not question.is_dead_end:
-            continue
-        for row, original in enumerate(question.rollouts):
-            if original.answer is None:
-                continue
-            draw = draw_probe(1.0, len(pool), seed=seed, step=(index,), row=row)
-            probe = engine.start_probe(original, row, pool, draw.prompt)
-            if probe is not None:
-                probes.append((question, probe))
-    engine.resume([probe for _, probe in probes])
-    for question, probe in probes:
-        question.probes.append(probe)
+        for row, original in enumerate(question.rollouts if question.is_dead_end else ()):
+            if original.answer is not None:
+                own = draws(seed, (index,), row)
+                own.random()  # training draws here whether to probe
+                failed.append(Failed(original, row, own))
+                asked.append(question)
+    proposals = explorer.propose(failed)
+    probes = [
+        proposal and reopen(one.original, proposal, agent.budget.max_sequence_length)
+        for one, proposal in zip(failed, proposals, strict=True)
+    ]
+    agent.resume([probe for probe in probes if probe is not None])
+    for question, probe in zip(asked, probes, strict=True):
+        if probe is not None:
+            question.probes.append(probe)

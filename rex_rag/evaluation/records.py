@@ -36,7 +36,7 @@ class Sample:
     """One attempt at a question.
 
     answer: what the method took as its answer, from model-written text alone; `None` if it gave none. segments: as
-    `Trajectory.segment_texts`. searches: query and ids of the passages, in order. tokens: written by the model.
+    `Trajectory.segment_texts`. searches: as `Trajectory.search_rows`. tokens: written by the model.
     truncations: cause -> how often, causes of `Truncation`.
     """
 
@@ -52,10 +52,7 @@ class Sample:
         return cls(
             answer=trajectory.answer,
             segments=trajectory.segment_texts(),
-            searches=[
-                {"query": call.query, "passages": [passage.id for passage in call.passages]}
-                for call in trajectory.searches
-            ],
+            searches=trajectory.search_rows(),
             tokens=trajectory.model_length,
             invalid_actions=trajectory.invalid_actions,
             truncations={str(cause): count for cause, count in sorted(trajectory.truncations.items())},

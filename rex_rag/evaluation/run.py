@@ -32,9 +32,8 @@ from rex_rag.evaluation.records import (
 )
 from rex_rag.evaluation.run_card import differences, read_card
 from rex_rag.evaluation.scores import BenchmarkScores, macro_scores, read_predictions, read_seconds, score_benchmark
-from rex_rag.evaluation.stopwatch import Stopwatch
 from rex_rag.retrieval.base import Retriever
-from rex_rag.rollout.engine import RolloutBudget
+from rex_rag.rollout.script import RolloutBudget
 from rex_rag.support.durable import locked, write_json, written_whole
 from rex_rag.support.progress_bars import progress_bar
 from rex_rag.support.wording import counted
@@ -132,11 +131,10 @@ class EvaluationRun:
     def __post_init__(self) -> None:
         self.output = Path(self.output)
         self.chunks = list(self._cut())
-        self._watch = Stopwatch()
         self._toolbox = Toolbox(
             tokenizer=self.model.tokenizer,
-            generator=self._watch.generator(self.model.generator),
-            retriever=None if self.retriever is None else self._watch.retriever(self.retriever),
+            generator=self.model.generator,
+            retriever=self.retriever,
             budget=self.budget,
             chat_template_kwargs=self.model.options.chat_template_kwargs,
         )
@@ -182,7 +180,7 @@ class EvaluationRun:
             (question for chunk in self.chunks for question in chunk.questions),
             key=lambda question: len(question_text(question)),
         )
-        toolbox = replace(self._toolbox, generator=lambda stop_strings: _FirstPrompt())
+        toolbox = replace(self._toolbox, generator=lambda stop_strings: _FirstPrompt(), stream=None)
         trajectories = []
         try:
             for tried in (questions[:1], questions[1:_TRIED_QUESTIONS]):
@@ -220,7 +218,7 @@ class EvaluationRun:
                 return False
             if not ours or chunk.is_done:
                 return False
-            self._watch.reset()
+            self._toolbox.seconds.reset()
             started = time.perf_counter()
             predictions = self._predict(chunk)
             seconds = time.perf_counter() - started
@@ -229,8 +227,8 @@ class EvaluationRun:
                 "first": chunk.first,
                 "questions": len(chunk.questions),
                 "seconds": round(seconds, 3),
-                "generation": round(self._watch.generation, 3),
-                "retrieval": round(self._watch.retrieval, 3),
+                "generation": round(self._toolbox.seconds.generation, 3),
+                "retrieval": round(self._toolbox.seconds.tools, 3),
             }
             with written_whole(chunk.timing_file) as file:
                 file.write(_line(timing))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rex_rag.evaluation.methods import Method
     from rex_rag.retrieval.base import Retriever
     from rex_rag.retrieval.load import RetrieverArguments
-    from rex_rag.rollout.engine import RolloutBudget
+    from rex_rag.rollout.script import RolloutBudget
 
 FORMAT = 1
 SCORER = "rex_rag.answers"

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
-from rex_rag.protocols.search_r1 import STOP_STRINGS
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -39,6 +37,27 @@ class Generator(Protocol):
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generation]:
         """Continue every row by at least one and at most `max_new_tokens` tokens. A collective call."""
+        ...
+
+
+class Stream(Protocol):
+    """An engine that takes rows one by one and gives each back as soon as it is done. Used as a context manager.
+
+    Entering makes it ready (a trainer's newest weights), leaving drops what is still under way.
+    """
+
+    def __enter__(self) -> Stream: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def submit(
+        self, prompt_ids: Sequence[int], max_new_tokens: int, stop_strings: tuple[str, ...], key: tuple[int, ...]
+    ) -> int:
+        """Have a row continued; returns its ticket. Its draws follow from `key`, where the engine can be seeded."""
+        ...
+
+    def step(self, patience: float) -> list[tuple[int, Generation]]:
+        """Do a piece of work, or wait at most `patience` seconds for one; rows that are done, by their tickets."""
         ...
 
 
@@ -108,7 +127,7 @@ class TransformersGenerator:
         temperature: float = 1.0,
         eos_token_ids: Sequence[int] | None = None,
         model_context: Callable[[], AbstractContextManager] | None = None,
-        stop_strings: Sequence[str] = STOP_STRINGS,
+        stop_strings: Sequence[str],
     ) -> None:
         if tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no pad token; set tokenizer.pad_token (often to the eos token)")

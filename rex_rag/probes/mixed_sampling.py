@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from rex_rag.probes.explorer import Explorer, Failed, draws, reopen
 from rex_rag.probes.filter import keep_best, keep_count, keep_random
-from rex_rag.probes.pool import ExplorationPool, draw_probe
-from rex_rag.rollout.engine import RolloutEngine
+from rex_rag.rollout.agent import Agent
 from rex_rag.types import Trajectory
 
 
@@ -62,11 +62,11 @@ class MixedBatch:
 
 
 class MixedSampler:
-    """Samples originals and probes with one engine.
+    """Samples originals and probes with one agent.
 
     Args:
-        engine: runs the rollouts.
-        pool: where exploration prompts are drawn from.
+        agent: runs the rollouts.
+        explorer: proposes where failed originals are re-opened, and with what.
         config: what is sampled.
         score_probes: mean log pi_old over the `PROBE` tokens of started probes. A collective call: it is made on
             every process, with however many probes that process has.
@@ -77,16 +77,16 @@ class MixedSampler:
 
     def __init__(
         self,
-        engine: RolloutEngine,
-        pool: ExplorationPool,
+        agent: Agent,
+        explorer: Explorer,
         config: MixedSamplingConfig,
         score_probes: Callable[[Sequence[Trajectory]], list[float]],
         trained: Callable[[Trajectory], Trajectory | str] = lambda probe: probe,
         gather: Callable[[object], list] = lambda item: [item],
         rank: int = 0,
     ) -> None:
-        self.engine = engine
-        self.pool = pool
+        self.agent = agent
+        self.explorer = explorer
         self.config = config
         self._score_probes = score_probes
         self._trained = trained
@@ -114,7 +114,7 @@ class MixedSampler:
             standing: originals and kept probes of the global batch that an earlier call sampled and that stay; the
                 filter counts them in.
         """
-        originals = self.engine.rollout(prompts)
+        originals = self.agent.rollout(prompts)
         correct = [is_correct(row, trajectory) for row, trajectory in enumerate(originals)]
         failed = [
             row
@@ -128,7 +128,7 @@ class MixedSampler:
         kept = self._filter(started, num_made, num_keep, step) if num_made else []
         global_kept, dropped = num_made, Counter()
         if num_made:
-            self.engine.resume(kept)
+            self.agent.resume(kept)
             kept, dropped = self._drop_untrainable(kept)
             global_kept = sum(self._gather(len(kept)))
         return MixedBatch(
@@ -147,19 +147,22 @@ class MixedSampler:
     def _start_probes(
         self, originals: list[Trajectory], failed: list[int], *, step: tuple[int, ...], rows: Sequence[int]
     ) -> list[Trajectory]:
+        drawn = [(index, draws(self.config.seed, step, rows[index])) for index in failed]
+        probed = [
+            Failed(originals[index], index, own)
+            for index, own in drawn
+            if own.random() < self.config.probe_probability
+        ]
         started: list[Trajectory] = []
-        per_question: dict[int, int] = {}
-        for row in failed:
-            draw = draw_probe(
-                self.config.probe_probability, len(self.pool), seed=self.config.seed, step=step, row=rows[row]
-            )
-            question = row // self.config.originals_per_question
-            if not draw.probed or per_question.get(question, 0) >= self.config.probe_slots:
+        per_question: Counter[int] = Counter()
+        for one, proposal in zip(probed, self.explorer.propose(probed), strict=True):
+            question = one.index // self.config.originals_per_question
+            if proposal is None or per_question[question] >= self.config.probe_slots:
                 continue
-            probe = self.engine.start_probe(originals[row], row, self.pool, draw.prompt)
+            probe = reopen(one.original, proposal, self.agent.budget.max_sequence_length)
             if probe is not None:
                 started.append(probe)
-                per_question[question] = per_question.get(question, 0) + 1
+                per_question[question] += 1
         return started
 
     def _drop_untrainable(self, probes: list[Trajectory]) -> tuple[list[Trajectory], Counter]:

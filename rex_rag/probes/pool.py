@@ -1,4 +1,4 @@
-"""Exploration prompts: the pool, seeded draws, and the pool's exact next-token log-probabilities.
+"""Exploration prompts: the pool, its exact next-token log-probabilities, and the explorer that draws from it.
 
 The probability of an inserted token is the frequency with which it follows the prompt's tokens so far among the
 tokenised pool prompts (a trie), computed with the tokenizer in use for the characters actually inserted. The product
@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from rex_rag.protocols.search_r1 import ANSWER_TAGS, INFORMATION_TAGS, SEARCH_TAGS, THINK_TAGS
+from rex_rag.probes.explorer import Explorer, Failed, Proposal
+from rex_rag.protocols.inert import ANSWER_TAGS, INFORMATION_TAGS, SEARCH_TAGS, THINK_TAGS
+from rex_rag.rollout.cuts import tokens_before
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from rex_rag.rollout.agent import AgentScript
 
 DEFAULT_POOL: tuple[str, ...] = (
     "<think> Wait, I may have overlooked part of the question.",
@@ -178,21 +180,38 @@ def pool_log_probs(ids: Sequence[Sequence[int]]) -> list[list[float]]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class ProbeDraw:
-    """One original's draw: whether it is probed, and with which prompt."""
+class PoolExplorer(Explorer):
+    """The paper's (section 3.3): re-opened before the answer, with a prompt drawn uniformly from a pool.
 
-    probed: bool
-    prompt: int
-
-
-def draw_probe(probability: float, pool_size: int, *, seed: int, step: tuple[int, ...], row: int) -> ProbeDraw:
-    """Draw for one failed original, from a generator seeded by (seed, step, row) and nothing else.
-
-    The draw therefore depends neither on other rows nor on how often random numbers were drawn before: a resumed run
-    and a run on another number of processes make the same choices. The prompt is drawn whether or not the original
-    is probed.
+    Its place in eq. 6: the cut follows from the original, so all that was drawn is the prompt, whose tokens have their
+    frequency in the pool. A token that straddles the first character of the answer is dropped; the characters that it
+    held before the answer head the inserted text, and the frequencies are those of the texts so headed.
     """
-    # The last number tells this use of the seed from others; numpy takes missing trailing numbers for zeros.
-    generator = np.random.default_rng([seed, *step, row, 1])
-    return ProbeDraw(probed=bool(generator.random() < probability), prompt=int(generator.integers(pool_size)))
+
+    name = "pool"
+
+    def __init__(self, pool: ExplorationPool, script: AgentScript) -> None:
+        self.pool = pool
+        self._script = script
+
+    def propose(self, failed: Sequence[Failed]) -> list[Proposal | None]:
+        return [self._propose(one) for one in failed]
+
+    def _propose(self, failed: Failed) -> Proposal:
+        span = failed.original.answer_span
+        if span is None:
+            raise ValueError("only an original that answered can be probed before its answer; this one has none")
+        answered = failed.original.segments[span.segment]
+        kept, leftover = tokens_before(answered, span.offset, self._script.decode)
+        encoded = self.pool.encode(leftover)
+        prompt = int(failed.draws.integers(len(self.pool)))
+        head = answered.text[: span.offset - len(leftover)]
+        return Proposal(
+            failed.index,
+            span.segment,
+            kept,
+            head,
+            encoded.ids[prompt],
+            encoded.texts[prompt],
+            encoded.logprobs[prompt],
+        )

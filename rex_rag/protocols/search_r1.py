@@ -1,29 +1,17 @@
-"""The search protocol (Search-R1): tags, prompt, actions, observations. Pure text, no tokenizer.
-
-Only model-written text is ever parsed. Text that comes from outside (passages) is made inert before it is shown, so
-that it can neither close its own block nor look like an action to a reader of the trajectory.
-"""
+"""The tags of Search-R1 (arXiv 2503.09516): `<search>`, `<information>`, `<answer>`, in one assistant turn."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from rex_rag.types import Passage
+from rex_rag.protocols.base import SEARCH, Action, Framing, Protocol, ToolCall, ToolSpec
+from rex_rag.protocols.inert import ALL_TAGS, ANSWER_TAGS, INFORMATION_TAGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-THINK_TAGS = ("<think>", "</think>")
-SEARCH_TAGS = ("<search>", "</search>")
-ANSWER_TAGS = ("<answer>", "</answer>")
-INFORMATION_TAGS = ("<information>", "</information>")
-ALL_TAGS = (*THINK_TAGS, *SEARCH_TAGS, *ANSWER_TAGS, *INFORMATION_TAGS)
-
-# A turn ends here; the text up to and including the tag is the model's.
-STOP_STRINGS = (SEARCH_TAGS[1], ANSWER_TAGS[1])
 
 PROMPT_TEMPLATE = (
     "Find the answer to the question below. Whenever you receive new information, first reason about it between "
@@ -39,81 +27,87 @@ FEEDBACK_TEXT = (
     "To give the final answer, write it between <answer> and </answer>. Try again.\n\n"
 )
 
-# From the last opening tag before the closing one: a tag mentioned in a thought opens nothing.
-_ACTION = re.compile(r"<(search|answer)>((?:(?!<\1>).)*?)</\1>", re.DOTALL)
-_TAG = re.compile("|".join(re.escape(tag) for tag in ALL_TAGS), re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True)
-class Action:
-    """What the model asked for. `start` is the character offset of the opening tag."""
-
-    kind: Literal["search", "answer"]
-    content: str
-    start: int
-
-
-def parse_action(text: str) -> Action | None:
-    """Return the first complete search or answer in newly generated text, or `None` where there is none.
-
-    An empty query or answer is not an action: the caller gives feedback, as for any other malformed turn.
-    """
-    match = _ACTION.search(text)
-    if match is None or not match.group(2).strip():
-        return None
-    return Action(kind=match.group(1), content=match.group(2).strip(), start=match.start())
-
-
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Strings of the tokenizer's own that inserted text must not contain.
-
-    Also those that it marks as special and names nowhere, as Llama 3 does with all that frame a message.
-    """
-    marked = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return tuple(dict.fromkeys([*tokenizer.all_special_tokens, *marked]))
-
-
-def make_inert(text: str, forbidden: Iterable[str] = ()) -> str:
-    """Escape the opening bracket of our tags and of `forbidden` strings (the tokenizer's control tokens).
-
-    Retrieved text is untrusted; without this a passage containing `</information>` or `<|im_end|>` would close its
-    own block for the model, or be encoded as a control token.
-    """
-    return escape_tokens(_TAG.sub(lambda match: "&lt;" + match.group(0)[1:], text), forbidden)
-
-
-def escape_tokens(text: str, forbidden: Iterable[str]) -> str:
-    """Escape strings that a tokenizer would take for control tokens, and nothing else."""
-    for token in forbidden:
-        if token in text:
-            text = text.replace(token, "&lt;" + token[1:] if token.startswith("<") else " ".join(token))
-    return text
-
-
-def render_passages(passages: Sequence[Passage], forbidden: Iterable[str] = ()) -> str:
-    """The body of an observation: one line a passage, `Doc 1(Title: T) text`."""
-    forbidden = tuple(forbidden)
-    return "\n".join(
-        f"Doc {rank}(Title: {make_inert(passage.title, forbidden)}) {make_inert(passage.text, forbidden)}"
-        for rank, passage in enumerate(passages, start=1)
-    )
-
-
 OBSERVATION_HEAD = "\n\n" + INFORMATION_TAGS[0]
 OBSERVATION_TAIL = INFORMATION_TAGS[1] + "\n\n"
 
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_TAKEN = ("think", "answer", "information")
 
-def build_prompt(
-    question: str, template: str = PROMPT_TEMPLATE, forbidden: Iterable[str] = ()
-) -> list[dict[str, str]]:
-    """The conversational prompt of a question: one user message, to be rendered by the tokenizer's chat template.
 
-    Args:
-        forbidden: the tokenizer's control tokens, which are escaped where they stand in the question.
+class SearchR1(Protocol):
+    """A tool is called by its name as a tag; one action a turn, and the first complete one decides.
+
+    A tool of one parameter takes what stands between its tags as that parameter's text, any other a JSON object.
     """
-    if "{question}" not in template:
-        raise ValueError(
-            f"the prompt template has no '{{question}}' placeholder: {template[:80]!r}… Add it where the question goes"
+
+    name = "search_r1"
+
+    def __init__(
+        self, tools: Sequence[ToolSpec] = (SEARCH,), template: str | None = None, feedback: str | None = None
+    ) -> None:
+        if bad := [tool.name for tool in tools if not _NAME.fullmatch(tool.name) or tool.name in _TAKEN]:
+            raise ValueError(
+                f"a tool named {bad[0]!r} cannot be called by a tag: use lower-case letters, digits and _, and none "
+                f"of {', '.join(_TAKEN)}"
+            )
+        super().__init__(tools, template, feedback)
+        # In the order of the first protocol's tags, for one tool the very tuple.
+        self._stop = (*(f"</{name}>" for name in self.tools), ANSWER_TAGS[1])
+        self.marks = tuple(dict.fromkeys([*ALL_TAGS, *(f"<{b}{name}>" for name in self.tools for b in ("", "/"))]))
+        names = "|".join([*self.tools, "answer"])
+        # From the last opening tag before the closing one: a tag mentioned in a thought opens nothing.
+        self._action = re.compile(rf"<({names})>((?:(?!<\1>).)*?)</\1>", re.DOTALL)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return self._stop
+
+    def default_template(self) -> str:
+        further = [tool for tool in self.tools.values() if tool.name != SEARCH.name]
+        if not further:
+            return PROMPT_TEMPLATE
+        head, question = PROMPT_TEMPLATE.split("Once nothing is missing")
+        said = " ".join(f"You can also write {self._usage(tool)}: {tool.description}" for tool in further)
+        return f"{head}{said} Once nothing is missing{question}"
+
+    def default_feedback(self) -> str:
+        further = [tool for tool in self.tools.values() if tool.name != SEARCH.name]
+        if not further:
+            return FEEDBACK_TEXT
+        ways = " ".join(f"To use {tool.name}, write {self._usage(tool)}." for tool in self.tools.values())
+        return (
+            f"\n\nThat was not a valid action. {ways} To give the final answer, write it between <answer> and "
+            "</answer>. Try again.\n\n"
         )
-    text = escape_tokens(question.strip(), forbidden)
-    return [{"role": "user", "content": template.replace("{question}", text)}]
+
+    def _usage(self, tool: ToolSpec) -> str:
+        inside = tool.lone_parameter or json.dumps(dict.fromkeys(tool.parameters.get("properties", ()), "…"))
+        return f"<{tool.name}> {inside} </{tool.name}>"
+
+    def parse(self, text: str) -> Action | None:
+        match = self._action.search(text)
+        if match is None or not match.group(2).strip():
+            return None
+        name, content = match.group(1), match.group(2).strip()
+        if name == "answer":
+            return Action(match.start(), answer=content)
+        tool = self.tools[name]
+        arguments = {tool.lone_parameter: content} if tool.lone_parameter else _object(content)
+        if tool.refusal(arguments) is not None:
+            return None
+        return Action(match.start(), calls=(ToolCall(name, arguments),))
+
+    def framing(self, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any] | None = None) -> Framing:
+        return Framing(OBSERVATION_HEAD, "\n", OBSERVATION_TAIL, self.feedback)
+
+    def write_call(self, call: ToolCall) -> str:
+        tool = self._tool(call.name, "a demonstration")
+        inside = call.arguments[tool.lone_parameter] if tool.lone_parameter else json.dumps(dict(call.arguments))
+        return f"<{tool.name}> {inside}</{tool.name}>"
+
+
+def _object(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None

@@ -16,15 +16,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
-from rex_rag.protocols.search_r1 import (
-    OBSERVATION_HEAD,
-    OBSERVATION_TAIL,
-    PROMPT_TEMPLATE,
-    build_prompt,
-    render_passages,
-)
+from rex_rag.protocols import Protocol, SearchR1, ToolCall
+from rex_rag.protocols.chat import render_chat
+from rex_rag.protocols.inert import control_tokens, make_inert
 from rex_rag.quickstart.hopworld import HopQuestion
 from rex_rag.retrieval.base import Retriever, checked_search
+from rex_rag.tools.retrieval import render_passages
 from rex_rag.types import Passage, SegmentKind
 
 if TYPE_CHECKING:
@@ -37,7 +34,10 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A scripted trajectory: (kind, text) segments after the prompt of `question`, and the answer they end with."""
+    """A scripted trajectory: (kind, text) segments after the prompt of `question`, and the answer they end with.
+
+    The text of an INFORMATION segment is what the search brought; the protocol frames it.
+    """
 
     question: HopQuestion
     segments: tuple[tuple[SegmentKind, str], ...]
@@ -58,6 +58,7 @@ def write_demonstration(
     rankings: Sequence[Sequence[Passage]],
     searches: int | None = None,
     doubt: str | None = None,
+    protocol: Protocol | None = None,
 ) -> Demonstration:
     """Script the walk of a question's chain, one search a hop, and answer with the entity reached.
 
@@ -66,7 +67,9 @@ def write_demonstration(
         rankings: what the retriever returned for each hop's query (`search_query`), best first.
         searches: how many hops to search before answering; all of them by default. Fewer give a wrong answer.
         doubt: an exploration prompt to insert (`PROBE`, no loss) after the first search, before the next action.
+        protocol: what calls and answers are written in; Search-R1's tags by default.
     """
+    protocol = protocol or SearchR1()
     searches = question.hops if searches is None else searches
     if not 1 <= searches <= question.hops:
         raise ValueError(f"searches={searches} is outside 1..{question.hops}, the hops of {question.question!r}")
@@ -74,14 +77,14 @@ def write_demonstration(
     thought = f"I need the {question.relations[0]} of {question.chain[0]}"
     for hop in range(searches):
         query = search_query(question, hop)
-        segments += _turn(thought, f"<search> {query}</search>", doubt if hop == 1 else None)
-        observation = OBSERVATION_HEAD + render_passages(rankings[hop]) + OBSERVATION_TAIL
-        segments.append((SegmentKind.INFORMATION, observation))
+        action = protocol.write_call(ToolCall("search", {"query": query}))
+        segments += _turn(thought, action, doubt if hop == 1 else None)
+        segments.append((SegmentKind.INFORMATION, render_passages(rankings[hop])))
         # The thought after a search is the same whether a search or an answer follows: the choice between them, where
         # dead ends arise, falls on one token.
         thought = f"the {question.relations[hop]} of {question.chain[hop]} is {question.chain[hop + 1]}"
     answer = question.chain[searches]
-    segments += _turn(thought, f"<answer> {answer}</answer>", doubt if searches == 1 else None)
+    segments += _turn(thought, protocol.write_answer(answer), doubt if searches == 1 else None)
     return Demonstration(question=question, segments=tuple(segments), answer=answer)
 
 
@@ -110,6 +113,7 @@ def build_demonstrations(
     doubts: Sequence[str] = (),
     doubt_rate: float = 0.0,
     doubt_wrong_rate: float | None = None,
+    protocol: Protocol | None = None,
 ) -> list[Demonstration]:
     """Script one demonstration a question, in order, with what the retriever really returns.
 
@@ -125,6 +129,7 @@ def build_demonstrations(
         doubt_wrong_rate: the `wrong_rate` of multi-hop demonstrations with a doubt. By default the same, so that what
             a doubt should lead to is not taught; a lower one stands in for what a pretrained model has read, that a
             doubt is often followed by a second look.
+        protocol: what calls and answers are written in; Search-R1's tags by default.
 
     Returns:
         The demonstrations. A question one of whose passages the retriever did not return is left out: its
@@ -153,7 +158,7 @@ def build_demonstrations(
             any(passage.title == entity for passage in ranking)
             for entity, ranking in zip(question.chain, rankings, strict=False)
         ):
-            demonstrations.append(write_demonstration(question, rankings, searches, doubt))
+            demonstrations.append(write_demonstration(question, rankings, searches, doubt, protocol))
     if len(demonstrations) < len(questions):
         logger.info(
             "left out %d of %d demonstrations whose passage was not among the %d retrieved",
@@ -165,28 +170,42 @@ def build_demonstrations(
 
 
 def tokenize_demonstrations(
-    demonstrations: Iterable[Demonstration],
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_template: str = PROMPT_TEMPLATE,
+    demonstrations: Iterable[Demonstration], tokenizer: PreTrainedTokenizerBase, protocol: Protocol | None = None
 ) -> list[TokenizedDemonstration]:
     """Encode demonstrations to rows of `input_ids` and `labels`, -100 on all but `POLICY` tokens.
 
-    A row ends with the token of `</answer>`, where a rollout stops; no end-of-sequence token is taught.
+    A row ends where a rollout stops. Where the protocol's turns are whole messages, their end is taught too.
     """
     demonstrations = list(demonstrations)
     if not demonstrations:
         return []
-    prompts = tokenizer.apply_chat_template(
-        [build_prompt(item.question.question, prompt_template) for item in demonstrations],
-        add_generation_prompt=True,
-        tokenize=False,
-    )
-    pieces = [_pieces(item) for item in demonstrations]
+    protocol = protocol or SearchR1()
+    prompts = [
+        render_chat(tokenizer, protocol.messages(item.question.question), tools=protocol.schemas)
+        for item in demonstrations
+    ]
+    framing, forbidden = protocol.framing(tokenizer), control_tokens(tokenizer)
+
+    def pieces(demonstration: Demonstration) -> list[tuple[SegmentKind, str]]:
+        """The texts that are encoded apart: every segment, and what closes an observation."""
+        found = []
+        segments = demonstration.segments
+        following = [*(kind for kind, _ in segments[1:]), None]
+        for (kind, text), next_kind in zip(segments, following, strict=True):
+            if kind is SegmentKind.INFORMATION:
+                found.append((kind, framing.head + make_inert(text, forbidden, protocol.marks)))
+                found.append((kind, framing.tail))
+            else:
+                ends_turn = next_kind in (SegmentKind.INFORMATION, None)
+                found.append((kind, text + framing.message_end if ends_turn else text))
+        return found
+
+    rows_of_pieces = [pieces(item) for item in demonstrations]
     # One batched call over the distinct texts: most passages recur.
-    texts = list(dict.fromkeys([*prompts, *(text for row in pieces for _, text in row)]))
+    texts = list(dict.fromkeys([*prompts, *(text for row in rows_of_pieces for _, text in row)]))
     ids_of = dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True))
     rows: list[TokenizedDemonstration] = []
-    for prompt, row in zip(prompts, pieces, strict=True):
+    for prompt, row in zip(prompts, rows_of_pieces, strict=True):
         input_ids = list(ids_of[prompt])
         labels = [IGNORED_LABEL] * len(input_ids)
         for kind, text in row:
@@ -195,15 +214,3 @@ def tokenize_demonstrations(
             labels += ids if kind is SegmentKind.POLICY else [IGNORED_LABEL] * len(ids)
         rows.append({"input_ids": input_ids, "labels": labels})
     return rows
-
-
-def _pieces(demonstration: Demonstration) -> list[tuple[SegmentKind, str]]:
-    """The texts that are encoded apart: every segment, and the closing tag of an observation."""
-    pieces = []
-    for kind, text in demonstration.segments:
-        if kind is SegmentKind.INFORMATION:
-            pieces.append((kind, text.removesuffix(OBSERVATION_TAIL)))
-            pieces.append((kind, OBSERVATION_TAIL))
-        else:
-            pieces.append((kind, text))
-    return pieces

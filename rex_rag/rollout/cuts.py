@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from rex_rag.protocols.search_r1 import THINK_TAGS, parse_action
+from rex_rag.protocols.inert import THINK_TAGS
 from rex_rag.types import Segment, SegmentKind, Trajectory
+
+if TYPE_CHECKING:
+    from rex_rag.rollout.agent import AgentScript
 
 Decode = Callable[[list[list[int]]], list[str]]  # a batch of token ids -> their texts
 
@@ -24,7 +28,7 @@ def tokens_before(segment: Segment, offset: int, decode: Decode) -> tuple[int, s
     return 0, segment.text[:offset]
 
 
-def without_thought(probe: Trajectory, decode: Decode) -> Trajectory | str:
+def without_thought(probe: Trajectory, script: AgentScript) -> Trajectory | str:
     """A probe as if the policy had gone on by itself: without the inserted prompt and the thought that it opened.
 
     The thought reaches to the first `</think>` behind the prompt, or to the prompt's end where the prompt closes it
@@ -41,13 +45,13 @@ def without_thought(probe: Trajectory, decode: Decode) -> Trajectory | str:
         return "token"
     if inserted.text.rindex(THINK_TAGS[0]) > inserted.text.rfind(THINK_TAGS[1]):
         start = first.text.find(THINK_TAGS[1])
-        action = parse_action(first.text)
+        action = script.parse(first.text)
         if start < 0 or (action is not None and action.start < start):
             return "unclosed"
-        cut = _tokens_through(first, start + len(THINK_TAGS[1]), decode)
+        cut = _tokens_through(first, start + len(THINK_TAGS[1]), script.decode)
         if cut is None:
             return "token"
-        head = decode([first.ids[:cut]])[0]
+        head = script.decode([first.ids[:cut]])[0]
         first = Segment(SegmentKind.POLICY, first.ids[cut:], first.text[len(head) :])
     rest = [replace(segment, logprobs=None) for segment in (first, *later) if segment.ids]
     if not any(segment.kind is SegmentKind.POLICY for segment in rest):

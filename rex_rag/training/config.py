@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
-from rex_rag.correction.densities import CLIPPED_LOSSES, clip_bound
+from rex_rag.agent import AgentSettings
 from rex_rag.correction.forms import FORMS, CorrectionForm
-from rex_rag.models.chat import read_settings
-from rex_rag.probes.filter import keep_count
+from rex_rag.probes import EXPLORERS
 from rex_rag.probes.mixed_sampling import MixedSamplingConfig
 from rex_rag.probes.pool import load_pool
-from rex_rag.protocols.search_r1 import FEEDBACK_TEXT, PROMPT_TEMPLATE, STOP_STRINGS, build_prompt
-from rex_rag.rollout.engine import RolloutBudget
+from rex_rag.protocols import PROTOCOLS, Protocol
+from rex_rag.protocols.chat import read_settings
+from rex_rag.rollout.script import RolloutBudget
 from rex_rag.support.secrets import without_secrets
+from rex_rag.training.config_checks import config_warnings, rollout_problems
 from rex_rag.training.dynamic_sampling import signal_problems
 from rex_rag.training.grpo_options import (
     bound_problems,
@@ -28,14 +29,10 @@ from rex_rag.training.grpo_options import (
     data_loading_problems,
     loss_problems,
     option_problems,
-    option_warnings,
     sampling_problems,
 )
 
 logger = logging.getLogger(__name__)
-
-# TRL averages these over rows (or divides by their number), dapo, cispo and vespo over tokens.
-_ROW_MEAN_LOSSES = ("grpo", "sapo", "luspo", "dr_grpo")
 
 _CHOICES = {
     "correction": FORMS,  # the mapping itself: a form may be registered later
@@ -101,10 +98,17 @@ class REXRAGConfig(GRPOConfig):
             Prompt and completion in all, in tokens. `max_completion_length` follows from it.
         retrieval_top_k (`int`, *optional*, defaults to `3`):
             Passages per search (`top_k` is TRL's sampling parameter).
+        protocol (`str`, *optional*, defaults to `"search_r1"`):
+            How the model is asked, acts and is answered: `"search_r1"` (tags), `"tool_calls"` (native tool calls of
+            the model's chat template), or a class of your own as `module:Class`.
+        agent_tools (`list[str]`, *optional*, defaults to `["search"]`):
+            What the model may call: `search`, `read`, or a function of your own as `module:function`.
+        explorer (`str`, *optional*, defaults to `"pool"`):
+            What proposes probes, see [`~rex_rag.probes.EXPLORERS`]; or a class of your own as `module:Class`.
         prompt_template (`str` or `None`, *optional*):
-            Text file with the prompt; `{question}` marks the place of the question. `None` uses the built-in one.
+            Text file with the prompt; `{question}` marks the place of the question. `None` uses the protocol's.
         feedback_text (`str` or `None`, *optional*):
-            Text file with what is inserted after an invalid action, taken as it is; `None` uses the built-in text.
+            Text file with what is inserted after an invalid action, taken as it is; `None` uses the protocol's.
         format_reward_weight (`float`, *optional*, defaults to `0.0`):
             Weight of the reward for well-formed trajectories beside exact match; off by default, as in the paper.
         shaping_needs_right_answer (`bool`, *optional*, defaults to `True`):
@@ -198,6 +202,17 @@ class REXRAGConfig(GRPOConfig):
     max_observation_tokens: int = field(default=500, metadata={"help": "Longest observation, in tokens."})
     max_sequence_length: int = field(default=4096, metadata={"help": "Prompt and completion in all, in tokens."})
     retrieval_top_k: int = field(default=3, metadata={"help": "Passages per search."})
+    protocol: str = field(
+        default="search_r1",
+        metadata={"help": f"How the model acts: {', '.join(PROTOCOLS)}, or your own as module:Class."},
+    )
+    agent_tools: list[str] = field(
+        default_factory=lambda: ["search"],
+        metadata={"help": "What the model may call: search, read, or your own as module:function."},
+    )
+    explorer: str = field(
+        default="pool", metadata={"help": f"What proposes probes: {', '.join(EXPLORERS)}, or module:Class."}
+    )
     prompt_template: str | None = field(
         default=None, metadata={"help": "Text file with the prompt template; {question} marks the question."}
     )
@@ -227,7 +242,8 @@ class REXRAGConfig(GRPOConfig):
         self._refuse(data_loading_problems(self))
         self._refuse_split_groups()
         self._prepare_generation()
-        self._warn()
+        for warning in config_warnings(self):
+            logger.warning(warning)
 
     @property
     def device(self) -> torch.device:
@@ -290,13 +306,28 @@ class REXRAGConfig(GRPOConfig):
     def exploration_pool(self) -> tuple[str, ...]:
         return load_pool(self.exploration_prompts, self.exploration_pool_size)
 
-    def prompt_text(self) -> str:
-        """The prompt template's text."""
-        return self._text_file("prompt_template") or PROMPT_TEMPLATE
+    def agent_settings(self) -> AgentSettings:
+        """How the model is asked and acts: what is saved beside it as agent.json.
 
-    def feedback(self) -> str:
-        """The text inserted after an invalid action."""
-        return self._text_file("feedback_text") or FEEDBACK_TEXT
+        Raises:
+            ValueError: for a text file that is missing or unusable.
+        """
+        return AgentSettings(
+            protocol=self.protocol,
+            tools=tuple(self.agent_tools),
+            template=self._text_file("prompt_template"),
+            feedback=self._text_file("feedback_text"),
+            budget=self.rollout_budget(),
+            chat_template_kwargs=read_settings(self.chat_template_kwargs) or None,
+        )
+
+    def agent_protocol(self) -> Protocol:
+        """The protocol, with its tools, prompt and feedback.
+
+        Raises:
+            ValueError: for an unknown protocol or tool, and for a text file that is missing or unusable.
+        """
+        return self.agent_settings().make_protocol()
 
     def _text_file(self, name: str) -> str | None:
         """The content of the file that a setting names, `None` where it is unset."""
@@ -312,17 +343,18 @@ class REXRAGConfig(GRPOConfig):
 
     def _refuse_bad_values(self) -> None:
         """Collect every problem and report them together."""
+        if self.kl_token_max == math.inf:  # what a command line can say for `None`
+            self.kl_token_max = None
         # No comparison holds for NaN, so bounds would let it through.
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, float)}
         self._refuse([f"{name} is nan; give a number" for name, value in numbers.items() if math.isnan(value)])
         problems = (
             choice_problems(self, _CHOICES) + option_problems(self) + bound_problems(self) + signal_problems(self)
         )
-        problems += self._rollout_problems() + sampling_problems(self) + loss_problems(self)
+        problems += rollout_problems(self) + sampling_problems(self) + loss_problems(self)
         for check in (
             self.exploration_pool,
-            lambda: build_prompt("", self.prompt_text()),
-            self.feedback,
+            self.agent_protocol,
             lambda: read_settings(self.chat_template_kwargs),
         ):
             try:
@@ -335,82 +367,15 @@ class REXRAGConfig(GRPOConfig):
         if problems:
             raise ValueError("REXRAGConfig:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
-    def _rollout_problems(self) -> list[str]:
-        problems = []
-        if self.num_probe_slots < 0:
-            problems.append(f"num_probe_slots is {self.num_probe_slots}; use 0 to switch probes off")
-        if self.num_generations is None:
-            return [
-                *problems,
-                "num_generations is None; give the rows per question, originals and probe slots",
-            ]
-        if self.num_generations - max(self.num_probe_slots, 0) < 1:
-            problems.append(
-                f"num_generations is {self.num_generations} with num_probe_slots {self.num_probe_slots}, which leaves "
-                "no original to sample; raise num_generations (it counts originals and probe slots together)"
-            )
-        for name in ("probe_probability", "keep_ratio"):
-            value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
-                problems.append(f"{name} is {value}; it is a share, so give a value in [0, 1]")
-        for name in ("max_turns", "max_prompt_length", "max_turn_tokens", "max_observation_tokens", "retrieval_top_k"):
-            lowest = 0 if name == "max_turns" else 1
-            if getattr(self, name) < lowest:
-                problems.append(f"{name} is {getattr(self, name)}; use at least {lowest}")
-        turn = self.max_prompt_length + self.max_turn_tokens
-        if self.max_sequence_length < turn:
-            problems.append(
-                f"max_sequence_length is {self.max_sequence_length}, which cannot hold a prompt and a turn "
-                f"(max_prompt_length {self.max_prompt_length} + max_turn_tokens {self.max_turn_tokens} = {turn}); "
-                "raise it or lower the others"
-            )
-        if self.max_completion_length not in (None, self.max_sequence_length):
-            problems.append(
-                f"max_completion_length is {self.max_completion_length}, but a search rollout is limited by "
-                f"max_sequence_length ({self.max_sequence_length}, prompt included); set that one and leave "
-                "max_completion_length unset"
-            )
-        if self.num_probe_slots and self.loss_type in _ROW_MEAN_LOSSES:
-            problems.append(
-                f"loss_type is {self.loss_type!r}, which averages over rows, so the rows that level the ranks' counts "
-                "of probes would dilute it; use 'dapo', the method's mean over tokens"
-            )
-        if self.num_probe_slots and self.loss_type == "bnpo":
-            problems.append(
-                "loss_type is 'bnpo', which averages over micro-batches, so one of nothing but rows that level the "
-                "ranks' counts of probes would dilute it; use 'dapo', the method's mean over tokens"
-            )
-        if self.remove_unused_columns:
-            problems.append("remove_unused_columns is on, which would remove the gold answers; switch it off")
-        if self.format_reward_weight and self.reward_weights is not None:
-            problems.append(
-                f"format_reward_weight is {self.format_reward_weight} beside reward_weights {self.reward_weights}; "
-                "set one of them: reward_weights counts exact match first, then your own functions"
-            )
-        if self.format_reward_weight < 0:
-            problems.append(f"format_reward_weight is {self.format_reward_weight}; use 0 (off) or a positive weight")
-        if self.kl_token_max == math.inf:  # what a command line can say for `None`
-            self.kl_token_max = None
-        if self.kl_token_max is not None and not 0.0 < self.kl_token_max <= 1000.0:
-            problems.append(
-                f"kl_token_max is {self.kl_token_max}; it bounds the KL estimate of a token, in nats: give a value in "
-                "(0, 1000], 10 in the reference, or inf for the unbounded estimate"
-            )
-        if self.correction_weight_max is not None and self.correction_weight_max < 1:
-            problems.append(
-                f"correction_weight_max is {self.correction_weight_max}; below 1 it would cut weights of tokens that "
-                "need no correction: use at least 1, or leave it unset"
-            )
-        return problems
-
     def _prepare_generation(self) -> None:
         generation_kwargs = dict(self.generation_kwargs or {})
-        allowed = {"stop": list(STOP_STRINGS), "include_stop_str_in_output": True} if self.use_vllm else {}
+        stop = list(self.agent_protocol().stop_strings)
+        allowed = {"stop": stop, "include_stop_str_in_output": True} if self.use_vllm and stop else {}
         foreign = {key: value for key, value in generation_kwargs.items() if allowed.get(key) != value}
         if foreign:
             raise ValueError(
-                f"generation_kwargs is {foreign}; rollouts are sampled from the full softmax and stop at our tags, so "
-                "no other sampling parameter is taken: remove it"
+                f"generation_kwargs is {foreign}; rollouts are sampled from the full softmax and stop where the "
+                "protocol says, so no other sampling parameter is taken: remove it"
             )
         if not self.use_vllm:
             return
@@ -438,46 +403,3 @@ class REXRAGConfig(GRPOConfig):
                 f"per_device_eval_batch_size is {self.per_device_eval_batch_size}, not a multiple of "
                 f"num_generations_eval {samples}: a question's rollouts would be split over processes; make it one"
             )
-
-    def _warn(self) -> None:
-        for warning in option_warnings(self):
-            logger.warning(warning)
-        if self.loss_type != "dapo":
-            logger.warning(
-                "loss_type is %r; the mean over the tokens of an update, which comes nearest to the reference's "
-                "(tokens per micro-batch, weighted by rows), is loss_type 'dapo'",
-                self.loss_type,
-            )
-        served = self.steps_per_generation * self.num_iterations  # micro-batches
-        updates = served // math.gcd(served, self.gradient_accumulation_steps)
-        if self.save_strategy == "steps" and self.save_steps >= 1 and self.save_steps % updates:
-            logger.warning(
-                "save_steps is %s, but a generation batch ends together with an update every %d updates: a run "
-                "resumed from inside one generates anew and differs from an uninterrupted one. Use a multiple of %d",
-                self.save_steps,
-                updates,
-                updates,
-            )
-        originals = self.generation_batch_size // self.num_generations * self.num_originals
-        if self.num_probe_slots and self.probe_filter != "none" and keep_count(self.keep_ratio, originals) == 0:
-            logger.warning(
-                "keep_ratio %s of %d originals a batch is less than one probe, so none is ever kept; raise keep_ratio "
-                "or the generation batch (per_device_train_batch_size, steps_per_generation)",
-                self.keep_ratio,
-                originals,
-            )
-        epsilon = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        ratio = self.probe_probability if self.probe_filter == "none" else self.keep_ratio
-        widened = self.num_probe_slots and self.correction_form.in_ratio and self.loss_type in CLIPPED_LOSSES
-        if widened and ratio / (1 + ratio) > clip_bound(epsilon):
-            logger.warning(
-                "up to %.3f of the batch can be probes, beyond the clip bound eps/(1+eps) = %.3f: originals then "
-                "start at a ratio of 1/(1-a) outside the clip range and those with positive advantage get no "
-                "gradient. Lower %s below %.2f or use correction='decoupled'",
-                ratio / (1 + ratio),
-                clip_bound(epsilon),
-                "probe_probability" if self.probe_filter == "none" else "keep_ratio",
-                epsilon,
-            )
-        for warning in self.correction_form.warnings(self) if self.num_probe_slots else ():
-            logger.warning(warning)

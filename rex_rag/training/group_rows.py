@@ -105,9 +105,21 @@ def describe_rows(slots: Slots, shape: torch.Size, device: torch.device) -> dict
     }
 
 
-def completion_columns(rows: Sequence[Trajectory | None], inputs: Sequence[Mapping]) -> dict[str, list]:
-    """What TRL's completion table says of every row beside its own columns; `segments` as JSON, for `rex-rag view`."""
+def completion_columns(slots: Slots, inputs: Sequence[Mapping], rank: int) -> dict[str, list]:
+    """What TRL's completion table says of every row beside its own columns, for `rex-rag view`.
+
+    `rollout` names a row of the step, and `parent` the row that a probe was cut from, behind its first `cut` tokens.
+    `segments` and `tool_uses` are JSON.
+    """
+    rows = slots.rows
+    names = {id(row): f"{rank}.{place}" for place, row in enumerate(rows) if row is not None}
+    originals = slots.batch.originals
+    parents = [None if row is None or row.parent is None else names[id(originals[row.parent])] for row in rows]
     return {
+        "rollout": [row and names[id(row)] for row in rows],
+        "parent": parents,
+        "cut": [row and row.cut for row in rows],
+        "tool_uses": [json.dumps(row.search_rows()) if row else None for row in rows],
         "question": [example["question"] for example in inputs],
         "golden_answers": [list(example["golden_answers"]) for example in inputs],
         "trajectory": [row.render() if row else None for row in rows],

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import math
 import re
-import shlex
 import textwrap
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rex_rag.protocols.search_r1 import FEEDBACK_TEXT
 from rex_rag.support.log_rows import EXACT_MATCH, UNNAMED_SET, evaluated_sets
 from rex_rag.support.model_index import CardResult, training_results, write_results
 from rex_rag.support.tables import markdown_text
 from rex_rag.support.wording import counted
 
 if TYPE_CHECKING:
+    from rex_rag.protocols import Protocol
     from rex_rag.training.config import REXRAGConfig
 
 PAPER = {
@@ -46,8 +44,7 @@ def write_card(
     *,
     name: str,
     args: REXRAGConfig,
-    prompt_template: str,
-    feedback: str,
+    protocol: Protocol,
     retriever: str,
     recipe: str | None,
     log_history: list[dict],
@@ -59,8 +56,7 @@ def write_card(
 
     Args:
         name: of the model: its repository on the Hub, or its folder.
-        prompt_template: the text that the model was trained with.
-        feedback: what it was told after an invalid action.
+        protocol: what the model was trained with.
         evaluation_sets: questions of each set that training evaluated on, "" for a nameless one, and which part of a
             benchmark they are, if not all.
     """
@@ -84,32 +80,27 @@ def write_card(
     }
     if not args.num_probe_slots:
         del settings["Probes"], settings["Correction"]
-    files = {"prompt.txt": ("the prompt that it was trained with", prompt_template)}
-    if feedback != FEEDBACK_TEXT:
-        files["feedback.txt"] = ("what it was told after an invalid action", feedback)
     lines = [
         f"# {markdown_text(name)}",
         "",
-        "A language model that searches: it reasons, writes `<search> … </search>`, reads what a search engine puts "
-        "between `<information>` and `</information>`, and ends with `<answer> … </answer>`. It was trained from "
-        f"{origin} with {method} (the [paper]({PAPER_URL})), by the `rex_rag` package on TRL's GRPO trainer.",
+        f"A language model that searches: it reasons, calls {' and '.join(protocol.tools)}, reads what comes back, "
+        f"and answers (protocol `{protocol.name}`). It was trained from {origin} with {method} (the "
+        f"[paper]({PAPER_URL})), by the `rex_rag` package on TRL's GRPO trainer.",
         "",
         "## Use",
         "",
-        "It answers only within that loop, which `rex_rag` runs over any retriever:",
+        "It answers only within that loop, which `rex_rag` runs over any retriever, as `agent.json` describes it:",
         "",
-        "```bash",
-        f"rex-rag evaluate --model {shlex.quote(name)} --method rex_rag --prompt_template prompt.txt \\",
-        "    --benchmarks bamboogle --retriever http://127.0.0.1:8000 \\",
-        f"    --top_k {args.retrieval_top_k} --max_turns {args.max_turns} --max_turn_tokens {args.max_turn_tokens} \\",
-        f"    --max_observation_tokens {args.max_observation_tokens} \\",
-        f"    --max_sequence_length {args.max_sequence_length} \\",
-        *(["    --feedback_text feedback.txt \\"] if "feedback.txt" in files else []),
-        *_template_option(args),
-        "    --output outputs/evaluation",
+        "```python",
+        "from rex_rag import SearchAgent",
+        f'agent = SearchAgent.load({name!r}, retriever="http://127.0.0.1:8000")',
+        'print(agent.ask("Where was the author of The Salt Road born?").answer)',
         "```",
         "",
-        *(line for name, (what, text) in files.items() for line in _shown_file(name, what, text)),
+        "`rex-rag ask` and `rex-rag evaluate --model` take the same defaults.",
+        "",
+        *_shown_text("The prompt that it was trained with", protocol.template),
+        *_shown_text("What it was told after an invalid action", protocol.feedback.strip("\n")),
         "## Training",
         "",
         *(f"- {setting}: {markdown_text(value)}" for setting, value in settings.items()),
@@ -161,12 +152,6 @@ def _result_lines(log_history: list[dict], evaluation_sets: Mapping[str, tuple[i
     return lines or ["No results were logged before this card was written.", ""]
 
 
-def _template_option(args: REXRAGConfig) -> list[str]:
-    """How a prompt is rendered, where that is set."""
-    settings = args.chat_template_kwargs
-    return [f"    --chat_template_kwargs {shlex.quote(json.dumps(settings))} \\"] if settings else []
-
-
 def _shareable(path: str) -> str:
     """Cards are published: where a file lies on somebody's machine is not for them."""
     return Path(path).name if Path(path).is_absolute() or ".." in Path(path).parts else path
@@ -185,7 +170,7 @@ def _versions() -> list[str]:
     return found
 
 
-def _shown_file(name: str, what: str, text: str) -> list[str]:
-    """A text under its file's name, in a code fence longer than any in it."""
+def _shown_text(what: str, text: str) -> list[str]:
+    """A text in a code fence longer than any in it."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return [f"`{name}` is {what}:", "", fence, text.rstrip("\n"), fence, ""]
+    return [f"{what}:", "", fence, text.rstrip("\n"), fence, ""]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rex_rag.data.question_rows import checked_answers
-from rex_rag.protocols.search_r1 import build_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from datasets import Dataset, IterableDataset
 
+    from rex_rag.protocols.base import Protocol
     from rex_rag.training.config import REXRAGConfig
 
 REQUIRED_COLUMNS = ("question", "golden_answers")
@@ -49,7 +49,7 @@ def checked_questions(dataset: Dataset | IterableDataset | dict | None, name: st
     return dataset.map(checked, with_indices=True)
 
 
-def add_prompts(dataset: Dataset | IterableDataset | dict | None, template: str, forbidden: Sequence[str]):
+def add_prompts(dataset: Dataset | IterableDataset | dict | None, protocol: Protocol, forbidden: Sequence[str]):
     """Add the conversational `prompt` column that TRL trains on.
 
     Args:
@@ -58,8 +58,8 @@ def add_prompts(dataset: Dataset | IterableDataset | dict | None, template: str,
     if dataset is None:
         return None
     if isinstance(dataset, dict):
-        return {key: add_prompts(part, template, forbidden) for key, part in dataset.items()}
-    return dataset.map(lambda row: {"prompt": build_prompt(row["question"], template, forbidden)})
+        return {key: add_prompts(part, protocol, forbidden) for key, part in dataset.items()}
+    return dataset.map(lambda row: {"prompt": protocol.messages(row["question"], forbidden)})
 
 
 def refuse_long_prompt(length: int, prompt: list[dict[str, str]], args: REXRAGConfig) -> None:

@@ -9,10 +9,10 @@ optimisation. So every process holds equally many rows and TRL does the rest. Da
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -24,15 +24,17 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
 from rex_rag.answers import exact_match
-from rex_rag.correction.densities import CLIPPED_LOSSES, clip_bound
-from rex_rag.models.chat import carry_settings, policy_tokenizer, template_settings, warn_of_unread
 from rex_rag.models.generation import TransformersGenerator, VLLMGenerator
+from rex_rag.probes import make_explorer
 from rex_rag.probes.filter import KeepRatio
 from rex_rag.probes.mixed_sampling import MixedBatch, MixedSampler
-from rex_rag.probes.pool import ExplorationPool
-from rex_rag.protocols.search_r1 import control_tokens
+from rex_rag.protocols import Protocol
+from rex_rag.protocols.chat import carry_settings, encode_chat, policy_tokenizer, template_settings, warn_of_unread
+from rex_rag.protocols.inert import control_tokens
 from rex_rag.retrieval.base import Retriever
-from rex_rag.rollout.engine import RolloutEngine, RolloutSeconds
+from rex_rag.rollout.agent import Agent
+from rex_rag.rollout.books import end_tokens
+from rex_rag.tools import make_tools
 from rex_rag.training.checkpoints import STATE_FILE
 from rex_rag.training.config import REXRAGConfig
 from rex_rag.training.corrected_loss import CorrectedLoss
@@ -48,24 +50,21 @@ from rex_rag.training.group_rows import (
 )
 from rex_rag.training.grpo_options import refuse_short_server, training_problems, training_warnings
 from rex_rag.training.metrics import (
-    mixed_counts,
     ratio_metrics,
     ratio_statistics,
-    rollout_counts,
-    summarize,
-    training_counts,
 )
 from rex_rag.training.model_card import PAPER, write_card
 from rex_rag.training.questions import add_prompts, checked_questions, refuse_long_prompt, refuse_long_prompts
 from rex_rag.training.resuming import ResumableTrainer
 from rex_rag.training.reward_shaping import gate_shaping, log_given_rewards
 from rex_rag.training.rewards import compose_rewards
+from rex_rag.training.rollout_log import RolloutLog
 from rex_rag.types import Segment, SegmentKind, Trajectory
 
 logger = get_logger(__name__)
 
 
-class REXRAGTrainer(CorrectedLoss, ResumableTrainer):
+class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
     """
     Trainer for REX-RAG, introduced in [REX-RAG: Reasoning Exploration with Policy Correction in Retrieval-Augmented
     Generation](https://huggingface.co/papers/2508.08149). It differs from [`~trl.GRPOTrainer`] in that generation is
@@ -144,15 +143,14 @@ class REXRAGTrainer(CorrectedLoss, ResumableTrainer):
         self.recipe = recipe
         self._keep_ratio = KeepRatio(args.keep_ratio, args.keep_ratio_schedule)
         self._slots: Slots | None = None
-        self._warned: set[str] = set()
-        self._prompt_template = template = args.prompt_text()
+        protocol = args.agent_protocol()
         train_dataset = checked_questions(train_dataset, "train_dataset")
         eval_dataset = checked_questions(eval_dataset, "eval_dataset")
         if problems := training_problems(args, train_dataset):
             raise ValueError("; ".join(problems))
         processing_class = processing_class or policy_tokenizer(model, args)
         forbidden = control_tokens(processing_class)
-        train_dataset = add_prompts(train_dataset, template, forbidden)
+        train_dataset = add_prompts(train_dataset, protocol, forbidden)
         fresh = fresh_questions(train_dataset, args)
         given_weights = args.reward_weights
         functions, args.reward_weights = compose_rewards(reward_funcs, given_weights, args.format_reward_weight)
@@ -162,7 +160,7 @@ class REXRAGTrainer(CorrectedLoss, ResumableTrainer):
             reward_funcs=functions,
             args=args,
             train_dataset=train_dataset,
-            eval_dataset=add_prompts(eval_dataset, template, forbidden),
+            eval_dataset=add_prompts(eval_dataset, protocol, forbidden),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -173,31 +171,14 @@ class REXRAGTrainer(CorrectedLoss, ResumableTrainer):
         self.chat_template_kwargs = template_settings(args.chat_template_kwargs)
         warn_of_unread(self._tokenizer, args.chat_template_kwargs)
         carry_settings(self._tokenizer, args.chat_template_kwargs)
+        self.sampler = self._make_sampler(protocol, retriever)
         self._refuse_long_prompts()
         for warning in training_warnings(args, self.train_dataset, self.model):
             logger.warning(warning)
-        pool = ExplorationPool(args.exploration_pool(), self._tokenizer, args.probe_density)
-        engine = RolloutEngine(
-            generator=self._make_generator(),
-            retriever=retriever,
-            tokenizer=self._tokenizer,
-            budget=args.rollout_budget(),
-            max_over_ranks=self._max_over_ranks,
-            feedback=args.feedback(),
-            context_length=args.vllm_max_model_length,
-        )
         ranks = {"gather": lambda item: gather_object([item]), "rank": self.accelerator.process_index}
-        self.sampler = MixedSampler(
-            engine,
-            pool,
-            args.mixed_sampling(),
-            score_probes=self._score_probes,
-            trained=lambda probe: args.correction_form.trained(probe, engine.decode),
-            **ranks,
-        )
         self.dynamic_sampler = DynamicSampler(
             self.sampler,
-            encode=lambda prompt: self._tokenize_prompts([prompt])[0][0],
+            encode=self._encode_prompt,
             group=self.num_generations,
             fresh=fresh,
             rounds=args.dynamic_sampling_rounds,
@@ -209,25 +190,63 @@ class REXRAGTrainer(CorrectedLoss, ResumableTrainer):
         evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         for dataset in (self.train_dataset, *evaluated):
             if isinstance(dataset, Dataset):  # a stream's prompts are checked as they come, in `_generate`
-                refuse_long_prompts(dataset, lambda prompt: self._tokenize_prompts([prompt])[0][0], self.args)
+                refuse_long_prompts(dataset, self._encode_prompt, self.args)
 
     # Generation
 
-    def _make_generator(self) -> TransformersGenerator | VLLMGenerator:
+    def _make_sampler(self, protocol: Protocol, retriever: Retriever) -> MixedSampler:
+        """The agent, what explores its failures, and the sampler over both."""
+        args = self.args
+        agent = Agent(
+            cache(self._make_generator),
+            make_tools(args.agent_tools, retriever, args.retrieval_top_k),
+            self._tokenizer,
+            protocol,
+            args.rollout_budget(),
+            chat_template_kwargs=args.chat_template_kwargs,
+            max_over_ranks=self._max_over_ranks,
+            context_length=args.vllm_max_model_length,
+        )
+        if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
+            refuse_short_server(self.vllm_generation.vllm_client, args)
+        return MixedSampler(
+            agent,
+            make_explorer(args.explorer, agent, args),
+            args.mixed_sampling(),
+            score_probes=self._score_probes,
+            trained=lambda probe: args.correction_form.trained(probe, agent.script),
+            gather=lambda item: gather_object([item]),
+            rank=self.accelerator.process_index,
+        )
+
+    def _encode_prompt(self, prompt: list[dict[str, str]]) -> list[int]:
+        schemas = self.sampler.agent.protocol.schemas
+        return encode_chat(self._tokenizer, prompt, self.args.chat_template_kwargs, schemas)
+
+    def _make_generator(self, stop: tuple[str, ...]) -> TransformersGenerator | VLLMGenerator:
+        """The backend that ends a row behind one of these strings, or where the model ends its message."""
+        ends = list(self.eos_token_ids)
+        if not stop:  # a message's end is then all that ends a turn, and a base model's template has one of its own
+            ends = list(dict.fromkeys([*ends, *self._tokenizer.convert_tokens_to_ids(end_tokens(self._tokenizer))]))
         if self.use_vllm:
-            if self.vllm_mode == "server" and self.accelerator.is_main_process:
-                refuse_short_server(self.vllm_generation.vllm_client, self.args)
+
+            def set_limits(count: int) -> None:
+                self.vllm_generation.max_completion_length = count
+                ending = {"stop": list(stop), "include_stop_str_in_output": True} if stop else {"stop_token_ids": ends}
+                self.vllm_generation.generation_kwargs = ending
+
             return VLLMGenerator(
                 single_turn=lambda prompt_ids: self._generate_single_turn(prompt_ids, None, {}, 1),
-                set_max_tokens=lambda count: setattr(self.vllm_generation, "max_completion_length", count),
+                set_max_tokens=set_limits,
                 equal_rows=self.vllm_mode == "server" or self.vllm_tensor_parallel_size > 1,
             )
         return TransformersGenerator(
             None,
             self._tokenizer,
             temperature=self.temperature,
-            eos_token_ids=self.eos_token_ids,
+            eos_token_ids=ends,
             model_context=self._generation_model,
+            stop_strings=stop,
         )
 
     @contextmanager
@@ -253,7 +272,7 @@ class REXRAGTrainer(CorrectedLoss, ResumableTrainer):
     def _sample(self, prompt_ids: list[list[int]]) -> Slots:
         """Run the rollouts of this process's rows and lay the trajectories into the rows."""
         if not self.model.training:
-            rows = self.sampler.engine.rollout(prompt_ids)
+            rows = self.sampler.agent.rollout(prompt_ids)
             asked = zip(rows, self._batch_inputs, strict=True)
             correct = [exact_match(row.answer, example["golden_answers"]) for row, example in asked]
             return Slots(rows, MixedBatch(rows, correct, [], [], 0, len(rows), 0, 0, 0))
@@ -275,11 +294,12 @@ class REXRAGTrainer(CorrectedLoss, ResumableTrainer):
         hold model-written text only, since that is what reward functions may read. Ids and mask are those that the
         correction form trains, everything else is of the rollout.
         """
-        prompt_ids, _, _ = self._tokenize_prompts(prompts)
-        for ids, prompt in zip(prompt_ids, prompts, strict=True):
-            refuse_long_prompt(len(ids), prompt, self.args)
-        engine = self.sampler.engine
-        engine.seconds = RolloutSeconds()
+        prompt_ids = []
+        for row, prompt in enumerate(prompts):  # the rows of a question are adjacent
+            same = row and prompt == prompts[row - 1]
+            prompt_ids.append(prompt_ids[-1] if same else self._encode_prompt(prompt))
+            refuse_long_prompt(len(prompt_ids[-1]), prompt, self.args)
+        self.sampler.agent.seconds.reset()
         slots = self._slots = self._sample(prompt_ids)
         prompts[:] = [example["prompt"] for example in self._batch_inputs]  # the parent's own list, of what was asked
         self._log_rollouts(slots)
@@ -336,7 +356,7 @@ class REXRAGTrainer(CorrectedLoss, ResumableTrainer):
         rewards_per_func[self.accelerator.gather(empty)] = torch.nan
         is_probe = torch.tensor([bool(row and row.is_probe) for row in rows], device=self.accelerator.device)
         if self.log_completions:  # every column is gathered from all processes
-            for name, column in completion_columns(rows, inputs).items():
+            for name, column in completion_columns(self._slots, inputs, self.accelerator.process_index).items():
                 self._log_completion_extra(name, column)
             self._log_completion_extra("is_probe", is_probe.tolist())
         rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
@@ -397,71 +417,6 @@ class REXRAGTrainer(CorrectedLoss, ResumableTrainer):
         unpacked[live] = logps
         return unpacked, entropies, aux_loss
 
-    # Metrics
-
-    def _log_rollouts(self, slots: Slots) -> None:
-        """Everything known once the rollouts are done, over the filled rows of all processes."""
-        training, filled = self.model.training, slots.filled
-        batch = slots.batch if training else self._without_repeats(slots.batch)
-        if training:
-            counts = training_counts(batch, slots.discarded, self.args.num_originals)
-        else:
-            counts = rollout_counts(batch.originals) + mixed_counts(batch, self.num_generations_eval)
-        lengths = [row.model_length for row in filled]
-        tokens = sum(len(row.prompt_ids) + row.model_length for row in slots.sampled)
-        seconds = self.sampler.engine.seconds
-        gathered = gather_object([(counts, lengths, tokens, (seconds.generation, seconds.retrieval, seconds.engine))])
-        lengths = [length for part in gathered for length in part[1]]
-        summary = summarize(part[0] for part in gathered)
-        if training:
-            self._log_all(summary)
-        else:
-            self._evaluated += [part[0] for part in gathered]
-        self._log("completions/mean_length", sum(lengths) / len(lengths))
-        self._log("completions/min_length", min(lengths))
-        self._log("completions/max_length", max(lengths))
-        for index, name in enumerate(("generation", "retrieval", "engine")):
-            self._log(f"seconds/{name}", sum(part[3][index] for part in gathered) / len(gathered))
-        if training:
-            self.state.num_input_tokens_seen += sum(part[2] for part in gathered)
-            self._log("probes/mixing_share", slots.batch.mixing_share)
-            self._log("probes/failure_rate", slots.batch.failure_rate)
-            self._log("probes/keep_ratio", self._keep_ratio.value)
-            self._watch_probes(slots.batch, int(summary["probes/kept"]), int(summary["probes/dropped"]))
-            if not math.isnan(summary["em/probes"]):
-                self._keep_ratio.update(summary["em/probes"])
-        self._metrics["train" if training else "eval"]["num_tokens"] = [self.state.num_input_tokens_seen]
-
-    def _watch_probes(self, batch: MixedBatch, kept: int, dropped: int) -> None:
-        """Say once where probes take the originals' gradient away, or where the filter or the form drops them all."""
-        widened = self.args.correction_form.in_ratio and self.loss_type in CLIPPED_LOSSES
-        if widened and batch.mixing_share > clip_bound(self.epsilon_high):
-            self._warn_once(
-                f"probes are {batch.mixing_share:.3f} of the batch, beyond the clip bound "
-                f"{clip_bound(self.epsilon_high):.3f}: originals start outside the clip range, and those with "
-                "positive advantage get no gradient. Lower keep_ratio or use correction='decoupled'",
-                key="clip",
-            )
-        if dropped and not kept:
-            self._warn_once(
-                f"correction {self.args.correction!r} could train none of the {dropped} probes that the filter kept; "
-                "probes/dropped/… counts the causes",
-                key="dropped",
-            )
-        filtered = batch.global_made and not kept + dropped
-        if filtered and self._keep_ratio.value < self.args.keep_ratio:
-            self._warn_once(
-                f"keep_ratio followed probe accuracy down to {self._keep_ratio.value:.4f}, which keeps none of "
-                f"{batch.global_made} probes of {batch.global_originals} originals and so stays there. Use "
-                "keep_ratio_schedule='constant' or a larger generation batch",
-                key="filter",
-            )
-
-    def _warn_once(self, message: str, *, key: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            logger.warning(f"step {self.state.global_step}: {message}. Said once")
-
     # Checkpoints and cards
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -481,6 +436,11 @@ class REXRAGTrainer(CorrectedLoss, ResumableTrainer):
             self._keep_ratio.load_state_dict(state["keep_ratio"])
             self.dynamic_sampler.load_state_dict(state)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As in the parent, plus `agent.json`: how the model was trained to act."""
+        super()._save(output_dir, state_dict)
+        self.args.agent_settings().save(output_dir or self.args.output_dir)
+
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
         """The parent's metadata; the text says how a search agent is used, how it was trained, with what result."""
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
@@ -489,8 +449,7 @@ class REXRAGTrainer(CorrectedLoss, ResumableTrainer):
                 Path(self.args.output_dir) / "README.md",
                 name=self.hub_model_id or Path(self.args.output_dir).resolve().name,
                 args=self.args,
-                prompt_template=self._prompt_template,
-                feedback=self.sampler.engine.feedback,
+                protocol=self.sampler.agent.protocol,
                 retriever=self.retriever.description,
                 recipe=self.recipe,
                 log_history=self._log_of_weights(),

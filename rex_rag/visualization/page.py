@@ -192,7 +192,7 @@ def _record_html(index: int, record: Mapping[str, Any], count: int) -> str:
     body = ""
     for place, (kind, text) in enumerate(segments):
         if kind is SegmentKind.INFORMATION:
-            body += _passages_html(text, searches[place] or {}, place < copied)
+            body += _passages_html(text, searches.get(place, []), place < copied)
         else:
             body += _segment_html(kind, text, place < copied)
     found = outcomes(record)
@@ -224,10 +224,12 @@ def _segment_html(kind: SegmentKind, text: str, copied: bool) -> str:
     )
 
 
-def _passages_html(text: str, search: Mapping[str, Any], copied: bool) -> str:
+def _passages_html(text: str, searches: Sequence[Mapping[str, Any]], copied: bool) -> str:
     text = text.strip()
-    asked = f' <span class="query">{escape_visibly(search["query"])}</span>' if "query" in search else ""
-    ids = f", {escape_visibly(passage_ids(search['passages']))}" if search.get("passages") else ""
+    queries = [f"{one.get('tool', '')} {one['query']}".strip() for one in searches]
+    asked = "".join(f' <span class="query">{escape_visibly(query)}</span>' for query in queries)
+    found = [str(passage) for one in searches for passage in one.get("passages") or []]
+    ids = f", {escape_visibly(passage_ids(found))}" if found else ""
     return (
         f'<details class="segment information{" copied" if copied else ""}" open><summary>'
         f'<span class="label">INFORMATION</span>{asked} <span class="size">({len(text):,} characters{ids})</span>'

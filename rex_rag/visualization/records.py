@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.evaluation.records import PREDICTIONS_FILE
-from rex_rag.protocols.search_r1 import ANSWER_TAGS, THINK_TAGS, parse_action
 from rex_rag.types import SegmentKind, Trajectory
 from rex_rag.visualization.predictions import JudgeReader, prediction_files, read_predictions
 
@@ -61,6 +59,8 @@ def trajectory_record(
         "kind": "probe" if trajectory.is_probe else "original",
         "rescue": bool(rescue),
         "parent": trajectory.parent,
+        "cut": trajectory.cut,
+        "searches": trajectory.search_rows(),
         "segments": trajectory.segment_texts(),
         "step": step,
     }
@@ -151,7 +151,8 @@ def read_completion_tables(
             break
         rows += [row for row in _completion_rows(file) if step is None or row["step"] == step]
     reached = {(row["step"], row["question"]) for row in rows if not row["is_probe"] and row["exact_match_reward"]}
-    records = [
+    places = {(row["step"], row["rollout"]): place for place, row in enumerate(rows)}
+    return [
         {
             "question": row["question"],
             "golden_answers": row["golden_answers"],
@@ -161,14 +162,14 @@ def read_completion_tables(
             "rescue": bool(
                 row["is_probe"] and row["exact_match_reward"] and (row["step"], row["question"]) not in reached
             ),
-            "parent": None,
+            "parent": places.get((row["step"], row["parent"])),
+            "cut": row["cut"],
+            "searches": json.loads(row["tool_uses"]),
             "segments": json.loads(row["segments"]),
             "step": row["step"],
         }
         for row in rows
     ]
-    _find_parents(records)
-    return records
 
 
 def completion_files(path: Path) -> list[Path]:
@@ -183,6 +184,7 @@ def completion_files(path: Path) -> list[Path]:
 
 def _completion_rows(file: Path) -> list[dict[str, Any]]:
     columns = ["step", "question", "golden_answers", "predicted_answer", "is_probe", "exact_match_reward", "segments"]
+    columns += ["rollout", "parent", "cut", "tool_uses"]
     return _columns(file, columns).to_pylist()
 
 
@@ -205,41 +207,6 @@ def _columns(file: Path, columns: list[str]) -> pyarrow.Table:
         raise ValueError(f"{file} is not a parquet file ({error}); name a completion table") from None
     raise ValueError(
         f"{file} has no column {', '.join(missing)}; only tables written by this package's trainer can be shown"
-    )
-
-
-def _find_parents(records: Sequence[dict[str, Any]]) -> None:
-    """Tables do not say which original a probe was cut from, but its prefix does: it is a copy."""
-    originals: dict[tuple, list[int]] = {}
-    for index, record in enumerate(records):
-        if record["kind"] == "original" and record["answer"] is not None and not record["reward"]:
-            originals.setdefault((record["step"], record["question"]), []).append(index)
-    for record in records:
-        if record["kind"] == "probe":
-            waiting = originals.get((record["step"], record["question"]), [])
-            parent = next((index for index in waiting if _was_cut_from(record, records[index])), None)
-            if parent is not None:
-                record["parent"] = parent
-                waiting.remove(parent)  # an original is probed once
-
-
-def _was_cut_from(probe: Mapping[str, Any], original: Mapping[str, Any]) -> bool:
-    """Whether cutting the original before an answer tag gives this probe, as `RolloutEngine.start_probe` does it.
-
-    That the prefix begins the original is not enough: a longer original may begin just as well.
-    """
-    copied = copied_segments(probe)
-    *before, answering = original["segments"]
-    kept = copied[len(before) :]
-    if copied[: len(before)] != before or [each["kind"] for each in kept] not in ([], [SegmentKind.POLICY.name]):
-        return False
-    head = "".join(segment["text"] for segment in kept)
-    inserted = "".join(segment["text"] for segment in probe["segments"][len(copied) : len(copied) + 1])
-    # What a straddling token held before the tag stands at the head of the exploration prompt.
-    return answering["text"].startswith(head) and any(
-        inserted.startswith(answering["text"][len(head) : tag.start()] + THINK_TAGS[0])
-        for tag in re.finditer(ANSWER_TAGS[0], answering["text"])
-        if tag.start() >= len(head)
     )
 
 
@@ -308,7 +275,7 @@ def facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         if record.get(name) is not None:
             known.append((name, str(record[name])))
     searches = record.get("searches") or []
-    if searches and not searches_pair_off(record):
+    if len(searches) > sum(map(len, searches_behind(record).values())):
         lines = (f"{number}. {search_text(search)}" for number, search in enumerate(searches, start=1))
         known.append(("searches", "\n".join(lines)))
     return known + [(str(name), str(value)) for name, value in (record.get("notes") or {}).items()]
@@ -322,15 +289,6 @@ def search_text(search: Mapping[str, Any]) -> str:
 def passage_ids(ids: Sequence[str]) -> str:
     """Which passages a search found, best first."""
     return f"passage ids {', '.join(map(str, ids))}" if ids else "no passages"
-
-
-def searches_pair_off(record: Mapping[str, Any]) -> bool:
-    """Whether every search has its retrieved text among the segments, so that one can be told from the other.
-
-    IRCoT shows nothing of a search that found nothing new, Search-o1 answers a query that it did not search with.
-    """
-    shown = sum(segment.get("kind") == SegmentKind.INFORMATION.name for segment in record.get("segments", ()))
-    return len(record.get("searches") or []) == shown
 
 
 def checked_segments(index: int, record: Mapping[str, Any]) -> list[tuple[SegmentKind, str]]:
@@ -353,21 +311,16 @@ def checked_segments(index: int, record: Mapping[str, Any]) -> list[tuple[Segmen
     return segments
 
 
-def searches_behind(record: Mapping[str, Any]) -> list[dict[str, Any] | None]:
-    """The search behind each segment, for a retrieved text that has one: `{"query"}` and, where known, `"passages"`.
+def searches_behind(record: Mapping[str, Any]) -> dict[int, list[dict[str, Any]]]:
+    """The calls whose results a segment shows, by its place: `{"query", "passages"}` of each.
 
-    From the recorded searches where they pair off with the retrieved texts, or else from the model's words before.
+    IRCoT shows nothing of a search that found nothing new, Search-o1 what a second reading made of the passages: such
+    calls stand behind no segment.
     """
-    segments = record["segments"]
-    recorded = iter(record["searches"]) if record.get("searches") and searches_pair_off(record) else None
-    found: list[dict[str, Any] | None] = [None] * len(segments)
-    for place, segment in enumerate(segments):
-        if segment["kind"] != SegmentKind.INFORMATION.name:
-            continue
-        if recorded is not None:
-            found[place] = next(recorded)
-        elif place and segments[place - 1]["kind"] == SegmentKind.POLICY.name:
-            action = parse_action(segments[place - 1].get("text", ""))
-            if action is not None and action.kind == "search":
-                found[place] = {"query": action.content}
-    return found
+    shown: dict[int, list[dict[str, Any]]] = {}
+    kinds = [segment.get("kind") for segment in record.get("segments", ())]
+    for search in record.get("searches") or []:
+        place = search.get("segment")
+        if isinstance(place, int) and place < len(kinds) and kinds[place] == SegmentKind.INFORMATION.name:
+            shown.setdefault(place, []).append(search)
+    return shown

@@ -341,6 +341,10 @@ def run_directory(tmp_path: Path) -> Path:
                 "predicted_answer": ["Wight", None, "Man"],
                 "is_probe": [False, False, True],
                 "segments": [original, original, probe],
+                "rollout": ["0.0", "0.1", "0.2"],
+                "parent": [None, None, "0.0"],
+                "cut": [None, None, 3],
+                "tool_uses": ["[]"] * 3,
             }
         )
         folder = tmp_path / "run" / "completions"

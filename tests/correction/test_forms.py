@@ -14,16 +14,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from parts import ScriptedGenerator
+from parts import ScriptedGenerator, agent_for, start_probe
 from torch.nn.utils.rnn import pad_sequence
 from trl import TrlParser
 
 from rex_rag.correction.densities import PADDING_KIND
 from rex_rag.correction.forms import FORMS, CorrectionForm, register
 from rex_rag.correction.realignment import realign
-from rex_rag.probes.pool import ExplorationPool
+from rex_rag.protocols import SearchR1
 from rex_rag.protocols.search_r1 import FEEDBACK_TEXT
-from rex_rag.rollout.engine import RolloutBudget, RolloutEngine
+from rex_rag.rollout.script import RolloutBudget
 from rex_rag.training.config import REXRAGConfig
 from rex_rag.types import Segment, SegmentKind, Trajectory
 
@@ -36,6 +36,9 @@ SETTINGS = SimpleNamespace(correction_weight_max=None, correction_weight_min=0.1
 
 def decode(rows):
     return ["".join(TEXTS[token] for token in row) for row in rows]
+
+
+SCRIPT = SimpleNamespace(decode=decode, parse=SearchR1().parse)
 
 
 def parameters() -> dict[str, torch.Tensor]:
@@ -97,7 +100,7 @@ def expected_gradient(name: str, settings=SETTINGS) -> torch.Tensor:
     density, z = densities(theta)
     share = torch.tensor([1 - SHARE] * len(ORIGINALS) + [SHARE] * len(PROBES), dtype=torch.float64)
     rollouts, form = rows(), FORMS[name]
-    trained = [form.trained(row, decode) if row.is_probe else row for row in rollouts]
+    trained = [form.trained(row, SCRIPT) if row.is_probe else row for row in rollouts]
     logps = pad_sequence([token_logps(theta, row.completion_ids) for row in trained], batch_first=True)
     inputs = {
         "completion_mask": pad_sequence([torch.tensor(row.trained_mask) for row in trained], batch_first=True),
@@ -320,7 +323,7 @@ def test_continuation_trains_what_stands_behind_the_prompt():
         ],
         pool_logprobs=[-1.0, 0.0],
     )
-    trained = FORMS["continuation"].trained(probe, decode)
+    trained = FORMS["continuation"].trained(probe, SCRIPT)
     assert trained.completion_ids == probe.completion_ids and trained.kinds == probe.kinds
     assert trained.trained_mask == [0, 0, 0, 0, 0, 0, 1, 0, 1]
     assert probe.trained_mask == [1, 1, 0, 1, 1, 1, 1, 0, 1]  # shared with the original, and left as it was
@@ -335,11 +338,11 @@ SEARCH = "<think> so </think> <search> owl </search>"
 def finished_probe(tokenizer, retriever, answer, continuation, prompt=0):
     """A probe of an original that searched once and answered; `continuation` holds its turns."""
     turns = [[SEARCH], [answer], *([turn] for turn in continuation)]
-    engine = RolloutEngine(ScriptedGenerator(tokenizer, turns), retriever, tokenizer, BUDGET)
-    (original,) = engine.rollout([[5, 6]])
-    probe = engine.start_probe(original, 0, ExplorationPool(POOL, tokenizer), prompt)
-    engine.resume([probe])
-    return probe, engine.decode
+    agent = agent_for(ScriptedGenerator(tokenizer, turns), retriever, tokenizer, BUDGET)
+    (original,) = agent.rollout([[5, 6]])
+    probe = start_probe(agent, original, 0, POOL, prompt)
+    agent.resume([probe])
+    return probe, agent.script
 
 
 def encode(tokenizer, text):
@@ -348,9 +351,9 @@ def encode(tokenizer, text):
 
 def test_unprompted_cuts_prompt_and_thought_and_nothing_else(word_tokenizer, retriever):
     answer, turns = "<think> red </think> <answer> red </answer>", ["Maybe not </think> " + SEARCH, SEARCH_OAK]
-    probe, decode = finished_probe(word_tokenizer, retriever, answer, turns)
+    probe, script = finished_probe(word_tokenizer, retriever, answer, turns)
     before = [replace(part) for part in probe.segments]
-    trained = FORMS["unprompted"].trained(probe, decode)
+    trained = FORMS["unprompted"].trained(probe, script)
     kinds = [part.kind.name for part in trained.segments]
     assert kinds == ["POLICY", "INFORMATION", "POLICY", "POLICY", "INFORMATION", "POLICY"]
     information = probe.segments[1].ids
@@ -383,8 +386,8 @@ SEARCH_OAK = "<think> oak </think> <answer> oak </answer>"
 )
 def test_which_thoughts_can_be_cut_out(word_tokenizer, retriever, continuation, prompt, outcome):
     answer = "<think> red </think> <answer> red </answer>"
-    probe, decode = finished_probe(word_tokenizer, retriever, answer, continuation, prompt)
-    trained = FORMS["unprompted"].trained(probe, decode)
+    probe, script = finished_probe(word_tokenizer, retriever, answer, continuation, prompt)
+    trained = FORMS["unprompted"].trained(probe, script)
     if isinstance(outcome, str):
         assert trained == outcome
         return
@@ -393,11 +396,11 @@ def test_which_thoughts_can_be_cut_out(word_tokenizer, retriever, continuation, 
 
 
 def test_nothing_behind_the_thought_is_nothing_to_train(word_tokenizer, retriever):
-    probe, decode = finished_probe(
+    probe, script = finished_probe(
         word_tokenizer, retriever, "<answer> red </answer>", ["x </think>", "<answer> oak </answer>"]
     )
     probe.segments = probe.segments[: probe.probe_segment + 2]  # as if the tokens had run out there
-    assert FORMS["unprompted"].trained(probe, decode) == "unclosed"
+    assert FORMS["unprompted"].trained(probe, script) == "unclosed"
 
 
 @pytest.mark.parametrize(
@@ -419,8 +422,8 @@ def test_nothing_behind_the_thought_is_nothing_to_train(word_tokenizer, retrieve
 )
 def test_a_cut_inside_a_token_drops_the_probe(bpe_tokenizer, retriever, answer, continuation, kept):
     turns = [continuation, "<answer> oak </answer>"]
-    probe, decode = finished_probe(bpe_tokenizer, retriever, answer, turns)
-    trained = FORMS["unprompted"].trained(probe, decode)
+    probe, script = finished_probe(bpe_tokenizer, retriever, answer, turns)
+    trained = FORMS["unprompted"].trained(probe, script)
     if kept is None:
         assert trained == "token"
         return

@@ -64,10 +64,10 @@ def main() -> None:
         reward_funcs=brevity,
     )
     rank = trainer.accelerator.process_index
-    engine, sampler = trainer.sampler.engine, trainer.sampler
+    agent, sampler = trainer.sampler.agent, trainer.sampler
     answers = ["nobody", "somebody"]
     if rank == 1:
-        answer_at_once(engine, answers)
+        answer_at_once(agent, answers)
     records = []
     score_probes, sample = sampler._score_probes, sampler.sample
 
@@ -77,7 +77,7 @@ def main() -> None:
         return scores
 
     def recording_sample(*args, **kwargs):
-        before = engine.generate_calls
+        before = agent.driver.generate_calls
         batch = sample(*args, **kwargs)
         record = records[-1] if records and "kept" not in records[-1] else {"scores": []}
         if record not in records:
@@ -85,7 +85,7 @@ def main() -> None:
         record |= {
             "kept": [probe.parent for probe in batch.probes],
             "global": [batch.global_originals, batch.global_failed, batch.global_made, batch.global_kept],
-            "generate_calls": engine.generate_calls - before,
+            "generate_calls": agent.driver.generate_calls - before,
             "own_turns": max((trajectory.turns for trajectory in batch.originals), default=0),
             "originals": len(batch.originals),
         }
@@ -106,18 +106,19 @@ def brevity(completions, **_):
     return [-0.01 * len(completion[0]["content"]) for completion in completions]
 
 
-def answer_at_once(engine, answers) -> None:
-    generate = engine.generator.generate
+def answer_at_once(agent, answers) -> None:
+    generator = agent.driver.generator(agent.protocol.stop_strings)
+    generate = generator.generate
 
     def replaced(prompt_ids, max_new_tokens):
         texts = itertools.cycle(f"<answer> {answer} </answer>" for answer in answers)
         rows = generate(prompt_ids, max_new_tokens)
         return [
-            Generation(engine.tokenizer(text, add_special_tokens=False)["input_ids"])
+            Generation(agent.script.tokenizer(text, add_special_tokens=False)["input_ids"])
             for text, _ in zip(texts, rows, strict=False)
         ]
 
-    engine.generator.generate = replaced
+    generator.generate = replaced
 
 
 if __name__ == "__main__":

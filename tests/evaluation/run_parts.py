@@ -11,7 +11,7 @@ from rex_rag.evaluation.benchmarks import Benchmark
 from rex_rag.evaluation.methods import make_method
 from rex_rag.evaluation.records import PREDICTIONS_FILE, RUN_FILE, TIMINGS_FILE, Prediction, Question, Sample
 from rex_rag.evaluation.run_card import protocol_card
-from rex_rag.rollout.engine import RolloutBudget
+from rex_rag.rollout.script import RolloutBudget
 
 RIGHT, WRONG = "Lisbon", "Oporto"
 

@@ -13,7 +13,7 @@ from rex_rag.evaluation.benchmarks import Benchmark
 from rex_rag.evaluation.compare import as_markdown, changed_rows, compare_runs
 from rex_rag.evaluation.finished import read_run
 from rex_rag.evaluation.records import Question
-from rex_rag.rollout.engine import RolloutBudget
+from rex_rag.rollout.script import RolloutBudget
 from tests.evaluation.run_parts import open_questions, sample, write_run
 
 # A alone right on q0; B alone on q1 to q4; both on q5 to q7; neither on q8 and q9.

@@ -9,7 +9,7 @@ import pytest
 
 from rex_rag.evaluation.finished import ReportError, read_run, run_directories
 from rex_rag.evaluation.run_card import comparable, scorer_sha256
-from rex_rag.rollout.engine import RolloutBudget
+from rex_rag.rollout.script import RolloutBudget
 from tests.evaluation.run_parts import open_questions, write_run
 
 

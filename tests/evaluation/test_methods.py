@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from parts import PASSAGES, ScriptedGenerator, make_bpe_tokenizer
+from parts import PASSAGES, STOP_STRINGS, ScriptedGenerator, agent_for, build_prompt, make_bpe_tokenizer
 from tokenizers import AddedToken
 
 from rex_rag.evaluation.methods import METHODS, Toolbox, make_method
 from rex_rag.evaluation.methods.prompt_texts import DIRECT, fill
 from rex_rag.evaluation.records import Question, Sample
-from rex_rag.protocols.search_r1 import PROMPT_TEMPLATE, STOP_STRINGS, build_prompt
+from rex_rag.protocols.search_r1 import PROMPT_TEMPLATE
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
-from rex_rag.rollout.engine import RolloutBudget, RolloutEngine
+from rex_rag.rollout.script import RolloutBudget
 from rex_rag.types import Passage
 
 BUDGET = RolloutBudget(
@@ -44,7 +44,7 @@ class Bench:
     def run(self, name: str, *questions: Question):
         trajectories = make_method(name).run(questions, self.toolbox)
         assert self.generator.turns == []  # every hand-written turn was played
-        assert set(self.stops) <= set(METHODS[name].stop_strings)
+        assert set(self.stops) <= set(make_method(name).stop_strings)
         assert all(trajectory.done for trajectory in trajectories)
         return trajectories
 
@@ -304,13 +304,13 @@ def test_the_agents_run_the_rollout_of_training(name, bpe_tokenizer):
     texts = ["where is the owl", "where is the fox"]
     bench = Bench(bpe_tokenizer, turns)
     trajectories = bench.run(name, *[question(text, number) for number, text in enumerate(texts)])
-    engine = RolloutEngine(ScriptedGenerator(bpe_tokenizer, turns), BM25Retriever(PASSAGES), bpe_tokenizer, BUDGET)
+    agent = agent_for(ScriptedGenerator(bpe_tokenizer, turns), BM25Retriever(PASSAGES), bpe_tokenizer, BUDGET)
     prompts = bpe_tokenizer.apply_chat_template(
         [build_prompt(text) for text in texts], add_generation_prompt=True, return_dict=False
     )
-    assert trajectories == engine.rollout(prompts)
+    assert trajectories == agent.rollout(prompts)
     assert [trajectory.answer for trajectory in trajectories] == ["oak", "elm"]
-    assert bench.stops == [STOP_STRINGS]
+    assert set(bench.stops) == {STOP_STRINGS}
     assert make_method(name).prompts["prompt"] == PROMPT_TEMPLATE
 
 

@@ -12,10 +12,10 @@ from rex_rag.evaluation.methods import METHODS, Toolbox, make_method
 from rex_rag.evaluation.methods.search_o1 import QUERY_MARKS
 from rex_rag.evaluation.records import Prediction, Question, Sample
 from rex_rag.models.generation import TransformersGenerator
-from rex_rag.protocols.search_r1 import ALL_TAGS
+from rex_rag.protocols.inert import ALL_TAGS
 from rex_rag.quickstart.hopworld import HopWorldConfig, build_hopworld
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
-from rex_rag.rollout.engine import RolloutBudget
+from rex_rag.rollout.script import RolloutBudget
 from rex_rag.types import SegmentKind, Trajectory
 
 

@@ -9,7 +9,7 @@ from parts import make_bpe_tokenizer
 from rex_rag.evaluation.methods.ircot import MAX_PARAGRAPHS, SENTENCE_STOPS, first_sentence
 from rex_rag.evaluation.methods.prompt_texts import SEARCH_O1, fill
 from rex_rag.evaluation.methods.search_o1 import QUERY_MARKS, condense_reasoning, condensed_information
-from rex_rag.rollout.engine import RolloutBudget
+from rex_rag.rollout.script import RolloutBudget
 from rex_rag.types import Passage
 
 OWL = "Title: Owl\nthe owl is in the oak"

@@ -19,7 +19,7 @@ from rex_rag.evaluation.records import Question
 from rex_rag.evaluation.report import build_report, load_runs
 from rex_rag.evaluation.report_formats import as_csv, as_latex, as_markdown
 from rex_rag.evaluation.run import score_run
-from rex_rag.rollout.engine import RolloutBudget
+from rex_rag.rollout.script import RolloutBudget
 from tests.evaluation.run_parts import open_questions, sample, write_run
 
 

@@ -20,7 +20,7 @@ from rex_rag.evaluation.records import Question
 from rex_rag.evaluation.run import RunError, prepare_directory
 from rex_rag.evaluation.run_card import comparable, describe_retriever, differences, protocol_card, scorer_sha256
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
-from rex_rag.rollout.engine import RolloutBudget
+from rex_rag.rollout.script import RolloutBudget
 from tests.retrieval.running import AppServer, search_r1_app
 
 MODEL = {"backend": "transformers", "name": "tiny", "revision": None, "weights_sha256": "00", "dtype": "float32"}

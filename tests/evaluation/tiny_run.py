@@ -16,9 +16,10 @@ from rex_rag.evaluation.methods import make_method
 from rex_rag.evaluation.run import EvaluationRun
 from rex_rag.evaluation.run_card import protocol_card
 from rex_rag.models.language_model import ModelOptions, open_model
+from rex_rag.protocols import SearchR1
 from rex_rag.quickstart.hopworld import HopWorldConfig, build_hopworld, write_hopworld
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
-from rex_rag.rollout.engine import RolloutBudget
+from rex_rag.rollout.script import RolloutBudget
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = RolloutBudget(max_turns=2, max_turn_tokens=12, max_observation_tokens=64, max_sequence_length=256, top_k=1)
@@ -72,7 +73,7 @@ def make_tiny_world(folder: Path) -> TinyWorld:
     warm_start = warm_start_script()
     world = build_hopworld(HopWorldConfig(people=30, train_questions=(0, 0, 0), test_questions=(20, 20, 0)))
     write_hopworld(world, folder / "world")
-    tokenizer = warm_start.build_tokenizer(TEMPLATE)
+    tokenizer = warm_start.build_tokenizer(SearchR1(template=TEMPLATE))
     names = [passage.title for passage in world.passages]
     actions = [f"<search> {name}</search>" for name in names[:60]]
     actions += [f"<answer> {name}</answer>" for name in names[:30]]

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from parts import make_bpe_tokenizer, make_tiny_model, make_word_tokenizer
+from parts import STOP_STRINGS, make_bpe_tokenizer, make_tiny_model, make_word_tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import GenerationConfig
 
 from rex_rag.models.generation import TransformersGenerator
-from rex_rag.protocols.search_r1 import STOP_STRINGS
 
 
 @pytest.mark.parametrize("make_tokenizer", [make_word_tokenizer, make_bpe_tokenizer])
@@ -15,7 +14,7 @@ def test_rows_end_at_the_first_tag_or_end_token(make_tokenizer):
     tokenizer = make_tokenizer()
     model = make_tiny_model(tokenizer)
     torch.manual_seed(0)
-    generator = TransformersGenerator(model, tokenizer)
+    generator = TransformersGenerator(model, tokenizer, stop_strings=STOP_STRINGS)
     prompts = [[5, 6, 7], [8], [9, 10]] * 40
     generations = generator.generate(prompts, max_new_tokens=40)
     assert len(generations) == 120
@@ -45,7 +44,9 @@ def test_sampled_tokens_follow_the_models_distribution():
     rows = 4000
     # every second row is longer, so that half of the rows under test are padded
     prompts = [prompt, [4, 5, 6, 7, 8]] * rows
-    first = torch.tensor([g.ids[0] for g in TransformersGenerator(model, tokenizer).generate(prompts, 1)])[::2]
+    first = torch.tensor(
+        [g.ids[0] for g in TransformersGenerator(model, tokenizer, stop_strings=STOP_STRINGS).generate(prompts, 1)]
+    )[::2]
     counts = torch.bincount(first, minlength=len(tokenizer)).float()
     chi_square = ((counts - rows * probabilities).square() / (rows * probabilities)).sum().item()
     degrees = len(tokenizer) - 1
@@ -54,7 +55,7 @@ def test_sampled_tokens_follow_the_models_distribution():
 
 def test_greedy_decoding_repeats_itself():
     tokenizer = make_word_tokenizer()
-    generator = TransformersGenerator(make_tiny_model(tokenizer), tokenizer, temperature=0)
+    generator = TransformersGenerator(make_tiny_model(tokenizer), tokenizer, temperature=0, stop_strings=STOP_STRINGS)
     assert generator.generate([[5, 6]], 20) == generator.generate([[5, 6]], 20)
 
 
@@ -78,17 +79,20 @@ def test_missing_pad_token_is_refused():
     tokenizer = make_word_tokenizer()
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="no pad token"):
-        TransformersGenerator(make_tiny_model(make_word_tokenizer()), tokenizer)
+        TransformersGenerator(make_tiny_model(make_word_tokenizer()), tokenizer, stop_strings=STOP_STRINGS)
 
 
 def test_a_models_own_generation_settings_are_hidden_and_restored():
     """A repetition penalty shipped with a model would make samples and log-probabilities disagree."""
     tokenizer = make_word_tokenizer()
     model = make_tiny_model(tokenizer)
-    plain = TransformersGenerator(model, tokenizer, temperature=0).generate([[5, 6]], 30)
+    plain = TransformersGenerator(model, tokenizer, temperature=0, stop_strings=STOP_STRINGS).generate([[5, 6]], 30)
     model.generation_config.repetition_penalty = 5.0
     model.generation_config.no_repeat_ngram_size = 1
-    assert TransformersGenerator(model, tokenizer, temperature=0).generate([[5, 6]], 30) == plain
+    assert (
+        TransformersGenerator(model, tokenizer, temperature=0, stop_strings=STOP_STRINGS).generate([[5, 6]], 30)
+        == plain
+    )
     assert len(set(plain[0].ids)) < len(plain[0].ids)  # what the penalties would have forbidden
     assert model.generation_config.repetition_penalty == 5.0
 

@@ -13,7 +13,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from parts import PASSAGES
+from parts import PASSAGES, STOP_STRINGS
 from transformers import GenerationConfig
 
 from rex_rag.evaluation.methods import Toolbox, make_method
@@ -33,9 +33,9 @@ from rex_rag.models.language_model import (
     open_model,
     stored_max_length,
 )
-from rex_rag.protocols.search_r1 import STOP_STRINGS
+from rex_rag.protocols import SearchR1
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
-from rex_rag.rollout.engine import RolloutBudget
+from rex_rag.rollout.script import RolloutBudget
 from tests.evaluation.tiny_run import make_tiny_world
 
 
@@ -499,7 +499,7 @@ def test_another_models_tokenizer_is_refused(world, greedy, tmp_path, returns_id
     from tests.evaluation.tiny_run import warm_start_script
 
     warm_start = warm_start_script()
-    other = warm_start.build_tokenizer("Something quite different: {question}")
+    other = warm_start.build_tokenizer(SearchR1(template="Something quite different: {question}"))
     other.add_tokens(["wrote Hamlet"])
     other.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text((world.model / "config.json").read_text())

@@ -3,12 +3,12 @@
 import math
 from dataclasses import replace
 
-from parts import BUDGET, RIGHT, SILENT, WRONG, ScriptedGenerator, TwoRanks, run_on_both, sampler_for
+from parts import BUDGET, RIGHT, SILENT, WRONG, ScriptedGenerator, TwoRanks, agent_for, run_on_both, sampler_for
 from parts import PROBE_POOL as POOL
 
 from rex_rag.models.generation import VLLMGenerator
-from rex_rag.probes.pool import draw_probe
-from rex_rag.rollout.engine import RolloutBudget, RolloutEngine
+from rex_rag.probes.explorer import draws
+from rex_rag.rollout.script import RolloutBudget
 from rex_rag.training.metrics import mixed_counts, summarize
 
 
@@ -33,13 +33,15 @@ def test_only_wrong_answers_are_probed(word_tokenizer, retriever):
 
 
 def test_draws_are_those_of_seed_step_and_global_row(word_tokenizer, retriever):
-    expected = [row for row in range(40) if draw_probe(0.5, 3, seed=0, step=(3, 0), row=80 + row).probed]
+    expected = [row for row in range(40) if draws(0, (3, 0), 80 + row).random() < 0.5]
     turns = [[WRONG] * 40, [WRONG] * len(expected)]
     sampler = sampler_for(word_tokenizer, retriever, turns, probe_probability=0.5, probe_filter="none")
     batch = run(sampler, 40, first_row=80)
     assert [probe.parent for probe in batch.probes] == expected
     for probe in batch.probes:
-        prompt = draw_probe(0.5, 3, seed=0, step=(3, 0), row=80 + probe.parent).prompt
+        own = draws(0, (3, 0), 80 + probe.parent)
+        own.random()
+        prompt = own.integers(3)
         assert probe.segments[-2].text.strip() == POOL[prompt]
 
 
@@ -64,7 +66,7 @@ def test_filtered_probes_are_never_continued(word_tokenizer, retriever):
     batch = run(sampler, 4, keep_ratio=0.5)
     assert [probe.parent for probe in batch.probes] == [1, 2]
     assert batch.global_made == 4 and batch.global_kept == 2
-    assert not sampler.engine.generator.turns  # the script holds continuations for two probes only
+    assert not sampler.agent.driver.generator(()).turns  # the script holds continuations for two probes only
 
 
 def test_filter_over_two_ranks(word_tokenizer, retriever):
@@ -150,8 +152,8 @@ def test_served_engines_get_one_token_limit_and_equally_many_rows(word_tokenizer
             return generate(prompt_ids, max_new_tokens)
 
         generator.generate = recording
-        engine = RolloutEngine(generator, retriever, word_tokenizer, BUDGET, lambda count: max(gather(count)))
-        engine.rollout([[5], [6]])
+        agent = agent_for(generator, retriever, word_tokenizer, BUDGET, lambda count: max(gather(count)))
+        agent.rollout([[5], [6]])
 
     run_on_both(work)
     # turn 1: two rows each; turn 2: rank 1 has one live row, rank 0 joins with as many rows and the same limit
@@ -173,8 +175,8 @@ def test_served_engines_are_called_equally_often_whatever_room_the_ranks_rows_ha
         budget = RolloutBudget(
             max_turns=0, max_turn_tokens=40, max_observation_tokens=40, max_sequence_length=120, top_k=1
         )
-        engine = RolloutEngine(generator, retriever, word_tokenizer, budget, lambda count: max(gather(count)))
-        engine.rollout([[5], [6] * (105 if rank == 0 else 95)])
+        agent = agent_for(generator, retriever, word_tokenizer, budget, lambda count: max(gather(count)))
+        agent.rollout([[5], [6] * (105 if rank == 0 else 95)])
 
     limits = [0, 0]
     run_on_both(work)

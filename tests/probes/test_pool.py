@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from rex_rag.probes.pool import DEFAULT_POOL, ExplorationPool, draw_probe, load_pool, pool_log_probs
+from rex_rag.probes.explorer import draws
+from rex_rag.probes.pool import DEFAULT_POOL, ExplorationPool, load_pool, pool_log_probs
 
 
 def test_pool_log_probs_of_shared_prefixes_and_different_lengths():
@@ -79,19 +80,14 @@ def test_prompts_that_a_tokenizer_cannot_tell_apart_are_refused(word_tokenizer):
 
 
 def test_draws_depend_on_seed_step_and_row_alone():
-    def draws(seed, step):
-        return [draw_probe(0.2, 30, seed=seed, step=step, row=row) for row in range(2000)]
+    def drawn(seed, step):
+        generators = [draws(seed, step, row) for row in range(2000)]
+        return [(own.random() < 0.2, int(own.integers(30))) for own in generators]
 
-    first = draws(0, (5, 0))
-    assert first == draws(0, (5, 0))
-    assert first[7] == draw_probe(0.2, 30, seed=0, step=(5, 0), row=7)
-    assert first != draws(1, (5, 0)) and first != draws(0, (6, 0)) and first != draws(0, (5, 1))
-    share = sum(draw.probed for draw in first) / len(first)
+    first = drawn(0, (5, 0))
+    assert first == drawn(0, (5, 0))
+    assert first != drawn(1, (5, 0)) and first != drawn(0, (6, 0)) and first != drawn(0, (5, 1))
+    share = sum(probed for probed, _ in first) / len(first)
     assert abs(share - 0.2) < 4 * math.sqrt(0.2 * 0.8 / 2000)  # four standard errors
-    counts = [sum(draw.prompt == prompt for draw in first) for prompt in range(30)]
+    counts = [sum(prompt == each for _, prompt in first) for each in range(30)]
     assert min(counts) > 30 and max(counts) < 110  # 66.7 expected, standard deviation 8
-
-
-def test_probability_zero_and_one():
-    assert not any(draw_probe(0.0, 30, seed=0, step=(0,), row=row).probed for row in range(500))
-    assert all(draw_probe(1.0, 30, seed=0, step=(0,), row=row).probed for row in range(500))

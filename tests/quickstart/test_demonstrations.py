@@ -9,7 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from rex_rag.answers import exact_match
-from rex_rag.protocols.search_r1 import ALL_TAGS, OBSERVATION_HEAD, build_prompt, parse_action
+from rex_rag.protocols import SearchR1
+from rex_rag.protocols.inert import ALL_TAGS
 from rex_rag.quickstart.demonstrations import build_demonstrations, tokenize_demonstrations, write_demonstration
 from rex_rag.quickstart.hopworld import HopQuestion, HopWorldConfig, build_hopworld, hopworld_words
 from rex_rag.retrieval.base import RetrievalError
@@ -20,9 +21,9 @@ QUESTION = HopQuestion("q", "Who is the friend of the mentor of red oak?", ("men
 RANKINGS = [[Passage("0", "oak", "mentor elm")], [Passage("1", "elm", "friend fox")]]
 RIGHT = (
     (SegmentKind.POLICY, "<think> I need the mentor of oak</think><search> mentor of oak</search>"),
-    (SegmentKind.INFORMATION, "\n\n<information>Doc 1(Title: oak) mentor elm</information>\n\n"),
+    (SegmentKind.INFORMATION, "Doc 1(Title: oak) mentor elm"),
     (SegmentKind.POLICY, "<think> the mentor of oak is elm</think><search> friend of elm</search>"),
-    (SegmentKind.INFORMATION, "\n\n<information>Doc 1(Title: elm) friend fox</information>\n\n"),
+    (SegmentKind.INFORMATION, "Doc 1(Title: elm) friend fox"),
     (SegmentKind.POLICY, "<think> the friend of elm is fox</think><answer> fox</answer>"),
 )
 
@@ -101,11 +102,11 @@ def test_every_action_parses_and_every_passage_was_retrieved(world, retriever):
     for demonstration in build_demonstrations(world.train, retriever, wrong_rate=0.3, top_k=2):
         model_turns = [text for kind, text in demonstration.segments if kind is SegmentKind.POLICY]
         shown = [text for kind, text in demonstration.segments if kind is SegmentKind.INFORMATION]
-        actions = [parse_action(text) for text in model_turns]
-        assert [action.kind for action in actions] == ["search"] * len(shown) + ["answer"]
-        assert actions[-1].content == demonstration.answer
+        actions = [SearchR1().parse(text) for text in model_turns]
+        assert [len(action.calls) for action in actions] == [1] * len(shown) + [0]
+        assert actions[-1].answer == demonstration.answer
         for action, observation in zip(actions[:-1], shown, strict=True):
-            for rank, passage in enumerate(retriever.search([action.content], 2)[0], start=1):
+            for rank, passage in enumerate(retriever.search([action.calls[0].arguments["query"]], 2)[0], start=1):
                 assert f"Doc {rank}(Title: {passage.title}) {passage.text}" in observation
 
 
@@ -169,7 +170,7 @@ def test_doubts_come_with_right_and_wrong_alike_and_are_not_learnt(world, retrie
 def test_ids_and_labels_of_a_small_case(word_tokenizer):
     question = HopQuestion("q", "where is red oak ?", ("tree",), ("oak", "elm"))
     demonstration = write_demonstration(question, [[Passage("0", "oak", "tree elm")]])
-    (row,) = tokenize_demonstrations([demonstration], word_tokenizer, "Question : {question}")
+    (row,) = tokenize_demonstrations([demonstration], word_tokenizer, SearchR1(template="Question : {question}"))
     tokens = word_tokenizer.convert_ids_to_tokens(row["input_ids"])
     prompt = ["Question", ":", "where", "is", "red", "oak", "<unk>"]
     search = ["<think>", "I", "<unk>", "the", "tree", "of", "oak", "</think>"]
@@ -193,7 +194,7 @@ def test_ids_are_those_of_separately_encoded_pieces(bpe_tokenizer, world, retrie
 
     for demonstration, row in zip(demonstrations, tokenize_demonstrations(demonstrations, bpe_tokenizer), strict=True):
         expected = bpe_tokenizer.apply_chat_template(
-            build_prompt(demonstration.question.question), add_generation_prompt=True, return_dict=False
+            SearchR1().messages(demonstration.question.question), add_generation_prompt=True, return_dict=False
         )
         labels = [-100] * len(expected)
         for kind, text in demonstration.segments:
@@ -201,11 +202,14 @@ def test_ids_are_those_of_separately_encoded_pieces(bpe_tokenizer, world, retrie
                 ids = encode(text)
                 labels += ids
             else:
-                body = text.removeprefix(OBSERVATION_HEAD).removesuffix("</information>\n\n")
-                ids = encode("\n\n<information>" + body) + encode("</information>\n\n")
+                ids = encode("\n\n<information>" + text) + encode("</information>\n\n")
                 labels += [-100] * len(ids)
             expected += ids
         assert row == {"input_ids": expected, "labels": labels}
+
+
+def shown(kind, text):
+    return f"\n\n<information>{text}</information>\n\n" if kind is SegmentKind.INFORMATION else text
 
 
 def test_no_demonstrations_no_rows(word_tokenizer):
@@ -222,21 +226,21 @@ def warm_start():
 
 
 def test_the_warm_starts_tokenizer_survives_autotokenizer(warm_start, world, retriever, tmp_path):
-    tokenizer = warm_start.build_tokenizer("Question: {question}")
+    tokenizer = warm_start.build_tokenizer(SearchR1(template="Question: {question}"))
     warm_start.build_model(tokenizer, hidden_size=32, layers=1).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     demonstrations = build_demonstrations(world.train[:50], retriever, wrong_rate=0.5)
-    rows = tokenize_demonstrations(demonstrations, loaded, "Question: {question}")
-    assert rows == tokenize_demonstrations(demonstrations, tokenizer, "Question: {question}")
+    rows = tokenize_demonstrations(demonstrations, loaded, SearchR1(template="Question: {question}"))
+    assert rows == tokenize_demonstrations(demonstrations, tokenizer, SearchR1(template="Question: {question}"))
     for demonstration, row in zip(demonstrations, rows, strict=True):
         # Nothing is lost: the completion decodes to the very text of its segments.
         text = loaded.decode(row["input_ids"], skip_special_tokens=False)
-        assert text.endswith("assistant\n" + "".join(text for _, text in demonstration.segments))
+        assert text.endswith("assistant\n" + "".join(shown(*segment) for segment in demonstration.segments))
 
 
 def test_the_warm_starts_tokenizer_gives_every_word_and_tag_one_token(warm_start):
-    tokenizer = warm_start.build_tokenizer("Question: {question}")
+    tokenizer = warm_start.build_tokenizer(SearchR1(template="Question: {question}"))
     assert [word for word in hopworld_words() if word[0].isalpha() and len(tokenizer.tokenize(f" {word}")) != 1] == []
     assert [tag for tag in ALL_TAGS if tokenizer.tokenize(tag) != [tag]] == []
     assert set(tokenizer.all_special_tokens).isdisjoint(ALL_TAGS)

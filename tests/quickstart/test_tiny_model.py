@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, Qwen2Config
 
-from rex_rag.protocols.search_r1 import ALL_TAGS
+from rex_rag.protocols import SearchR1
+from rex_rag.protocols.inert import ALL_TAGS
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.training.config import REXRAGConfig
 from rex_rag.types import Passage
@@ -29,7 +30,9 @@ def script(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def tokenizer(script):
-    return script.train_tokenizer([passage.text for passage in PASSAGES], QUESTIONS, "Question: {question}", 700)
+    return script.train_tokenizer(
+        [passage.text for passage in PASSAGES], QUESTIONS, SearchR1(template="Question: {question}"), 700
+    )
 
 
 def make_config(tmp_path: Path, **settings) -> REXRAGConfig:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from rex_rag.protocols.search_r1 import FEEDBACK_TEXT
+from rex_rag.protocols import SearchR1
 from rex_rag.support.model_index import CardResult, read_results, training_results, write_results
 
 NQ = CardResult(
@@ -231,8 +231,7 @@ def test_a_card_of_training_holds_its_last_evaluation_as_the_hub_reads_it(card: 
         card,
         name="me/agent",
         args=args,
-        prompt_template=prompt,
-        feedback="\nTry `once` more.\n",
+        protocol=SearchR1(template=prompt, feedback="\nTry `once` more.\n"),
         retriever="a|b",
         recipe=recipe,
         log_history=log,
@@ -251,9 +250,9 @@ def test_a_card_of_training_holds_its_last_evaluation_as_the_hub_reads_it(card: 
         "# me/agent\n" in text
         and "from [Qwen/Qwen2.5-3B](https://huggingface.co/Qwen/Qwen2.5-3B) with REX-RAG" in text
     )
-    assert "rex-rag evaluate --model me/agent --method rex_rag" in text
+    assert "SearchAgent.load('me/agent', retriever=" in text
     assert "\n````\nSearch.\n```\nQuestion: {question}\n````\n" in text  # a fence longer than the prompt's own
-    assert " --feedback_text feedback.txt " in text and "\n```\n\nTry `once` more.\n```\n" in text
+    assert "\n```\nTry `once` more.\n```\n" in text
     assert "- Rollouts per question: 5 originals, up to 5 probes\n" in text and "- Budgets: 1 search, 500 " in text
     assert "- Recipe: rex_rag.yaml\n" in text and "somewhere" not in text
     assert "Last logged of training questions, sampled, at step 5:" in text and "| dead_end/rate | 0.1250 |" in text
@@ -283,8 +282,7 @@ def test_a_card_of_training_names_no_machine_and_its_command_can_be_copied(card,
         card,
         name="my agent",
         args=REXRAGConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_accumulation_steps=4),
-        prompt_template="Question: {question}",
-        feedback=FEEDBACK_TEXT,
+        protocol=SearchR1(template="Question: {question}"),
         retriever=retriever,
         recipe="../../home/of-mine/rex_rag.yaml",
         log_history=[{"step": 6, "eval_<b>_em/originals": 0.25}],
@@ -293,7 +291,7 @@ def test_a_card_of_training_names_no_machine_and_its_command_can_be_copied(card,
     text = card.read_text(encoding="utf-8")
     assert f"- Retriever: {shown} 3\n" in text and "://a" not in text and "corp" not in text
     assert "- Recipe: rex_rag.yaml\n" in text and "of-mine" not in text
-    assert "--model 'my agent' --method" in text and "feedback" not in text
+    assert "SearchAgent.load('my agent', retriever=" in text
     assert "Last logged of &lt;b&gt;, sampled, at step 6:" in text
 
 

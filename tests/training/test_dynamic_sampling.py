@@ -4,7 +4,17 @@ import logging
 
 import pytest
 from datasets import Dataset
-from parts import PASSAGES, RIGHT, WRONG, ScriptedGenerator, TwoRanks, make_word_tokenizer, run_on_both, sampler_for
+from parts import (
+    PASSAGES,
+    RIGHT,
+    WRONG,
+    ScriptedGenerator,
+    TwoRanks,
+    make_word_tokenizer,
+    play,
+    run_on_both,
+    sampler_for,
+)
 from tiny_training import save_tiny_policy, tiny_trainer
 
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
@@ -72,7 +82,7 @@ def test_groups_without_signal_are_replaced(word_tokenizer, retriever):
     assert not {one, two} & {0, 1, 2}
     assert [example["question"] for example in examples] == ["q0"] * 4 + [f"q{one}"] * 4 + [f"q{two}"] * 4
     assert prompt_ids == [[5, 0]] * 4 + [[5, one]] * 4 + [[5, two]] * 4
-    generator = sampler.engine.generator
+    generator = sampler.agent.driver.generator(())
     assert asked(generator, 0) == [0, 0, 1, 1, 2, 2] and asked(generator, 2) == [one, one, two, two]
     assert not generator.turns  # no call more
 
@@ -116,7 +126,7 @@ def test_rounds_are_bounded_and_no_question_comes_twice(word_tokenizer, retrieve
     sampler = sampler_for(word_tokenizer, retriever, turns, probe_probability=0.0)
     examples, prompt_ids = batch_of(0, 1)
     sampled = dynamic(sampler, rounds=2).sample(examples, prompt_ids, step=3, keep_ratio=0.5)
-    seen = [question for call in range(3) for question in asked(sampler.engine.generator, call)[::2]]
+    seen = [question for call in range(3) for question in asked(sampler.agent.driver.generator(()), call)[::2]]
     assert len(seen) == len(set(seen)) == 6
     assert sampled.metrics["dynamic_sampling/rounds"] == 2 and sampled.metrics["dynamic_sampling/replaced"] == 4
     assert summarize([training_counts(sampled.batch, sampled.discarded, 2)])["signal/trained"] == 0
@@ -151,7 +161,7 @@ def test_ranks_make_equally_many_calls_and_ask_what_one_process_asks(word_tokeni
         sampler = sampler_for(word_tokenizer, retriever, turns, gather=gather, rank=rank, probe_probability=0)
         share = batch_of(*((0, 1), (2, 3))[rank])
         sampled = dynamic(sampler, rounds=3, gather=gather, rank=rank).sample(*share, step=3, keep_ratio=0.5)
-        results[rank] = (sampler.engine.generate_calls, share[0], sampled)
+        results[rank] = (sampler.agent.driver.generate_calls, share[0], sampled)
 
     run_on_both(work)
     assert [calls for calls, _, _ in results] == [3, 3]
@@ -193,7 +203,7 @@ def test_resting_questions_are_replaced_before_they_are_asked(word_tokenizer, re
         examples, prompt_ids = batch_of(0, 1)
         metrics.append(sampling.sample(examples, prompt_ids, step=step, keep_ratio=0.5).metrics)
     [other] = fresh_indices(1, {0, 1, resting}, (1, 0))
-    seen = [asked(sampler.engine.generator, call) for call in range(3)]
+    seen = [asked(sampler.agent.driver.generator(()), call) for call in range(3)]
     assert seen == [[0, 0, 1, 1], [0, 0, other, other], [0, 0, 1, 1]]
     assert [part["difficulty/rested"] for part in metrics] == [0, 1, 0]
     assert [part["difficulty/resting"] for part in metrics] == [2, 1, 1]
@@ -242,7 +252,7 @@ def make_trainer(folder, output, **settings):
     trainer = tiny_trainer(
         folder, output, BM25Retriever(PASSAGES), questions=questions, **{**sizes, **shaped, **settings}
     )
-    trainer.sampler.engine.generator = AnswersByQuestion(trainer._tokenizer, EASY, MIXED)
+    play(trainer.sampler.agent, AnswersByQuestion(trainer._tokenizer, EASY, MIXED))
     return trainer
 
 
@@ -298,7 +308,7 @@ def test_evaluation_replaces_nothing(folder, tmp_path):
     trainer.dynamic_sampler.buffer.note(trainer.train_dataset[0]["question"], True)
     state = trainer.dynamic_sampler.state_dict()
     metrics = trainer.evaluate(trainer.train_dataset)
-    assert trainer.sampler.engine.generate_calls == 16 * 2 // 4
+    assert trainer.sampler.agent.driver.generate_calls == 16 * 2 // 4
     # Six questions all right, six of which one of two rows is: a generate call holds the two rows of two questions.
     assert metrics["eval_em/originals"] == pytest.approx((6 * 2 + 6) / 32)
     assert trainer.dynamic_sampler.state_dict() == state

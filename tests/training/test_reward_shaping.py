@@ -4,7 +4,7 @@ from math import nan
 
 import pytest
 import torch
-from parts import PASSAGES, RIGHT, WRONG, ScriptedGenerator
+from parts import PASSAGES, RIGHT, WRONG, ScriptedGenerator, play
 from tiny_training import save_tiny_policy, tiny_trainer
 
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
@@ -41,7 +41,7 @@ def scored(folder, tmp_path, turns, **settings):
     sizes = {"num_generations": 4, "num_probe_slots": 0, "per_device_train_batch_size": 8, "max_turns": 0}
     gated = {"format_reward_weight": 0.2, "reward_funcs": None}
     trainer = tiny_trainer(folder, tmp_path, BM25Retriever(PASSAGES), log_completions=True, **sizes | gated | settings)
-    trainer.sampler.engine.generator = ScriptedGenerator(trainer._tokenizer, [turns])
+    play(trainer.sampler.agent, ScriptedGenerator(trainer._tokenizer, [turns]))
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     return trainer, trainer._generate_and_score_completions(

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from parts import PASSAGES, ScriptedGenerator, make_tiny_model, make_word_tokenizer
+from parts import PASSAGES, STOP_STRINGS, ScriptedGenerator, make_tiny_model, make_word_tokenizer, play, start_probe
 from peft import LoraConfig
 from transformers import Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
@@ -86,7 +86,7 @@ def make_trainer(model_path, tmp_path, turns=None, reward_funcs=None, **settings
         reward_funcs=reward_funcs,
     )
     if turns is not None:
-        trainer.sampler.engine.generator = ScriptedGenerator(tokenizer, turns)
+        play(trainer.sampler.agent, ScriptedGenerator(tokenizer, turns))
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     trainer.model.train()
     return trainer
@@ -511,9 +511,9 @@ def test_completion_table_shows_trajectories_without_empty_slots(probed):
 def test_real_scores_are_mean_log_probs_of_the_inserted_tokens(model_path, tmp_path):
     """The filter's forward pass over the inserted tokens alone agrees with a plain forward pass, row by row."""
     trainer = make_trainer(model_path, tmp_path, [[WRONG, WRONG, SEARCH, "<answer> blue </answer>"], [RIGHT]])
-    originals = trainer.sampler.engine.rollout([[3, 4, 5]] * 4)
+    originals = trainer.sampler.agent.rollout([[3, 4, 5]] * 4)
     probes = [
-        trainer.sampler.engine.start_probe(original, row, trainer.sampler.pool, row % 3)
+        start_probe(trainer.sampler.agent, original, row, POOL.splitlines(), row % 3)
         for row, original in enumerate(originals)
     ]
     scores = trainer._score_probes(probes)
@@ -580,7 +580,7 @@ def test_further_reward_functions_read_model_text_alone(model_path, tmp_path):
     )
     assert trainer.reward_weights.tolist() == pytest.approx([1.0, 0.1, 1.0])
     turns = [[SEARCH] * 4 + [WRONG] * 4, ["<answer> red </answer>"] * 4]  # the passage says oak, the model does not
-    trainer.sampler.engine.generator = ScriptedGenerator(trainer._tokenizer, turns)
+    play(trainer.sampler.agent, ScriptedGenerator(trainer._tokenizer, turns))
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     scored(trainer)
@@ -673,7 +673,7 @@ def test_evaluation_samples_and_never_probes(model_path, tmp_path):
         processing_class=make_word_tokenizer(),
     )
     turns = [[RIGHT] * 8] * 4  # oak, which is right for one question in four
-    trainer.sampler.engine.generator = ScriptedGenerator(trainer._tokenizer, turns)
+    play(trainer.sampler.agent, ScriptedGenerator(trainer._tokenizer, turns))
     metrics = trainer.evaluate()
     assert metrics["eval_em/originals"] == pytest.approx(1 / 4)
     assert metrics["eval_dead_end/rate"] == pytest.approx(3 / 4)
@@ -691,7 +691,7 @@ def test_evaluation_sets_keep_their_names_and_every_question_its_weight(model_pa
         processing_class=make_word_tokenizer(),
     )
     turns = [[RIGHT] * 4, [RIGHT], [RIGHT] * 3]  # oak: of `mixed` in batches of 4 and 1, of `wrong` in one of 3
-    trainer.sampler.engine.generator = ScriptedGenerator(trainer._tokenizer, turns)
+    play(trainer.sampler.agent, ScriptedGenerator(trainer._tokenizer, turns))
     trainer._logs["prompt"].append("a rollout of training")
     metrics = trainer.evaluate()
     assert metrics["eval_mixed_em/originals"] == pytest.approx(2 / 5)  # the mean over batches would be 0.625
@@ -796,6 +796,7 @@ def test_a_vllm_server_of_too_short_a_context_is_refused_before_the_run(model_pa
     trainer.vllm_mode = "server"
     trainer.vllm_generation = SimpleNamespace(vllm_client=SimpleNamespace(get_server_info=lambda: info))
     with pytest.raises(ValueError, match=r"takes 200 tokens of a row, less than vllm_max_model_length 256"):
-        trainer._make_generator()
+        trainer._make_sampler(trainer.args.agent_protocol(), trainer.retriever)
     info["model_config"]["max_model_len"] = 256
-    assert trainer._make_generator().equal_rows
+    sampler = trainer._make_sampler(trainer.args.agent_protocol(), trainer.retriever)
+    assert sampler.agent.driver.generator(STOP_STRINGS).equal_rows

@@ -89,6 +89,8 @@ def test_a_record_is_plain_data(records):
         "kind": "probe",
         "rescue": True,
         "parent": 0,
+        "cut": None,
+        "searches": [],
         "segments": [
             {"kind": "POLICY", "text": "<think> a</think><search> b</search>"},
             {"kind": "PROBE", "text": "<think> Wait, I may be wrong."},
@@ -208,16 +210,13 @@ def test_records_may_ask_to_stand_beside_another(records):
 
 
 def test_passages_fold_under_their_query(records):
-    records[0]["searches"] = [{"query": "the <b> thing", "passages": ["p7", "p9"]}]
+    records[0]["searches"] = [{"query": "the <b> thing", "passages": ["p7", "p9"], "segment": 1}]
     summary = re.findall(r"<summary>(.*?)</summary>", trajectory_page(records, "t"))
     length = len(f"<information>Doc 1(Title: T) {HOSTILE}</information>")
     assert summary == [
         '<span class="label">INFORMATION</span> <span class="query">the &lt;b&gt; thing</span> '
         f'<span class="size">({length} characters, passage ids p7, p9)</span>'
     ]
-    # Without recorded searches the query is what the model wrote.
-    del records[0]["searches"]
-    assert '<span class="query">b</span>' in trajectory_page(records, "t")
 
 
 def test_every_trajectory_carries_its_outcome_and_the_filters_count_them(records):

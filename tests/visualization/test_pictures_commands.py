@@ -14,6 +14,7 @@ import torch
 
 from rex_rag.commands.pictures import add_curves, add_reliability, add_view
 from rex_rag.evaluation.records import Prediction, Sample
+from rex_rag.protocols import SearchR1
 from tests.evaluation.run_parts import write_run
 from tests.visualization.test_records import policy, row, write_table
 
@@ -160,7 +161,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     spec = importlib.util.spec_from_file_location("warm_start", ROOT / "scripts" / "warm_start.py")
     warm_start = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(warm_start)
-    tokenizer = warm_start.build_tokenizer("Question: {question}")
+    tokenizer = warm_start.build_tokenizer(SearchR1(template="Question: {question}"))
     folders = []
     for seed in (0, 1):
         torch.manual_seed(seed)

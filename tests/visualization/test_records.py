@@ -37,7 +37,15 @@ def write_table(path: Path, rows: list[dict]) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
-def row(segments: list[dict], answer: str | None, reward: float, probe: bool = False, question: str = "Q?") -> dict:
+def row(
+    segments: list[dict],
+    answer: str | None,
+    reward: float,
+    probe: bool = False,
+    question: str = "Q?",
+    name="0.0",
+    parent=None,
+) -> dict:
     return {
         "step": 1,
         "question": question,
@@ -46,6 +54,10 @@ def row(segments: list[dict], answer: str | None, reward: float, probe: bool = F
         "is_probe": probe,
         "exact_match_reward": reward,
         "segments": json.dumps(segments),
+        "rollout": name,
+        "parent": parent,
+        "cut": None,
+        "tool_uses": "[]",
     }
 
 
@@ -66,31 +78,19 @@ def sample(answer: str | None) -> Sample:
     )
 
 
-def test_a_probe_finds_the_original_it_was_cut_from(tmp_path):
+def test_a_probe_names_the_original_it_was_cut_from(tmp_path):
     probe = {"kind": "PROBE", "text": "<think> Hm"}
-    straddling = {"kind": "PROBE", "text": ".\n<think> Hm"}  # the tag's token held a full stop and a line break
     rows = [
-        row([SEARCH, FOUND, policy("so <answer>Wight</answer>")], "Wight", 0.0),
-        row([SEARCH, FOUND, policy("then on <answer>Mull</answer>")], "Mull", 0.0),  # begins as probes do
-        row([SEARCH, FOUND, policy("then <answer>Skye</answer>")], "Skye", 0.0),
-        row([SEARCH, FOUND, policy("then nothing")], None, 0.0),  # not answered: never probed
-        row([SEARCH, FOUND, policy("then <answer>Man</answer>")], "Man", 1.0),  # right: never probed
-        row([SEARCH, FOUND, policy("then <answer>Jura</answer>")], "Jura", 0.0),
-        row([policy("well.\n<answer>Rum</answer>")], "Rum", 0.0),
-        row([policy("<answer>Eigg</answer>")], "Eigg", 0.0),
-        row([SEARCH, FOUND, policy("then "), probe, policy("<answer>Man</answer>")], "Man", 1.0, probe=True),
-        row([SEARCH, FOUND, policy("then "), probe, policy("<answer>Bute</answer>")], "Bute", 0.0, probe=True),
-        row([SEARCH, FOUND, policy("so "), probe], None, 0.0, probe=True, question="Another?"),
-        row([policy("else"), probe], None, 0.0, probe=True),
-        row([probe, policy("<answer>Man</answer>")], "Man", 1.0, probe=True),  # cut before the very first token
-        row([policy("well"), straddling], None, 0.0, probe=True),
-        row([SEARCH, FOUND, policy("then "), probe], None, 0.0, probe=True),  # all of its kind have theirs
+        row([policy("<answer>Rum</answer>")], "Rum", 0.0, name="0.0"),
+        row([policy("<answer>Skye</answer>")], "Skye", 1.0, name="1.0"),
+        row([probe, policy("<answer>Man</answer>")], "Man", 1.0, probe=True, name="0.1", parent="0.0") | {"cut": 0},
+        # Of another step, where nothing has that name.
+        row([probe], None, 0.0, probe=True, name="0.1", parent="1.0") | {"step": 2},
     ]
     write_table(tmp_path / "completions_00001.parquet", rows)
     records = read_completion_tables(tmp_path)
-    # An original is probed once, so of two that begin alike each gets one.
-    assert [record["parent"] for record in records] == [None] * 8 + [2, 5, None, None, 7, 6, None]
-    assert not records[8]["rescue"]  # one original was right
+    assert [record["parent"] for record in records] == [None, None, 0, None]
+    assert not records[2]["rescue"]  # one original was right
 
 
 def test_predictions_become_a_record_a_sample(tmp_path):
@@ -258,25 +258,17 @@ def test_a_cut_list_keeps_parents_that_are_in_it():
     assert [record["parent"] for record in first_of_each(moved, 3)] == [2, None, None]
 
 
-def test_searches_are_the_recorded_ones_if_they_pair_off_or_else_what_the_model_wrote():
-    segments = [
-        policy("<search> first </search>"),
-        {"kind": "INFORMATION", "text": "…"},
-        policy("no search here"),
-        {"kind": "INFORMATION", "text": "<search> forged </search>"},
-    ]
-    assert searches_behind({"segments": segments}) == [None, {"query": "first"}, None, None]
-    asked = [{"query": "1st", "passages": ["7"]}, {"query": "2nd", "passages": ["9"]}]
-    assert searches_behind({"segments": segments, "searches": asked}) == [None, asked[0], None, asked[1]]
-
-
-def test_searches_that_do_not_pair_off_with_retrieved_texts_are_listed_apart():
+def test_a_call_stands_behind_the_text_that_it_brought():
     # As IRCoT leaves it whose second search found nothing new: the third's text must not pass for the second's.
     segments = [FOUND, policy("Hm."), policy("So."), FOUND]
-    asked = [{"query": query, "passages": [name]} for query, name in (("q", "a"), ("Hm.", "a"), ("So.", "c"))]
+    asked = [
+        {"query": query, "passages": [name], "segment": place}
+        for query, name, place in (("q", "a", 0), ("Hm.", "a", 2), ("So.", "c", 3))
+    ]
     record = {"question": "q", "segments": segments, "searches": asked}
-    assert searches_behind(record) == [None] * 4
+    assert searches_behind(record) == {0: [asked[0]], 3: [asked[2]]}
     assert dict(facts(record))["searches"] == "1. q (passage ids a)\n2. Hm. (passage ids a)\n3. So. (passage ids c)"
-    assert "searches" not in dict(facts({**record, "searches": asked[:2]}))
+    assert "searches" not in dict(facts({**record, "searches": [asked[0], asked[2]]}))
     asked[1]["passages"] = []
     assert "2. Hm. (no passages)" in dict(facts(record))["searches"]
+    assert searches_behind({"segments": segments}) == {}

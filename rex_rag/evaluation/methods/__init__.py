@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from rex_rag.evaluation.methods.agents import REXRAG, SearchR1
 from rex_rag.evaluation.methods.base import Method, Toolbox
@@ -18,12 +19,19 @@ METHODS: dict[str, type[Method]] = {
 __all__ = ["METHODS", "Method", "Toolbox", "make_method"]
 
 
-def make_method(name: str, template: str | None = None, further: Mapping[str, str] | None = None) -> Method:
+def make_method(
+    name: str, template: str | None = None, further: Mapping[str, str] | None = None, **agent: Any
+) -> Method:
     """The method of a name, with another first prompt or further texts where given (a trained model's own, say).
+
+    Args:
+        agent: `protocol` and `tools` of the trained search agents.
 
     Raises:
         ValueError: for an unknown name, a template that lacks a placeholder, and texts that the method has not.
     """
     if name not in METHODS:
         raise ValueError(f"method is {name!r}, which is unknown; known methods are {', '.join(METHODS)}")
-    return METHODS[name](template, further)
+    if agent and not issubclass(METHODS[name], SearchR1):
+        raise ValueError(f"the method {name} has a protocol of its own; leave {' and '.join(agent)} out")
+    return METHODS[name](template, further, **agent)

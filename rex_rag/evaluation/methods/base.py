@@ -1,8 +1,13 @@
 """What a method of the comparison is, and what it is given to work with.
 
-A method turns questions into trajectories, one each. It parses model-written text alone, and a question it cannot work
-on (a prompt beyond the budget) becomes an unanswered trajectory with its cause counted; a failed search is no result
-of a method and stops the run.
+A method turns questions into trajectories, one each. It is a script a question (`rex_rag.rollout.script`), and the
+driver runs all of a batch together. It parses model-written text alone, and a question it cannot work on (a prompt
+beyond the budget) becomes an unanswered trajectory with its cause counted; a failed search is no result of a method
+and stops the run.
+
+A script keeps the ids of what the model wrote and continues them; it never encodes them anew, save where a method's
+own prompt quotes the model. Where a method shows retrieved text inside its prompt (RAG, IRCoT) or asks the model aside
+(Search-o1), a trajectory's segments follow each other in time, not in one sequence of tokens.
 """
 
 from __future__ import annotations
@@ -16,18 +21,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rex_rag.evaluation.methods.prompt_texts import CHOICES, Prompt, placeholders, question_text
 from rex_rag.evaluation.records import Question
-from rex_rag.models.chat import encode_chat
-from rex_rag.protocols.search_r1 import control_tokens
+from rex_rag.protocols.chat import encode_chat
+from rex_rag.protocols.inert import control_tokens
 from rex_rag.retrieval.base import Retriever
-from rex_rag.rollout.engine import RolloutBudget
-from rex_rag.types import Trajectory, Truncation
+from rex_rag.rollout.books import RolloutSeconds
+from rex_rag.rollout.driver import Driver
+from rex_rag.rollout.script import RolloutBudget, Script
+from rex_rag.tools import Tool, make_tools
+from rex_rag.types import Segment, SegmentKind, Trajectory, Truncation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rex_rag.models.generation import Generator
-
-_SAID = "said-by-the-assistant"
+    from rex_rag.models.generation import Generator, Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +41,10 @@ class Toolbox:
     """The same for every method of a comparison.
 
     generator: (stop strings) -> the generation backend that ends a row after any of them; called with each of
-    `Method.stop_strings`, also with none, and often, so it should keep what it builds. retriever: may be `None` for
-    methods that do not use one. budget: all limits, and `budget.top_k` passages a search. chat_template_kwargs: what
-    the chat template is rendered with, as in training.
+    `Method.stop_strings`, also with none, and often, so it should keep what it builds. stream: the engine to stream
+    through, lock-step where there is none. retriever: may be `None` for methods that do not use one. budget: all
+    limits, and `budget.top_k` passages a search. chat_template_kwargs: what the chat template is rendered with, as in
+    training. seconds: where the time goes is added up here.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -45,9 +52,11 @@ class Toolbox:
     retriever: Retriever | None = None
     budget: RolloutBudget = field(default_factory=RolloutBudget)
     chat_template_kwargs: Mapping[str, Any] | None = None
+    stream: Stream | None = None
+    seconds: RolloutSeconds = field(default_factory=RolloutSeconds)
 
     def encode_chat(self, prompt: Prompt | str) -> list[int]:
-        """The prompt ids of one user message, up to where the model's turn begins (`rex_rag.models.chat`).
+        """The prompt ids of one user message, up to where the model's turn begins.
 
         Raises:
             ValueError: for a tokenizer without a chat template.
@@ -68,19 +77,29 @@ class Toolbox:
         """Strings of the tokenizer's own that inserted text must not contain."""
         return control_tokens(self.tokenizer)
 
-    @property
-    def end_tokens(self) -> tuple[str, ...]:
-        """Control tokens that end the model's message: the tokenizer's own, and what its chat template writes there.
 
-        They differ for base models, of which an engine then knows the first alone and goes on behind the second.
-        """
-        own = [self.tokenizer.eos_token] if self.tokenizer.eos_token else []
-        if self.tokenizer.chat_template is None:
-            return tuple(own)
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SAID}]
-        behind = self.tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_SAID)[2].lstrip()
-        of_template = [token for token in self.control_tokens if behind.startswith(token)]
-        return tuple(dict.fromkeys([*own, *of_template]))
+class Attempt:
+    """What a script works with: one question, its trajectory, and the tools."""
+
+    def __init__(self, question: Question, toolbox: Toolbox) -> None:
+        self.question = question
+        self.tools = toolbox
+        self.trajectory = Trajectory(prompt_ids=[])
+
+    def within_observation(self, text: str, frame: str = "") -> str:
+        """Text cut to what the observation budget leaves beside the frame it will stand in; a cut is counted."""
+        ids = self.tools.encode(text)
+        limit = max(0, self.tools.budget.max_observation_tokens - len(self.tools.encode(frame)))
+        if len(ids) <= limit:
+            return text
+        self.trajectory.truncations[Truncation.OBSERVATION] += 1
+        return self.tools.decode(ids[:limit]).rstrip("\ufffd")
+
+    def inform(self, text: str) -> list[int]:
+        """Record text that the model is shown next; return its ids."""
+        ids = self.tools.encode(text)
+        self.trajectory.segments.append(Segment(SegmentKind.INFORMATION, ids, text))
+        return ids
 
 
 class Method(ABC):
@@ -88,8 +107,9 @@ class Method(ABC):
 
     Class attributes: `name` (of the command line), `title` (of tables), `source` (the citation),
     `uses_retriever`, `default_template` (the first prompt), `further_prompts` (its other texts, by name),
-    `stop_strings` (every set that it asks the toolbox's `generator` for), `revision` (a number to raise whenever the
-    same texts of a model come to another answer: runs of different revisions are not compared).
+    `stop_strings` (every set that its scripts ask for), `marks` (strings of its own that carry meaning in what the
+    model writes), `revision` (a number to raise whenever the same texts of a model come to another answer: runs of
+    different revisions are not compared).
 
     Args:
         template: takes the place of `default_template`; must hold the same placeholders.
@@ -104,9 +124,10 @@ class Method(ABC):
     source: ClassVar[str]
     uses_retriever: ClassVar[bool]
     revision: ClassVar[int] = 1
-    default_template: ClassVar[str]
-    further_prompts: ClassVar[dict[str, str]] = {}
-    stop_strings: ClassVar[tuple[tuple[str, ...], ...]]
+    default_template: str
+    further_prompts: Mapping[str, str] = {}
+    stop_strings: tuple[tuple[str, ...], ...]
+    marks: tuple[str, ...] = ()
 
     def __init__(self, template: str | None = None, further: Mapping[str, str] | None = None) -> None:
         if unknown := dict(further or {}).keys() - self.further_prompts.keys():
@@ -128,7 +149,7 @@ class Method(ABC):
 
     @property
     def prompt_sha256(self) -> str:
-        """Hash of `prompts` and stop strings, for the protocol card."""
+        """Hash of `prompts` and stop strings, for the run's card."""
         content = {"prompts": self.prompts, "stop_strings": self.stop_strings}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -147,14 +168,29 @@ class Method(ABC):
         """
         if self.uses_retriever and toolbox.retriever is None:
             raise ValueError(f"the method {self.name} searches, but no retriever was given; name one")
-        return self._run(questions, toolbox) if questions else []
+        attempts = [Attempt(question, toolbox) for question in questions]
+        driver = Driver(
+            toolbox.generator,
+            {tool.spec.name: tool for tool in self.tools(toolbox)},
+            toolbox.tokenizer,
+            toolbox.budget,
+            stop_sets=self.stop_strings,
+            stream=toolbox.stream,
+            marks=self.marks,
+            seconds=toolbox.seconds,
+        )
+        scripts = self.scripts(attempts, toolbox)
+        driver.run([(script, attempt.trajectory) for script, attempt in zip(scripts, attempts, strict=True)])
+        return [attempt.trajectory for attempt in attempts]
+
+    def tools(self, toolbox: Toolbox) -> list[Tool]:
+        """What its scripts may call."""
+        return make_tools(["search"], toolbox.retriever, toolbox.budget.top_k) if self.uses_retriever else []
+
+    def scripts(self, attempts: Sequence[Attempt], toolbox: Toolbox) -> list[Script]:
+        """One script for each attempt."""
+        return [self.script(attempt) for attempt in attempts]
 
     @abstractmethod
-    def _run(self, questions: Sequence[Question], toolbox: Toolbox) -> list[Trajectory]: ...
-
-
-def unanswered(prompt_ids: Sequence[int], cause: Truncation) -> Trajectory:
-    """What becomes of a question that the model cannot even be asked."""
-    trajectory = Trajectory(prompt_ids=list(prompt_ids), done=True)
-    trajectory.truncations[cause] += 1
-    return trajectory
+    def script(self, attempt: Attempt) -> Script:
+        """Work on one question: set `prompt_ids` and, where there is one, `answer` of `attempt.trajectory`."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from rex_rag.protocols.search_r1 import ANSWER_TAGS, THINK_TAGS
+from rex_rag.protocols.inert import ANSWER_TAGS, THINK_TAGS
 
-# From the last opening tag before the closing one, as `rex_rag.protocols.search_r1.parse_action` reads it.
+# From the last opening tag before the closing one, as protocols read it.
 _TAGGED = re.compile(
     f"{ANSWER_TAGS[0]}((?:(?!{ANSWER_TAGS[0]}).)*?){ANSWER_TAGS[1]}",
     re.DOTALL,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from rex_rag.evaluation.methods.base import Attempt, Method
 from rex_rag.evaluation.methods.extraction import announced_answer, announces_only
 from rex_rag.evaluation.methods.prompt_texts import IRCOT
-from rex_rag.evaluation.methods.script import Desk, Generate, Script, ScriptMethod, Search
-from rex_rag.protocols.search_r1 import make_inert
+from rex_rag.protocols.inert import make_inert
+from rex_rag.rollout.script import Generate, Script, search
 from rex_rag.types import Passage, Truncation
 
 # Trivedi et al., section 4.1: at most 15 paragraphs, since more does not fit the models' contexts.
@@ -43,7 +44,7 @@ def render_paragraphs(passages: Iterable[Passage], forbidden: Iterable[str]) -> 
     )
 
 
-class IRCoT(ScriptMethod):
+class IRCoT(Method):
     """Search with the question; then in turn a sentence, and a search with it, until a sentence begins the answer.
 
     All paragraphs found so far, each once, stand before the question; the sentences so far follow as the model's own,
@@ -62,52 +63,52 @@ class IRCoT(ScriptMethod):
     default_template = IRCOT
     stop_strings = ((), SENTENCE_STOPS)
 
-    def script(self, desk: Desk) -> Script:
-        desk.trajectory.prompt_ids = self._prompt(desk, "")
+    def script(self, attempt: Attempt) -> Script:
+        attempt.trajectory.prompt_ids = self._prompt(attempt, "")
         known: set[str] = set()
         shown: list[str] = []
         thoughts: list[int] = []
         read = 0  # characters of the thoughts that were searched with
-        query = desk.question.question.strip()
-        for _ in range(desk.tools.budget.max_turns):
-            found = yield Search(query)
-            self._show(desk, found, known, shown)
-            prompt = self._prompt(desk, "\n\n".join(shown))
-            left = desk.tools.budget.max_turn_tokens
+        query = attempt.question.question.strip()
+        for _ in range(attempt.tools.budget.max_turns):
+            [found] = yield search(query)
+            self._show(attempt, found.passages, known, shown)
+            prompt = self._prompt(attempt, "\n\n".join(shown))
+            left = attempt.tools.budget.max_turn_tokens
             while True:
                 written = yield Generate(prompt + thoughts, SENTENCE_STOPS, left)
                 thoughts += written.ids
                 left -= len(written.ids)
-                rest = desk.tools.decode(thoughts)[read:]
+                rest = attempt.tools.decode(thoughts)[read:]
                 cut = first_sentence(rest)
                 if cut is not None or written.ended or written.truncation:
                     break
                 if left <= 0:  # stopped at an abbreviation with the very last token
-                    desk.trajectory.truncations[Truncation.TURN] += 1
+                    attempt.trajectory.truncations[Truncation.TURN] += 1
                     break
             query, length = cut if cut is not None else (rest.strip(), len(rest))
             read += length
-            desk.trajectory.answer = announced_answer(query)
-            if desk.trajectory.answer is not None or not query or written.truncation is Truncation.SEQUENCE:
+            attempt.trajectory.answer = announced_answer(query)
+            if attempt.trajectory.answer is not None or not query or written.truncation is Truncation.SEQUENCE:
                 return
-        written = yield Generate(self._prompt(desk, "\n\n".join(shown)) + thoughts)
-        rest = desk.tools.decode(thoughts + written.ids)[read:]
+        written = yield Generate(self._prompt(attempt, "\n\n".join(shown)) + thoughts)
+        rest = attempt.tools.decode(thoughts + written.ids)[read:]
         while (cut := first_sentence(rest)) is not None and announced_answer(cut[0]) is None:
             rest = rest[cut[1] :]
-        desk.trajectory.answer = announced_answer(cut[0] if cut is not None else rest)
+        attempt.trajectory.answer = announced_answer(cut[0] if cut is not None else rest)
 
-    def _prompt(self, desk: Desk, passages: str) -> list[int]:
-        return desk.tools.encode_chat(self.prompt_text(desk.question, passages=passages))
+    def _prompt(self, attempt: Attempt, passages: str) -> list[int]:
+        return attempt.tools.encode_chat(self.prompt_text(attempt.question, passages=passages))
 
-    def _show(self, desk: Desk, found: list[Passage], known: set[str], shown: list[str]) -> None:
+    def _show(self, attempt: Attempt, found: Sequence[Passage], known: set[str], shown: list[str]) -> None:
         """Add the paragraphs that are new to those shown."""
         new = [passage for passage in found if passage.id not in known]
         room = MAX_PARAGRAPHS - len(known)
         if len(new) > room:
-            desk.trajectory.truncations[Truncation.OBSERVATION] += 1
+            attempt.trajectory.truncations[Truncation.OBSERVATION] += 1
             new = new[:room]
         if new:
             known.update(passage.id for passage in new)
-            block = desk.within_observation(render_paragraphs(new, desk.tools.control_tokens))
-            desk.inform(block)
+            block = attempt.within_observation(render_paragraphs(new, attempt.tools.control_tokens))
+            attempt.inform(block)
             shown.append(block)

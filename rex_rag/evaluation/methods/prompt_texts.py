@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from rex_rag.evaluation.records import Question
-from rex_rag.protocols.search_r1 import escape_tokens
+from rex_rag.protocols.inert import escape_tokens
 
 # A multiple-choice question, for every method: what takes the place of `{question}`.
 CHOICES = "{question}\nChoices:\n{choices}\nAnswer with the letter of the right choice alone."

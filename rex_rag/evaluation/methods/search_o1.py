@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import ClassVar
 
+from rex_rag.evaluation.methods.base import Attempt, Method
 from rex_rag.evaluation.methods.extraction import boxed_answer
 from rex_rag.evaluation.methods.prompt_texts import (
     SEARCH_O1,
@@ -15,8 +16,8 @@ from rex_rag.evaluation.methods.prompt_texts import (
     SEARCH_O1_REPEATED,
     fill,
 )
-from rex_rag.evaluation.methods.script import Desk, Generate, Script, ScriptMethod, Search
-from rex_rag.protocols.search_r1 import make_inert, render_passages
+from rex_rag.protocols.inert import make_inert
+from rex_rag.rollout.script import Generate, Script, search
 from rex_rag.types import Truncation
 
 QUERY_MARKS = ("<|begin_search_query|>", "<|end_search_query|>")
@@ -55,7 +56,7 @@ def condensed_information(text: str) -> str:
     return found or SEARCH_O1_NOTHING
 
 
-class SearchO1(ScriptMethod):
+class SearchO1(Method):
     r"""One chain of reasoning with searches between special strings, and a side prompt that reads the documents.
 
     A turn ends behind a query, at the end of the model's message, or at the token limit (the next turn goes on where
@@ -81,9 +82,11 @@ class SearchO1(ScriptMethod):
     stop_strings = ((), (QUERY_MARKS[1],))
     marks = (*QUERY_MARKS, *RESULT_MARKS)
 
-    def script(self, desk: Desk) -> Script:
-        budget, trajectory = desk.tools.budget, desk.trajectory
-        trajectory.prompt_ids = desk.tools.encode_chat(self.prompt_text(desk.question, searches=str(budget.max_turns)))
+    def script(self, attempt: Attempt) -> Script:
+        budget, trajectory = attempt.tools.budget, attempt.trajectory
+        trajectory.prompt_ids = attempt.tools.encode_chat(
+            self.prompt_text(attempt.question, searches=str(budget.max_turns))
+        )
         chain = list(trajectory.prompt_ids)
         fresh: list[int] = []  # ids of the model's since the last insertion
         said, quoted = "", ""  # the chain's text: the model's alone, and with what was inserted
@@ -92,7 +95,7 @@ class SearchO1(ScriptMethod):
             written = yield Generate(chain, (QUERY_MARKS[1],))
             chain += written.ids
             fresh += written.ids
-            text = desk.tools.decode(fresh)
+            text = attempt.tools.decode(fresh)
             query = _QUERY.search(text)
             last = turn == budget.max_turns + 1 or written.truncation is Truncation.SEQUENCE
             # Kept at once: a chain that runs out of room behind a search ends where it is.
@@ -113,30 +116,32 @@ class SearchO1(ScriptMethod):
                 result = SEARCH_O1_REPEATED
             else:
                 asked.add(content)
-                found = yield Search(content)
-                side = yield Generate(self._reading_prompt(desk, quoted, content, found))
+                [found] = yield search(content)
+                side = yield Generate(self._reading_prompt(attempt, quoted, content, found.text))
                 result = condensed_information(side.text)
-            result, ids = self._insert(desk, result)
+            result, ids = self._insert(attempt, result)
             quoted += result
             chain += ids
 
-    def _forbidden(self, desk: Desk) -> tuple[str, ...]:
-        return (*desk.tools.control_tokens, *QUERY_MARKS, *RESULT_MARKS)
+    def _forbidden(self, attempt: Attempt) -> tuple[str, ...]:
+        return (*attempt.tools.control_tokens, *QUERY_MARKS, *RESULT_MARKS)
 
-    def _reading_prompt(self, desk: Desk, quoted: str, query: str, found: list) -> list[int]:
+    def _reading_prompt(self, attempt: Attempt, quoted: str, query: str, found: str) -> list[int]:
         """The reason-in-documents prompt. The model's words are quoted in it, control tokens made inert."""
-        documents = desk.within_observation(render_passages(found, self._forbidden(desk)))
-        return desk.tools.encode_chat(
+        documents = attempt.within_observation(make_inert(found, self._forbidden(attempt)))
+        return attempt.tools.encode_chat(
             fill(
                 SEARCH_O1_DOCUMENTS,
-                reasoning=make_inert(condense_reasoning(quoted), desk.tools.control_tokens),
-                query=make_inert(query, desk.tools.control_tokens),
+                reasoning=make_inert(condense_reasoning(quoted), attempt.tools.control_tokens),
+                query=make_inert(query, attempt.tools.control_tokens),
                 documents=documents,
             )
         )
 
-    def _insert(self, desk: Desk, result: str) -> tuple[str, list[int]]:
+    def _insert(self, attempt: Attempt, result: str) -> tuple[str, list[int]]:
         """Record the result between its marks, cut so that both fit the observation budget; return text and ids."""
-        body = desk.within_observation(make_inert(result, self._forbidden(desk)), frame=RESULT_HEAD + RESULT_TAIL)
+        body = attempt.within_observation(
+            make_inert(result, self._forbidden(attempt)), frame=RESULT_HEAD + RESULT_TAIL
+        )
         text = RESULT_HEAD + body + RESULT_TAIL
-        return text, desk.inform(text)
+        return text, attempt.inform(text)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from rex_rag.evaluation.methods.base import Attempt, Method
 from rex_rag.evaluation.methods.extraction import announced_answer, bare_answer, behind_thoughts, tagged_answer
 from rex_rag.evaluation.methods.prompt_texts import CHAIN_OF_THOUGHT, DIRECT, RETRIEVE_ONCE, THINK_AND_ANSWER
-from rex_rag.evaluation.methods.script import Desk, Generate, Script, ScriptMethod, Search
-from rex_rag.protocols.search_r1 import ANSWER_TAGS, render_passages
+from rex_rag.protocols.inert import ANSWER_TAGS, make_inert
+from rex_rag.rollout.script import Generate, Script, search
 
 
-class Direct(ScriptMethod):
+class Direct(Method):
     """The answer at once. It is the first line the model writes (or what it put into answer tags)."""
 
     name = "direct"
@@ -18,14 +19,14 @@ class Direct(ScriptMethod):
     default_template = DIRECT
     stop_strings = ((),)
 
-    def script(self, desk: Desk) -> Script:
-        prompt = desk.tools.encode_chat(self.prompt_text(desk.question))
-        desk.trajectory.prompt_ids = prompt
+    def script(self, attempt: Attempt) -> Script:
+        prompt = attempt.tools.encode_chat(self.prompt_text(attempt.question))
+        attempt.trajectory.prompt_ids = prompt
         written = yield Generate(prompt)
-        desk.trajectory.answer = bare_answer(written.text)
+        attempt.trajectory.answer = bare_answer(written.text)
 
 
-class ChainOfThought(ScriptMethod):
+class ChainOfThought(Method):
     """Reasoning, then the answer: what follows the last "So the answer is:", looked for behind the thoughts of a
     reasoning model before it is in them (or what it put into answer tags)."""
 
@@ -37,17 +38,17 @@ class ChainOfThought(ScriptMethod):
     default_template = CHAIN_OF_THOUGHT
     stop_strings = ((),)
 
-    def script(self, desk: Desk) -> Script:
-        prompt = desk.tools.encode_chat(self.prompt_text(desk.question))
-        desk.trajectory.prompt_ids = prompt
+    def script(self, attempt: Attempt) -> Script:
+        prompt = attempt.tools.encode_chat(self.prompt_text(attempt.question))
+        attempt.trajectory.prompt_ids = prompt
         written = yield Generate(prompt)
         text = written.text
-        desk.trajectory.answer = (
+        attempt.trajectory.answer = (
             tagged_answer(text) or announced_answer(behind_thoughts(text)) or announced_answer(text)
         )
 
 
-class RetrieveOnce(ScriptMethod):
+class RetrieveOnce(Method):
     """Search with the question, answer from what was found. The answer is read as in `Direct`.
 
     `prompt_ids` is the whole prompt, passages included; the INFORMATION segment repeats them for people to read.
@@ -60,17 +61,17 @@ class RetrieveOnce(ScriptMethod):
     default_template = RETRIEVE_ONCE
     stop_strings = ((),)
 
-    def script(self, desk: Desk) -> Script:
-        found = yield Search(desk.question.question.strip())
-        passages = desk.within_observation(render_passages(found, desk.tools.control_tokens))
-        desk.inform(passages)
-        prompt = desk.tools.encode_chat(self.prompt_text(desk.question, passages=passages))
-        desk.trajectory.prompt_ids = prompt
+    def script(self, attempt: Attempt) -> Script:
+        [found] = yield search(attempt.question.question.strip())
+        passages = attempt.within_observation(make_inert(found.text, attempt.tools.control_tokens))
+        attempt.inform(passages)
+        prompt = attempt.tools.encode_chat(self.prompt_text(attempt.question, passages=passages))
+        attempt.trajectory.prompt_ids = prompt
         written = yield Generate(prompt)
-        desk.trajectory.answer = bare_answer(written.text)
+        attempt.trajectory.answer = bare_answer(written.text)
 
 
-class R1(ScriptMethod):
+class R1(Method):
     """A model trained to think and answer without searching. The answer is the first complete `<answer>`."""
 
     name = "r1"
@@ -80,8 +81,8 @@ class R1(ScriptMethod):
     default_template = THINK_AND_ANSWER
     stop_strings = ((ANSWER_TAGS[1],),)
 
-    def script(self, desk: Desk) -> Script:
-        prompt = desk.tools.encode_chat(self.prompt_text(desk.question))
-        desk.trajectory.prompt_ids = prompt
+    def script(self, attempt: Attempt) -> Script:
+        prompt = attempt.tools.encode_chat(self.prompt_text(attempt.question))
+        attempt.trajectory.prompt_ids = prompt
         written = yield Generate(prompt, stop=(ANSWER_TAGS[1],))
-        desk.trajectory.answer = tagged_answer(written.text)
+        attempt.trajectory.answer = tagged_answer(written.text)

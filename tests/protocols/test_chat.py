@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from parts import PASSAGES, make_bpe_tokenizer, make_tiny_model
+from parts import PASSAGES, build_prompt, make_bpe_tokenizer, make_tiny_model
 
 from rex_rag.evaluation.methods import METHODS, Toolbox, make_method
 from rex_rag.evaluation.records import Question
-from rex_rag.models.chat import carry_settings, encode_chat, template_settings, warn_of_unread
-from rex_rag.protocols.search_r1 import build_prompt, control_tokens
+from rex_rag.protocols.chat import carry_settings, encode_chat, template_settings, warn_of_unread
+from rex_rag.protocols.inert import control_tokens
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.training.config import REXRAGConfig
 from rex_rag.training.trainer import REXRAGTrainer

@@ -87,15 +87,19 @@ def _jinja(value: Any) -> str:
     return json.dumps(value)
 
 
-def encode_chat(
+def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, str]],
     settings: Mapping[str, Any] | str | None = None,
-) -> list[int]:
-    """The prompt ids of a conversation, up to where the model's turn begins.
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    tokenize: bool = False,
+) -> str | list[int]:
+    """A conversation up to where the model's turn begins, as text or as ids.
 
     Args:
         settings: `chat_template_kwargs`.
+        tools: schemas that the template shows.
 
     Raises:
         ValueError: for a tokenizer without a chat template, or with a broken one.
@@ -109,13 +113,28 @@ def encode_chat(
 
     try:
         return tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=False, **template_settings(settings)
+            list(messages),
+            tools=list(tools) if tools else None,
+            add_generation_prompt=True,
+            tokenize=tokenize,
+            return_dict=False,
+            **template_settings(settings),
         )
     except TemplateError as error:
         raise ValueError(
             f"the chat template of the tokenizer {tokenizer.name_or_path!r} cannot be rendered "
             f"({type(error).__name__}: {error}); repair it, or fetch the tokenizer again"
         ) from error
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    settings: Mapping[str, Any] | str | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> list[int]:
+    """The prompt ids of a conversation; arguments and errors as for `render_chat`."""
+    return render_chat(tokenizer, messages, settings, tools, tokenize=True)
 
 
 def policy_tokenizer(model: str | PreTrainedModel, args: GRPOConfig) -> PreTrainedTokenizerBase:
