@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rex_rag.models.files import HUB_NAME
 from rex_rag.protocols import Protocol, make_protocol
 from rex_rag.rollout.agent import Agent
 from rex_rag.rollout.script import RolloutBudget
@@ -76,6 +77,8 @@ def _find(model: str, revision: str | None) -> Path | None:
     if Path(model).is_dir():
         path = Path(model) / AGENT_FILE
         return path if path.is_file() else None
+    if not HUB_NAME.fullmatch(model):
+        return None
     from transformers.utils import cached_file
 
     found = cached_file(

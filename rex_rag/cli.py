@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag import __version__
-from rex_rag.commands import coverage, evaluate, pictures, report, retrieval
+from rex_rag.commands import ask, coverage, evaluate, pictures, report, retrieval
 from rex_rag.commands.sections import describe_unknown
 from rex_rag.commands.terminal import EXPECTED_ERROR, one_line, positive
 from rex_rag.support.wording import counted
@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, (_, help_text) in _FORWARDED.items():
         commands.add_parser(name, help=help_text, add_help=False)
+    ask.add_ask(commands)
     retrieval.add_search(commands)
     retrieval.add_bench(commands)
     report.add_report(commands)

@@ -47,7 +47,9 @@ def timed_run(
     batch_size: int,
 ) -> tuple[float, list[Prediction]]:
     """Seconds of one whole run, and its predictions."""
-    method = make_method(arguments.method, arguments.prompt_text(), arguments.further_texts())
+    method = make_method(
+        arguments.method, arguments.prompt_text(), arguments.further_texts(), **arguments.method_options()
+    )
     card = protocol_card(
         method=method,
         model=model.describe(),

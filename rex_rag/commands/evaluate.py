@@ -122,7 +122,9 @@ def run_evaluation(
     from rex_rag.models.language_model import check_files, check_name, open_model, stored_max_length
     from rex_rag.protocols.chat import warn_of_unread
 
-    method = make_method(arguments.method, arguments.prompt_text(), arguments.further_texts())
+    method = make_method(
+        arguments.method, arguments.prompt_text(), arguments.further_texts(), **arguments.method_options()
+    )
     if method.uses_retriever and not search.is_given:
         raise ValueError(
             f"the method {method.name} searches, but no retriever is named; set retriever (an index directory, a "
@@ -132,6 +134,8 @@ def run_evaluation(
     check_name(options)
     check_files(options)
     is_first = shard.index == 0
+    if arguments.differences and is_first:
+        say(f"not as the model was trained (agent.json): {'; '.join(arguments.differences)}")
     benchmarks = load_benchmarks(arguments, say if is_first else lambda line: None)
     output = Path(arguments.output)
     make_card = partial(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rex_rag.agent import AgentSettings
 from rex_rag.evaluation.benchmarks import benchmark_specs
+from rex_rag.evaluation.methods import AGENTS
 from rex_rag.models.endpoint import DEFAULT_KEY_VARIABLE, EndpointOptions, check_endpoint_url
 from rex_rag.models.language_model import BACKENDS, ENDPOINT, TRANSFORMERS, VLLM, ModelOptions
 from rex_rag.protocols.chat import read_settings
@@ -15,6 +17,7 @@ from rex_rag.retrieval.load import BM25, RetrieverArguments
 from rex_rag.rollout.script import RolloutBudget
 
 AUTO = "auto"
+SCHEDULES = ("auto", "lock_step")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _COUNTS = (
     "samples",
@@ -28,7 +31,6 @@ _COUNTS = (
     "endpoint_attempts",
     "endpoint_concurrency",
 )
-_BUDGET = RolloutBudget()
 _POSITIVE_NUMBERS = ("endpoint_timeout", "wait_minutes")
 
 
@@ -108,19 +110,27 @@ class EvaluationArguments:
             '{"enable_thinking": false} for Qwen3.'
         },
     )
-    top_k: int = field(default=_BUDGET.top_k, metadata={"help": "Passages a search."})
-    max_turns: int = field(
-        default=_BUDGET.max_turns, metadata={"help": "Turns that may search; one last generation follows."}
+    protocol: str | None = field(
+        default=None, metadata={"help": "How a search agent acts: search_r1, tool_calls, or module:Class."}
     )
-    max_turn_tokens: int = field(
-        default=_BUDGET.max_turn_tokens, metadata={"help": "Longest generation of a turn, in tokens."}
+    agent_tools: list[str] | None = field(
+        default=None, metadata={"help": "What a search agent may call: search, read, or module:function."}
     )
-    max_observation_tokens: int = field(
-        default=_BUDGET.max_observation_tokens,
+    schedule: str = field(
+        default=AUTO,
+        metadata={"help": "auto streams through vllm and endpoints; lock_step sends whole batches, turn by turn."},
+    )
+    top_k: int | None = field(default=None, metadata={"help": "Passages a search."})
+    max_turns: int | None = field(
+        default=None, metadata={"help": "Turns that may search; one last generation follows."}
+    )
+    max_turn_tokens: int | None = field(default=None, metadata={"help": "Longest generation of a turn, in tokens."})
+    max_observation_tokens: int | None = field(
+        default=None,
         metadata={"help": "Longest observation, in tokens, tags included."},
     )
-    max_sequence_length: int = field(
-        default=_BUDGET.max_sequence_length, metadata={"help": "Prompt and completion in all, in tokens."}
+    max_sequence_length: int | None = field(
+        default=None, metadata={"help": "Prompt and completion in all, in tokens."}
     )
     judge_endpoint: str | None = field(
         default=None,
@@ -140,6 +150,7 @@ class EvaluationArguments:
 
     def __post_init__(self) -> None:
         self.benchmarks = benchmark_specs(self.benchmarks)
+        self._take_agent_settings()
         for name in ("temperature", "gpu_memory_utilization", *_POSITIVE_NUMBERS):
             value = getattr(self, name)
             if isinstance(value, int) and not isinstance(value, bool):
@@ -151,6 +162,37 @@ class EvaluationArguments:
             problems.append(str(error))
         if problems:
             raise ValueError("; ".join(problems))
+
+    def _take_agent_settings(self) -> None:
+        """Fill what is left open from the model's agent.json, for a search agent that has one, or by the defaults.
+
+        `differences` then says where a flag is not what the model was trained with.
+        """
+        where = self.tokenizer or self.model
+        has_folder = self.chosen_backend != ENDPOINT or (where is not None and Path(where).is_dir())
+        self._agent = None
+        if self.method in AGENTS and self.model and has_folder:
+            self._agent = AgentSettings.load(
+                self.model if self.chosen_backend != ENDPOINT else where, self.model_revision
+            )
+        agent = self._agent or AgentSettings()
+        known = {"protocol": agent.protocol, "agent_tools": list(agent.tools), **asdict(agent.budget)}
+        self.differences: list[str] = []
+        for name, value in known.items():
+            given = getattr(self, name)
+            if given is None:
+                setattr(self, name, value)
+            elif self._agent is not None and given != value:
+                self.differences.append(f"{name} is {given} here, {value} in training")
+        if self._agent is not None:
+            for name, trained in (("prompt_template", agent.template), ("feedback_text", agent.feedback)):
+                given = getattr(self, name)
+                if given is not None and Path(given).is_file() and Path(given).read_text(encoding="utf-8") != trained:
+                    self.differences.append(f"{name} is another text here than in training")
+
+    def method_options(self) -> dict[str, Any]:
+        """What `make_method` is given beside the texts: a search agent's protocol and tools."""
+        return {"protocol": self.protocol, "tools": self.agent_tools} if self.method in AGENTS else {}
 
     @property
     def chosen_backend(self) -> str:
@@ -195,6 +237,7 @@ class EvaluationArguments:
             gpu_memory_utilization=self.gpu_memory_utilization,
             tensor_parallel_size=self.tensor_parallel_size,
             enforce_eager=self.enforce_eager,
+            schedule=self.schedule,
             process=process,
         )
 
@@ -213,12 +256,15 @@ class EvaluationArguments:
 
     def prompt_text(self) -> str | None:
         """The text of `prompt_template`, `None` for the method's own."""
-        return None if self.prompt_template is None else Path(self.prompt_template).read_text(encoding="utf-8")
+        if self.prompt_template is None:
+            return self._agent.template if self._agent is not None else None
+        return Path(self.prompt_template).read_text(encoding="utf-8")
 
     def further_texts(self) -> dict[str, str]:
         """What takes the place of the method's further prompts, by name."""
         if self.feedback_text is None:
-            return {}
+            trained = self._agent.feedback if self._agent is not None else None
+            return {} if trained is None else {"feedback": trained}
         return {"feedback": Path(self.feedback_text).read_text(encoding="utf-8")}
 
     def _missing(self) -> Iterator[str]:
@@ -252,6 +298,8 @@ class EvaluationArguments:
             yield f"samples={self.samples} at temperature 0 are all equal; set a temperature, for example 1.0"
         if not isinstance(self.gpu_memory_utilization, float) or not 0 < self.gpu_memory_utilization <= 1:
             yield f"gpu_memory_utilization={self.gpu_memory_utilization!r}; it must be above 0 and at most 1"
+        if self.schedule not in SCHEDULES:
+            yield f"schedule={self.schedule!r}; it must be one of {', '.join(SCHEDULES)}"
         if self.dtype not in DTYPES:
             yield f"dtype={self.dtype!r}; it must be one of {', '.join(DTYPES)}"
         names = [_name(entry) for entry in self.benchmarks]

@@ -134,6 +134,7 @@ class EvaluationRun:
         self._toolbox = Toolbox(
             tokenizer=self.model.tokenizer,
             generator=self.model.generator,
+            stream=self.model.stream,
             retriever=self.retriever,
             budget=self.budget,
             chat_template_kwargs=self.model.options.chat_template_kwargs,

@@ -25,7 +25,7 @@ from rex_rag.models.identity import TokenizerFiles, model_identity, tokenizer_sh
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rex_rag.models.generation import Generation, Generator
+    from rex_rag.models.generation import Generation, Generator, Stream
 
 TRANSFORMERS, VLLM, ENDPOINT = "transformers", "vllm", "endpoint"
 BACKENDS = (TRANSFORMERS, VLLM, ENDPOINT)
@@ -46,7 +46,8 @@ class ModelOptions:
     device: for transformers; default, this process's GPU if there is one. max_length: prompt and completion in tokens,
     as vLLM reserves room for them. temperature: 0 decodes greedily. chat_template_kwargs: what its chat template is
     rendered with. enforce_eager: vLLM compiles nothing, which starts
-    sooner and runs slower. process: number of this process on its machine.
+    sooner and runs slower. schedule: `auto` streams through vLLM and endpoints, `lock_step` sends whole batches.
+    process: number of this process on its machine.
     """
 
     name: str
@@ -63,6 +64,7 @@ class ModelOptions:
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
     enforce_eager: bool = False
+    schedule: str = "auto"
     process: int = 0
 
 
@@ -89,6 +91,11 @@ class LanguageModel(ABC):
         """The longest prompt and completion together that the model takes, in tokens, where that is known."""
         return None
 
+    @property
+    def stream(self) -> Stream | None:
+        """The engine to stream through; `None` for one that takes whole batches only."""
+        return None
+
     def start_batch(self, *key: object) -> None:
         """Seed the draws of what follows from the run's seed and this key."""
         self._key = key
@@ -106,6 +113,10 @@ class LanguageModel(ABC):
     def close(self) -> None:
         """Give memory and connections back."""
         self._generators.clear()
+
+    def key_seed(self, key: tuple[int, ...]) -> int:
+        """The seed of a streamed row: it does not depend on what is under way beside it."""
+        return derived_seed(self.options.seed, *self._key, "stream", *key)
 
     def row_seed(self, row: int) -> int:
         """The seed of a row of the current call."""
@@ -232,6 +243,20 @@ class VLLMModel(_EngineModel):
         self._longest = config.max_model_len
         self._dtype = _plain(config.dtype)
         self._end_ids = end_token_ids(self.tokenizer, config.try_get_generation_config())
+
+    @property
+    def stream(self) -> Stream | None:
+        from rex_rag.models.vllm_stream import VLLMStream
+
+        if self.options.schedule == "lock_step":
+            return None
+        return VLLMStream(
+            lambda: contextlib.nullcontext(self._engine),
+            temperature=self.options.temperature,
+            max_length=self._longest,
+            end_ids=self._end_ids,
+            seed=self.key_seed,
+        )
 
     def close(self) -> None:
         super().close()

@@ -39,6 +39,7 @@ _CHOICES = {
     "probe_filter": ("likelihood", "random", "none"),
     "probe_density": ("exact", "coarse"),
     "keep_ratio_schedule": ("constant", "accuracy_ema"),
+    "rollout_schedule": ("auto", "lock_step"),
 }
 
 
@@ -105,6 +106,10 @@ class REXRAGConfig(GRPOConfig):
             What the model may call: `search`, `read`, or a function of your own as `module:function`.
         explorer (`str`, *optional*, defaults to `"pool"`):
             What proposes probes, see [`~rex_rag.probes.EXPLORERS`]; or a class of your own as `module:Class`.
+        rollout_schedule (`str`, *optional*, defaults to `"auto"`):
+            `"auto"` streams where the engine is this process's own (colocated vLLM): a trajectory goes on as soon as
+            its own search is back. `"lock_step"` runs all trajectories turn by turn, as engines that are shared by
+            processes need in any case.
         prompt_template (`str` or `None`, *optional*):
             Text file with the prompt; `{question}` marks the place of the question. `None` uses the protocol's.
         feedback_text (`str` or `None`, *optional*):
@@ -212,6 +217,10 @@ class REXRAGConfig(GRPOConfig):
     )
     explorer: str = field(
         default="pool", metadata={"help": f"What proposes probes: {', '.join(EXPLORERS)}, or module:Class."}
+    )
+    rollout_schedule: str = field(
+        default="auto",
+        metadata={"help": "How rollouts are run together.", "choices": list(_CHOICES["rollout_schedule"])},
     )
     prompt_template: str | None = field(
         default=None, metadata={"help": "Text file with the prompt template; {question} marks the question."}

@@ -25,6 +25,7 @@ from trl.trainer.utils import pad
 
 from rex_rag.answers import exact_match
 from rex_rag.models.generation import TransformersGenerator, VLLMGenerator
+from rex_rag.models.vllm_stream import VLLMStream
 from rex_rag.probes import make_explorer
 from rex_rag.probes.filter import KeepRatio
 from rex_rag.probes.mixed_sampling import MixedBatch, MixedSampler
@@ -203,6 +204,7 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
             self._tokenizer,
             protocol,
             args.rollout_budget(),
+            stream=self._make_stream(protocol.stop_strings),
             chat_template_kwargs=args.chat_template_kwargs,
             max_over_ranks=self._max_over_ranks,
             context_length=args.vllm_max_model_length,
@@ -223,11 +225,45 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
         schemas = self.sampler.agent.protocol.schemas
         return encode_chat(self._tokenizer, prompt, self.args.chat_template_kwargs, schemas)
 
+    def _make_stream(self, stop: tuple[str, ...]) -> VLLMStream | None:
+        """The engine to stream through, where it is this process's own; `None` for lock-step."""
+        own = self.use_vllm and self.vllm_mode == "colocate" and self.vllm_tensor_parallel_size == 1
+        if not own or self.args.rollout_schedule == "lock_step":
+            return None
+        return VLLMStream(
+            self._vllm_engine,
+            temperature=self.temperature,
+            max_length=self.args.vllm_max_model_length,
+            end_ids=self._end_ids(stop),
+            with_logprobs=True,
+        )
+
+    @contextmanager
+    def _vllm_engine(self):
+        """The colocated engine, awake and with the policy's weights; what TRL does around its own generate call."""
+        generation, step = self.vllm_generation, self.state.global_step
+        sleeping = generation.enable_sleep_mode and generation._llm_weights_sleeping
+        if step != self._last_loaded_step or sleeping:
+            generation.sync_weights()
+            self._last_loaded_step = step
+        if generation.enable_sleep_mode:
+            generation.llm.wake_up(tags=["kv_cache"])
+        try:
+            yield generation.llm
+        finally:
+            if generation.enable_sleep_mode:
+                generation.llm.sleep(level=2)
+                generation._llm_weights_sleeping = True
+
+    def _end_ids(self, stop: tuple[str, ...]) -> list[int]:
+        """Ids that end a row. Without stop strings a message's end is all that does, and a base model's chat template
+        may have one that the model does not name."""
+        of_template = [] if stop else self._tokenizer.convert_tokens_to_ids(end_tokens(self._tokenizer))
+        return list(dict.fromkeys([*self.eos_token_ids, *of_template]))
+
     def _make_generator(self, stop: tuple[str, ...]) -> TransformersGenerator | VLLMGenerator:
         """The backend that ends a row behind one of these strings, or where the model ends its message."""
-        ends = list(self.eos_token_ids)
-        if not stop:  # a message's end is then all that ends a turn, and a base model's template has one of its own
-            ends = list(dict.fromkeys([*ends, *self._tokenizer.convert_tokens_to_ids(end_tokens(self._tokenizer))]))
+        ends = self._end_ids(stop)
         if self.use_vllm:
 
             def set_limits(count: int) -> None:

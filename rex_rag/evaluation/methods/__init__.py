@@ -16,7 +16,10 @@ METHODS: dict[str, type[Method]] = {
     method.name: method for method in (Direct, ChainOfThought, RetrieveOnce, IRCoT, SearchO1, R1, SearchR1, REXRAG)
 }
 
-__all__ = ["METHODS", "Method", "Toolbox", "make_method"]
+# Those that were trained, by a protocol.
+AGENTS = tuple(name for name, method in METHODS.items() if issubclass(method, SearchR1))
+
+__all__ = ["AGENTS", "METHODS", "Method", "Toolbox", "make_method"]
 
 
 def make_method(
