@@ -46,8 +46,8 @@ class AgentScript:
         self.protocol = protocol
         self.budget = budget
         self.tokenizer = tokenizer
-        self._settings = chat_template_kwargs
-        self._control_tokens = control_tokens(tokenizer)
+        self.settings = chat_template_kwargs
+        self.control_tokens = control_tokens(tokenizer)
         self._framing = protocol.framing(tokenizer, chat_template_kwargs)
         self._tail_ids = self._encode(self._framing.tail)
         self._body_ids = lru_cache(_KEPT_OBSERVATIONS)(lambda text: tuple(self._encode(text)))
@@ -62,8 +62,8 @@ class AgentScript:
 
     def encode(self, question: str) -> list[int]:
         """The prompt ids of a question, up to where the model's turn begins."""
-        messages = self.protocol.messages(question, self._control_tokens)
-        return encode_chat(self.tokenizer, messages, self._settings, self.protocol.schemas)
+        messages = self.protocol.messages(question, self.control_tokens)
+        return encode_chat(self.tokenizer, messages, self.settings, self.protocol.schemas)
 
     def parse(self, text: str) -> Action | None:
         return self.protocol.parse(text)
@@ -111,7 +111,7 @@ class AgentScript:
         if allowance < self._smallest_observation:
             trajectory.truncations[Truncation.SEQUENCE] += 1
             return False
-        inert = [make_inert(result.text, self._control_tokens, self.protocol.marks) for result in results]
+        inert = [make_inert(result.text, self.control_tokens, self.protocol.marks) for result in results]
         body = self._message_end(trajectory) + self._framing.head + self._framing.between.join(inert)
         ids, kept = list(self._body_ids(body)), allowance - len(self._tail_ids)
         if len(ids) > kept:

@@ -74,15 +74,20 @@ class Driver:
         # A row that only keeps a collective call company; what it says is thrown away.
         self._dummy = tokenizer("?", add_special_tokens=False)["input_ids"][:1]
 
-    def run(self, scripts: Sequence[tuple[Script, Trajectory]]) -> None:
+    def run(
+        self, scripts: Sequence[tuple[Script, Trajectory]], stop_sets: Sequence[tuple[str, ...]] | None = None
+    ) -> None:
         """Run scripts to their end, in place. A collective: every process must call it, with however many it has.
+
+        Args:
+            stop_sets: those of these scripts, where they are not the driver's.
 
         Raises:
             RetrievalError: when a call could not be answered.
         """
         started = time.perf_counter()
         if self._stream is None:
-            for _ in self.rounds(scripts):
+            for _ in self.rounds(scripts, stop_sets):
                 pass
         else:
             _Streaming(self, self._stream, _started(scripts)).run()
@@ -97,9 +102,12 @@ class Driver:
 
     # Lock-step
 
-    def rounds(self, scripts: Sequence[tuple[Script, Trajectory]]) -> Iterator[None]:
+    def rounds(
+        self, scripts: Sequence[tuple[Script, Trajectory]], stop_sets: Sequence[tuple[str, ...]] | None = None
+    ) -> Iterator[None]:
         """Run scripts to their end in lock-step, with a pause after each round of calls, and of generation."""
         running = _started(scripts)
+        sets = self._stop_sets if stop_sets is None else sorted(set(stop_sets))
         while True:
             # All calls first, so that as many scripts as possible wait for the model together.
             while calling := [one for one in running if isinstance(one.wants, Call)]:
@@ -109,7 +117,7 @@ class Driver:
             waiting = [one for one in running if one.wants is not None]
             if self._max_over_ranks(len(waiting)) == 0:
                 return
-            groups = [(stop, [one for one in waiting if one.wants.stop == stop]) for stop in self._stop_sets]
+            groups = [(stop, [one for one in waiting if one.wants.stop == stop]) for stop in sets]
             for stop, group in groups:
                 if rows := self._max_over_ranks(len(group)):
                     self._generate(self.generator(stop), group, rows)

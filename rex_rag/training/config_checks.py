@@ -6,7 +6,10 @@ import math
 from typing import TYPE_CHECKING
 
 from rex_rag.correction.densities import CLIPPED_LOSSES, clip_bound
+from rex_rag.probes import EXPLORERS
+from rex_rag.probes.explorer import Explorer
 from rex_rag.probes.filter import keep_count
+from rex_rag.support.named import choose
 from rex_rag.training.grpo_options import option_warnings
 
 if TYPE_CHECKING:
@@ -54,6 +57,15 @@ def rollout_problems(args: REXRAGConfig) -> list[str]:
             f"max_sequence_length ({args.max_sequence_length}, prompt included); set that one and leave "
             "max_completion_length unset"
         )
+    if args.num_probe_slots and args.explorer not in EXPLORERS and "probe_density" in args.correction_form.reads:
+        try:
+            if not choose(args.explorer, EXPLORERS, Explorer, "explorer").has_density:
+                problems.append(
+                    f"explorer is {args.explorer!r}, whose proposals have no log-probabilities, but correction "
+                    f"{args.correction!r} reads them; use a form that does not, such as 'continuation' or 'none'"
+                )
+        except ValueError as error:
+            problems.append(str(error))
     if args.num_probe_slots and args.loss_type in _ROW_MEAN_LOSSES:
         problems.append(
             f"loss_type is {args.loss_type!r}, which averages over rows, so the rows that level the ranks' counts "

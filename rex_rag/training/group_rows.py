@@ -95,7 +95,7 @@ def describe_rows(slots: Slots, shape: torch.Size, device: torch.device) -> dict
             continue
         row_kinds = torch.tensor(row.kinds, dtype=torch.int8)
         kinds[index, : len(row_kinds)] = row_kinds
-        if row.is_probe:
+        if row.is_probe and row.pool_logprobs is not None:  # a form that reads none takes any explorer
             pool_logps[index, kinds[index] == SegmentKind.PROBE] = torch.tensor(row.pool_logprobs)
     return {
         "segment_kinds": kinds.to(device),

@@ -60,7 +60,7 @@ from rex_rag.training.resuming import ResumableTrainer
 from rex_rag.training.reward_shaping import gate_shaping, log_given_rewards
 from rex_rag.training.rewards import compose_rewards
 from rex_rag.training.rollout_log import RolloutLog
-from rex_rag.types import Segment, SegmentKind, Trajectory
+from rex_rag.types import Trajectory
 
 logger = get_logger(__name__)
 
@@ -213,7 +213,7 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
             refuse_short_server(self.vllm_generation.vllm_client, args)
         return MixedSampler(
             agent,
-            make_explorer(args.explorer, agent, args),
+            make_explorer(args.explorer, agent, args, self._log_probs),
             args.mixed_sampling(),
             score_probes=self._score_probes,
             trained=lambda probe: args.correction_form.trained(probe, agent.script),
@@ -348,32 +348,36 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
         return prompt_ids, completion_ids, tool_mask, completions, logprobs, {}, None, []
 
     def _score_probes(self, probes: Sequence[Trajectory]) -> list[float]:
-        """Mean log pi_old over the `PROBE` tokens of started probes. A collective: ranks score equally many rows."""
-        count = self._max_over_ranks(len(probes))
+        """Mean log pi_old over the `PROBE` tokens of started probes. A collective: see `_log_probs`."""
+        inserted = [probe.segments[-1].ids for probe in probes]
+        contexts = [
+            probe.prompt_ids + probe.completion_ids[: -len(ids)] for probe, ids in zip(probes, inserted, strict=True)
+        ]
+        started = time.perf_counter()
+        scores = [sum(values) / len(values) for values in self._log_probs(contexts, inserted)]
+        self._log("seconds/scoring", time.perf_counter() - started)
+        return scores
+
+    def _log_probs(self, contexts: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """log pi_theta of ids behind contexts, row by row. A collective: processes score equally many rows."""
+        count = self._max_over_ranks(len(ids))
         if count == 0:
             return []
-        pad_id = self._tokenizer.pad_token_id
-        dummy = Trajectory([pad_id], [Segment(SegmentKind.PROBE, [pad_id], "")])
-        rows = [*probes, *[dummy] * (count - len(probes))]
-        started = time.perf_counter()
-        contexts = [torch.tensor(row.prompt_ids + row.completion_ids[: -len(row.segments[-1].ids)]) for row in rows]
-        inserted = [torch.tensor(row.segments[-1].ids) for row in rows]
-        context_ids, context_mask = self._padded(contexts, "left")
-        inserted_ids, inserted_mask = self._padded(inserted, "right")
+        dummies = [[self._tokenizer.pad_token_id]] * (count - len(ids))
+        context_ids, context_mask = self._padded([*contexts, *dummies], "left")
+        scored_ids, scored_mask = self._padded([*ids, *dummies], "right")
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             logps, _, _ = super()._get_per_token_logps_and_entropies(
                 self.model,
-                torch.cat([context_ids, inserted_ids], dim=1),
-                torch.cat([context_mask, inserted_mask], dim=1),
-                inserted_ids.size(1),
+                torch.cat([context_ids, scored_ids], dim=1),
+                torch.cat([context_mask, scored_mask], dim=1),
+                scored_ids.size(1),
                 batch_size=self.args.per_device_train_batch_size,
             )
-        scores = (logps.float() * inserted_mask).sum(dim=1) / inserted_mask.sum(dim=1)
-        result = scores[: len(probes)].tolist()
-        self._log("seconds/scoring", time.perf_counter() - started)
-        return result
+        return [row[: len(own)].tolist() for row, own in zip(logps.float(), ids, strict=False)]
 
-    def _padded(self, rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _padded(self, rows: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = [torch.tensor(row) for row in rows]
         device = self.accelerator.device
         ids = pad(rows, padding_value=self._tokenizer.pad_token_id, padding_side=side).to(device)
         mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side=side).to(device)
