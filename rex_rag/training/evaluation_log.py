@@ -10,13 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset
-from trl import GRPOTrainer
 
 from rex_rag.probes.mixed_sampling import MixedBatch
+from rex_rag.training.grpo_seams import GRPOSeams
 from rex_rag.training.metrics import summarize
 
 
-class EvaluationLog(GRPOTrainer):
+class EvaluationLog(GRPOSeams):
     """A GRPOTrainer whose evaluations can be read: one set does not pass for another, nor for training.
 
     Subclasses leave what they count of evaluation rollouts, over all processes, in `_evaluated`.
@@ -35,12 +35,12 @@ class EvaluationLog(GRPOTrainer):
         rollouts of the same step, and stand in the next step's.
         """
         outer, self._evaluated_as = self._evaluated_as, metric_key_prefix
-        completions, self._logs = self._logs, copy.deepcopy(self._logs)
+        completions, self.completion_table = self.completion_table, copy.deepcopy(self.completion_table)
         self._forget_evaluated()  # what `predict`, or an evaluation that failed, has left
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
-            self._evaluated_as, self._logs = outer, completions
+            self._evaluated_as, self.completion_table = outer, completions
             self._forget_evaluated()
 
     def _evaluation_sets(self) -> dict[str, tuple[int, str]]:
@@ -79,7 +79,7 @@ class EvaluationLog(GRPOTrainer):
         counted per question are worked out over all of them; the parent calls them all `eval_…`, and takes the mean
         over batches, of which the last can be smaller. A figure that nothing was counted for (exact match of probes
         where there were none) is left out; the parent logs `None`, of which tensorboard warns."""
-        for metrics in self._metrics.values():
+        for metrics in self.metric_lists.values():
             for name in [name for name, values in metrics.items() if all(map(math.isnan, values))]:
                 del metrics[name]
         if self.model.training:
@@ -87,19 +87,12 @@ class EvaluationLog(GRPOTrainer):
             return
         for name, value in summarize(self._evaluated).items():
             if not math.isnan(value) and not name.startswith("probes/"):  # evaluation never probes
-                self._metrics["eval"][name] = [value]
+                self.metric_lists["eval"][name] = [value]
         if name := "" if self._evaluated_as == "eval" else self._evaluated_as.removeprefix("eval_"):
-            named = {f"{name}_{key}": values for key, values in self._metrics["eval"].items()}
-            self._metrics["eval"] = defaultdict(list, named)
+            named = {f"{name}_{key}": values for key, values in self.metric_lists["eval"].items()}
+            self.metric_lists["eval"] = defaultdict(list, named)
         wanted, self.log_completions = self.log_completions, False
         try:
             super().log(logs, start_time)
         finally:
             self.log_completions = wanted
-
-    def _log(self, name: str, value: float) -> None:
-        self._metrics["train" if self.model.training else "eval"][name].append(value)
-
-    def _log_all(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._log(name, value)

@@ -128,12 +128,6 @@ def completion_columns(slots: Slots, inputs: Sequence[Mapping], rank: int) -> di
     }
 
 
-def table_columns(logs: Mapping) -> list[deque]:
-    """The columns of TRL's completion table, whose rows are those of the newest generation batch."""
-    columns = [logs["prompt"], logs["completion"], logs["advantages"]]
-    return [*columns, *logs["rewards"].values(), *logs["extra"].values()]
-
-
 def drop_empty_rows(columns: Sequence[deque], empty: Sequence[bool]) -> None:
     """Leave trajectories in the table, and not the slots that no probe filled; in place."""
     for column in columns:

@@ -42,23 +42,23 @@ class RolloutLog(EvaluationLog):
         lengths = [length for part in gathered for length in part[1]]
         summary = summarize(part[0] for part in gathered)
         if training:
-            self._log_all(summary)
+            self.log_metrics(summary)
         else:
             self._evaluated += [part[0] for part in gathered]
-        self._log("completions/mean_length", sum(lengths) / len(lengths))
-        self._log("completions/min_length", min(lengths))
-        self._log("completions/max_length", max(lengths))
+        self.log_metric("completions/mean_length", sum(lengths) / len(lengths))
+        self.log_metric("completions/min_length", min(lengths))
+        self.log_metric("completions/max_length", max(lengths))
         for index, name in enumerate(("generation", "retrieval", "engine")):
-            self._log(f"seconds/{name}", sum(part[3][index] for part in gathered) / len(gathered))
+            self.log_metric(f"seconds/{name}", sum(part[3][index] for part in gathered) / len(gathered))
         if training:
             self.state.num_input_tokens_seen += sum(part[2] for part in gathered)
-            self._log("probes/mixing_share", slots.batch.mixing_share)
-            self._log("probes/failure_rate", slots.batch.failure_rate)
-            self._log("probes/keep_ratio", self._keep_ratio.value)
+            self.log_metric("probes/mixing_share", slots.batch.mixing_share)
+            self.log_metric("probes/failure_rate", slots.batch.failure_rate)
+            self.log_metric("probes/keep_ratio", self._keep_ratio.value)
             self._watch_probes(slots.batch, int(summary["probes/kept"]), int(summary["probes/dropped"]))
             if not math.isnan(summary["em/probes"]):
                 self._keep_ratio.update(summary["em/probes"])
-        self._metrics["train" if training else "eval"]["num_tokens"] = [self.state.num_input_tokens_seen]
+        self.metric_lists["train" if training else "eval"]["num_tokens"] = [self.state.num_input_tokens_seen]
 
     def _watch_probes(self, batch: MixedBatch, kept: int, dropped: int) -> None:
         """Say once where probes take the originals' gradient away, or where the filter or the form drops them all."""

@@ -2,30 +2,24 @@
 
 A question's group has `num_generations` rows: n originals and m probe slots. A slot that stays empty is a row of one
 masked token whose every reward is NaN, which TRL leaves out of the group's mean and std; it is dropped again before
-optimisation. So every process holds equally many rows and TRL does the rest. Data flows one way: `_generate` ->
-`_calculate_rewards` -> `_generate_and_score_completions` -> `compute_loss`.
+optimisation. So every process holds equally many rows and TRL does the rest. Data flows one way: `sample_rows` ->
+`rewarded` -> `scored_batch` -> `before_loss` (`rex_rag.training.corrected_loss`). TRL's private names are in
+`rex_rag.training.grpo_seams`.
 """
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from trl.models import unwrap_model_for_generation
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import pad
 
 from rex_rag.answers import exact_match
-from rex_rag.models.generation import TransformersGenerator, VLLMGenerator
-from rex_rag.models.vllm_stream import VLLMStream
 from rex_rag.probes import make_explorer
 from rex_rag.probes.filter import KeepRatio
 from rex_rag.probes.mixed_sampling import MixedBatch, MixedSampler
@@ -36,7 +30,6 @@ from rex_rag.retrieval.base import Retriever
 from rex_rag.rollout.agent import Agent
 from rex_rag.rollout.books import end_tokens
 from rex_rag.tools import make_tools
-from rex_rag.training.checkpoints import STATE_FILE
 from rex_rag.training.config import REXRAGConfig
 from rex_rag.training.corrected_loss import CorrectedLoss
 from rex_rag.training.dynamic_sampling import DynamicSampler, fresh_questions
@@ -47,9 +40,9 @@ from rex_rag.training.group_rows import (
     drop_empty_rows,
     lay_out,
     live_rows,
-    table_columns,
 )
 from rex_rag.training.grpo_options import refuse_short_server, training_problems, training_warnings
+from rex_rag.training.grpo_seams import SampledRows, timed
 from rex_rag.training.metrics import (
     ratio_metrics,
     ratio_statistics,
@@ -170,8 +163,8 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
         )
         args.reward_weights = given_weights  # `args` is the caller's, and may serve another trainer
         self.chat_template_kwargs = template_settings(args.chat_template_kwargs)
-        warn_of_unread(self._tokenizer, args.chat_template_kwargs)
-        carry_settings(self._tokenizer, args.chat_template_kwargs)
+        warn_of_unread(self.tokenizer, args.chat_template_kwargs)
+        carry_settings(self.tokenizer, args.chat_template_kwargs)
         self.sampler = self._make_sampler(protocol, retriever)
         self._refuse_long_prompts()
         for warning in training_warnings(args, self.train_dataset, self.model):
@@ -197,23 +190,28 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
 
     def _make_sampler(self, protocol: Protocol, retriever: Retriever) -> MixedSampler:
         """The agent, what explores its failures, and the sampler over both."""
-        args = self.args
+        args, end_ids = self.args, list(self.eos_token_ids)
+        if (
+            not protocol.stop_strings
+        ):  # a message's end is all that ends a turn, and a template may have one of its own
+            of_template = self.tokenizer.convert_tokens_to_ids(end_tokens(self.tokenizer))
+            end_ids = list(dict.fromkeys([*end_ids, *of_template]))
         agent = Agent(
-            cache(self._make_generator),
+            cache(lambda stop: self.make_generator(stop, end_ids)),
             make_tools(args.agent_tools, retriever, args.retrieval_top_k),
-            self._tokenizer,
+            self.tokenizer,
             protocol,
             args.rollout_budget(),
-            stream=self._make_stream(protocol.stop_strings),
+            stream=self.make_stream(end_ids) if args.rollout_schedule == "auto" else None,
             chat_template_kwargs=args.chat_template_kwargs,
-            max_over_ranks=self._max_over_ranks,
+            max_over_ranks=self.max_over_ranks,
             context_length=args.vllm_max_model_length,
         )
         if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
             refuse_short_server(self.vllm_generation.vllm_client, args)
         return MixedSampler(
             agent,
-            make_explorer(args.explorer, agent, args, self._log_probs),
+            make_explorer(args.explorer, agent, args, self.log_probs),
             args.mixed_sampling(),
             score_probes=self._score_probes,
             trained=lambda probe: args.correction_form.trained(probe, agent.script),
@@ -223,112 +221,13 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
 
     def _encode_prompt(self, prompt: list[dict[str, str]]) -> list[int]:
         schemas = self.sampler.agent.protocol.schemas
-        return encode_chat(self._tokenizer, prompt, self.args.chat_template_kwargs, schemas)
+        return encode_chat(self.tokenizer, prompt, self.args.chat_template_kwargs, schemas)
 
-    def _make_stream(self, stop: tuple[str, ...]) -> VLLMStream | None:
-        """The engine to stream through, where it is this process's own; `None` for lock-step."""
-        own = self.use_vllm and self.vllm_mode == "colocate" and self.vllm_tensor_parallel_size == 1
-        if not own or self.args.rollout_schedule == "lock_step":
-            return None
-        return VLLMStream(
-            self._vllm_engine,
-            temperature=self.temperature,
-            max_length=self.args.vllm_max_model_length,
-            end_ids=self._end_ids(stop),
-            with_logprobs=True,
-        )
+    def sample_rows(self, examples: list[dict], prompts: list) -> SampledRows:
+        """Search rollouts instead of single completions; a probe slot that stays empty is one masked token.
 
-    @contextmanager
-    def _vllm_engine(self):
-        """The colocated engine, awake and with the policy's weights; what TRL does around its own generate call."""
-        generation, step = self.vllm_generation, self.state.global_step
-        sleeping = generation.enable_sleep_mode and generation._llm_weights_sleeping
-        if step != self._last_loaded_step or sleeping:
-            generation.sync_weights()
-            self._last_loaded_step = step
-        if generation.enable_sleep_mode:
-            generation.llm.wake_up(tags=["kv_cache"])
-        try:
-            yield generation.llm
-        finally:
-            if generation.enable_sleep_mode:
-                generation.llm.sleep(level=2)
-                generation._llm_weights_sleeping = True
-
-    def _end_ids(self, stop: tuple[str, ...]) -> list[int]:
-        """Ids that end a row. Without stop strings a message's end is all that does, and a base model's chat template
-        may have one that the model does not name."""
-        of_template = [] if stop else self._tokenizer.convert_tokens_to_ids(end_tokens(self._tokenizer))
-        return list(dict.fromkeys([*self.eos_token_ids, *of_template]))
-
-    def _make_generator(self, stop: tuple[str, ...]) -> TransformersGenerator | VLLMGenerator:
-        """The backend that ends a row behind one of these strings, or where the model ends its message."""
-        ends = self._end_ids(stop)
-        if self.use_vllm:
-
-            def set_limits(count: int) -> None:
-                self.vllm_generation.max_completion_length = count
-                ending = {"stop": list(stop), "include_stop_str_in_output": True} if stop else {"stop_token_ids": ends}
-                self.vllm_generation.generation_kwargs = ending
-
-            return VLLMGenerator(
-                single_turn=lambda prompt_ids: self._generate_single_turn(prompt_ids, None, {}, 1),
-                set_max_tokens=set_limits,
-                equal_rows=self.vllm_mode == "server" or self.vllm_tensor_parallel_size > 1,
-            )
-        return TransformersGenerator(
-            None,
-            self._tokenizer,
-            temperature=self.temperature,
-            eos_token_ids=ends,
-            model_context=self._generation_model,
-            stop_strings=stop,
-        )
-
-    @contextmanager
-    def _generation_model(self):
-        """The unwrapped policy, ready to generate: the same contexts as TRL's own transformers path."""
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                generation_kwargs=self.generation_kwargs,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
-        ):
-            yield model
-
-    def _max_over_ranks(self, count: int) -> int:
-        if self.accelerator.num_processes == 1:
-            return count
-        return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
-
-    def _sample(self, prompt_ids: list[list[int]]) -> Slots:
-        """Run the rollouts of this process's rows and lay the trajectories into the rows."""
-        if not self.model.training:
-            rows = self.sampler.agent.rollout(prompt_ids)
-            asked = zip(rows, self._batch_inputs, strict=True)
-            correct = [exact_match(row.answer, example["golden_answers"]) for row, example in asked]
-            return Slots(rows, MixedBatch(rows, correct, [], [], 0, len(rows), 0, 0, 0))
-        sampled = self.dynamic_sampler.sample(
-            self._batch_inputs, prompt_ids, step=self.state.global_step, keep_ratio=self._keep_ratio.value
-        )
-        self._log_all(sampled.metrics)
-        rows = lay_out(sampled.batch, len(prompt_ids), self.num_generations, self.args.num_originals)
-        slots = Slots(rows, sampled.batch, discarded=sampled.discarded)
-        largest = self._max_over_ranks(len(slots.filled))
-        slots.live = live_rows(slots.rows, largest, self.args.steps_per_generation)
-        return slots
-
-    def _generate(self, prompts: list):
-        """Search rollouts instead of single completions; the one change to what TRL expects back is empty slots.
-
-        Like the parent it returns prompt ids, completion ids, tool mask, completions, sampling log-probs, extra
-        fields and images, one entry per row. The tool mask is 0 on inserted passages and feedback. `completions`
-        hold model-written text only, since that is what reward functions may read. Ids and mask are those that the
-        correction form trains, everything else is of the rollout.
+        Texts hold what the model wrote alone. Ids and mask are those that the correction form trains, everything else
+        is of the rollout.
         """
         prompt_ids = []
         for row, prompt in enumerate(prompts):  # the rows of a question are adjacent
@@ -336,102 +235,95 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
             prompt_ids.append(prompt_ids[-1] if same else self._encode_prompt(prompt))
             refuse_long_prompt(len(prompt_ids[-1]), prompt, self.args)
         self.sampler.agent.seconds.reset()
-        slots = self._slots = self._sample(prompt_ids)
-        prompts[:] = [example["prompt"] for example in self._batch_inputs]  # the parent's own list, of what was asked
+        slots = self._slots = self._sample(examples, prompt_ids)
+        self.live = slots.live
         self._log_rollouts(slots)
-        pad_id = self._tokenizer.pad_token_id
-        completion_ids = [row.completion_ids if row else [pad_id] for row in slots.trained]
-        tool_mask = [row.trained_mask if row else [0] for row in slots.trained]
-        texts = [row.model_text if row else "" for row in slots.rows]
-        logprobs = [row.sampling_logprobs if row else [None] for row in slots.trained] if self.use_vllm else None
-        completions = [[{"role": "assistant", "content": text}] for text in texts]
-        return prompt_ids, completion_ids, tool_mask, completions, logprobs, {}, None, []
+        return SampledRows(
+            prompts=[example["prompt"] for example in examples],
+            prompt_ids=prompt_ids,
+            completion_ids=[row.completion_ids if row else [self.tokenizer.pad_token_id] for row in slots.trained],
+            mask=[row.trained_mask if row else [0] for row in slots.trained],
+            texts=[row.model_text if row else "" for row in slots.rows],
+            logprobs=[row.sampling_logprobs if row else [None] for row in slots.trained],
+        )
+
+    def _sample(self, examples: list[dict], prompt_ids: list[list[int]]) -> Slots:
+        """Run the rollouts of this process's rows and lay the trajectories into the rows."""
+        if not self.model.training:
+            rows = self.sampler.agent.rollout(prompt_ids)
+            asked = zip(rows, examples, strict=True)
+            correct = [exact_match(row.answer, example["golden_answers"]) for row, example in asked]
+            return Slots(rows, MixedBatch(rows, correct, [], [], 0, len(rows), 0, 0, 0))
+        sampled = self.dynamic_sampler.sample(
+            examples, prompt_ids, step=self.state.global_step, keep_ratio=self._keep_ratio.value
+        )
+        self.log_metrics(sampled.metrics)
+        rows = lay_out(sampled.batch, len(prompt_ids), self.num_generations, self.args.num_originals)
+        slots = Slots(rows, sampled.batch, discarded=sampled.discarded)
+        largest = self.max_over_ranks(len(slots.filled))
+        slots.live = live_rows(slots.rows, largest, self.args.steps_per_generation)
+        return slots
 
     def _score_probes(self, probes: Sequence[Trajectory]) -> list[float]:
-        """Mean log pi_old over the `PROBE` tokens of started probes. A collective: see `_log_probs`."""
+        """Mean log pi_old over the `PROBE` tokens of started probes. A collective: see `log_probs`."""
         inserted = [probe.segments[-1].ids for probe in probes]
         contexts = [
             probe.prompt_ids + probe.completion_ids[: -len(ids)] for probe, ids in zip(probes, inserted, strict=True)
         ]
-        started = time.perf_counter()
-        scores = [sum(values) / len(values) for values in self._log_probs(contexts, inserted)]
-        self._log("seconds/scoring", time.perf_counter() - started)
-        return scores
+        with timed(self.log_metric, "scoring"):
+            return [sum(values) / len(values) for values in self.log_probs(contexts, inserted)]
 
-    def _log_probs(self, contexts: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]) -> list[list[float]]:
-        """log pi_theta of ids behind contexts, row by row. A collective: processes score equally many rows."""
-        count = self._max_over_ranks(len(ids))
-        if count == 0:
-            return []
-        dummies = [[self._tokenizer.pad_token_id]] * (count - len(ids))
-        context_ids, context_mask = self._padded([*contexts, *dummies], "left")
-        scored_ids, scored_mask = self._padded([*ids, *dummies], "right")
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            logps, _, _ = super()._get_per_token_logps_and_entropies(
-                self.model,
-                torch.cat([context_ids, scored_ids], dim=1),
-                torch.cat([context_mask, scored_mask], dim=1),
-                scored_ids.size(1),
-                batch_size=self.args.per_device_train_batch_size,
-            )
-        return [row[: len(own)].tolist() for row, own in zip(logps.float(), ids, strict=False)]
+    # Rewards
 
-    def _padded(self, rows: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = [torch.tensor(row) for row in rows]
-        device = self.accelerator.device
-        ids = pad(rows, padding_value=self._tokenizer.pad_token_id, padding_side=side).to(device)
-        mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side=side).to(device)
-        return ids, mask
-
-    # Scoring
-
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        """As in the parent, with the parsed answers as further columns; empty slots get NaN, TRL's 'unscorable'."""
-        rows = self._slots.rows
-        for example, row in zip(inputs, rows, strict=True):
+    def before_rewards(self, examples: list[dict]) -> None:
+        for example, row in zip(examples, self._slots.rows, strict=True):
             example["predicted_answer"] = row.answer if row else None
             example["trajectory"] = row
-        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
+    def rewarded(self, examples: list[dict], rewards_per_func: torch.Tensor) -> torch.Tensor:
+        """NaN for empty slots, which TRL calls unscorable; no shaping where nothing is right."""
+        rows = self._slots.rows
         empty = torch.tensor([row is None for row in rows], device=self.accelerator.device)
         rewards_per_func[self.accelerator.gather(empty)] = torch.nan
         is_probe = torch.tensor([bool(row and row.is_probe) for row in rows], device=self.accelerator.device)
         if self.log_completions:  # every column is gathered from all processes
-            for name, column in completion_columns(self._slots, inputs, self.accelerator.process_index).items():
-                self._log_completion_extra(name, column)
-            self._log_completion_extra("is_probe", is_probe.tolist())
+            for name, column in completion_columns(self._slots, examples, self.accelerator.process_index).items():
+                self.log_column(name, column)
+            self.log_column("is_probe", is_probe.tolist())
         rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
         all_empty, all_probe = self.accelerator.gather(empty), self.accelerator.gather(is_probe)
-        self._log("reward/originals", rewards[~all_empty & ~all_probe].mean().item())
-        self._log("reward/probes", rewards[all_probe].mean().item())
+        self.log_metric("reward/originals", rewards[~all_empty & ~all_probe].mean().item())
+        self.log_metric("reward/probes", rewards[all_probe].mean().item())
         gated = self.model.training and self.args.shaping_needs_right_answer and any(self._is_shaping)
         self._given_rewards = rewards_per_func if gated else None
         return gate_shaping(rewards_per_func, self._is_shaping, self.num_generations) if gated else rewards_per_func
 
-    def _generate_and_score_completions(self, inputs):
-        """As in the parent, plus what the correction needs, minus the empty slots."""
-        self._batch_inputs = inputs
-        has_slots = self.model.training and self.args.num_probe_slots
-        if has_slots:
-            for column in table_columns(self._logs):
-                column.clear()  # TRL's table holds the newest generation batch, which is rid of empty slots below
-        output = super()._generate_and_score_completions(inputs)
+    # Correction
+
+    def before_batch(self) -> None:
+        if self.model.training and self.args.num_probe_slots:
+            for column in self.table_columns:
+                column.clear()  # the table holds the newest generation batch, which is rid of empty slots below
+
+    def scored_batch(self, output: dict[str, Any]) -> dict[str, Any]:
+        """What the correction needs beside TRL's, minus the empty slots."""
         if self._given_rewards is not None:
-            log_given_rewards(
-                self._given_rewards, self.reward_func_names, self.reward_weights, self._metrics["train"], self._logs
-            )
+            names, metrics = self.reward_func_names, self.metric_lists["train"]
+            log_given_rewards(self._given_rewards, names, self.reward_weights, metrics, self.completion_table)
         slots = self._slots
-        started = time.perf_counter()
-        output |= describe_rows(slots, output["completion_ids"].shape, self.accelerator.device)
-        self._count_no_empty_slots(output.get("importance_sampling_ratio"))
-        if slots.live is not None:
-            height = len(slots.rows)
-            output = {
-                key: value[slots.live] if isinstance(value, torch.Tensor) and value.shape[:1] == (height,) else value
-                for key, value in output.items()
-            }
-        if has_slots:
-            drop_empty_rows(table_columns(self._logs), gather_object([row is None for row in slots.rows]))
-        self._log("seconds/correction", time.perf_counter() - started)
+        with timed(self.log_metric, "correction"):
+            output |= describe_rows(slots, output["completion_ids"].shape, self.accelerator.device)
+            self._count_no_empty_slots(output.get("importance_sampling_ratio"))
+            if slots.live is not None:
+                height = len(slots.rows)
+                output = {
+                    key: value[slots.live]
+                    if isinstance(value, torch.Tensor) and value.shape[:1] == (height,)
+                    else value
+                    for key, value in output.items()
+                }
+            if self.model.training and self.args.num_probe_slots:
+                drop_empty_rows(self.table_columns, gather_object([row is None for row in slots.rows]))
         return output
 
     def _count_no_empty_slots(self, ratio: torch.Tensor | None) -> None:
@@ -441,45 +333,17 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
         filled = torch.tensor([row is not None for row in self._slots.rows], device=ratio.device)
         statistics = self.accelerator.gather(ratio_statistics(ratio[filled]).unsqueeze(0))
         for name, value in ratio_metrics(statistics).items():
-            self._metrics["train" if self.model.training else "eval"][name][-1] = value
-
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        """As in the parent, but empty slots are not sent through the model while a generation batch is scored."""
-        live = self._slots.live if self._slots is not None and self._loss_inputs is None else None
-        if live is None or input_ids.size(0) != len(self._slots.rows):
-            return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-            )
-        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
-            model, input_ids[live], attention_mask[live], logits_to_keep, *args, **kwargs
-        )
-        unpacked = logps.new_zeros(input_ids.size(0), logps.size(1))
-        unpacked[live] = logps
-        return unpacked, entropies, aux_loss
+            self.metric_lists["train" if self.model.training else "eval"][name][-1] = value
 
     # Checkpoints and cards
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As in the parent, plus keep ratio and difficulty buffer, written before the checkpoint can be pushed."""
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            partial = Path(output_dir) / f"{STATE_FILE}.partial"
-            state = {"keep_ratio": self._keep_ratio.state_dict(), **self.dynamic_sampler.state_dict()}
-            partial.write_text(json.dumps(state))
-            partial.replace(Path(output_dir) / STATE_FILE)
+    def own_state(self) -> dict[str, Any]:
+        """Keep ratio and difficulty buffer."""
+        return {"keep_ratio": self._keep_ratio.state_dict(), **self.dynamic_sampler.state_dict()}
 
-    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        """As in the parent, plus keep ratio and difficulty buffer."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            state = json.loads((Path(checkpoint) / STATE_FILE).read_text())
-            self._keep_ratio.load_state_dict(state["keep_ratio"])
-            self.dynamic_sampler.load_state_dict(state)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As in the parent, plus `agent.json`: how the model was trained to act."""
-        super()._save(output_dir, state_dict)
-        self.args.agent_settings().save(output_dir or self.args.output_dir)
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        self._keep_ratio.load_state_dict(state["keep_ratio"])
+        self.dynamic_sampler.load_state_dict(state)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
         """The parent's metadata; the text says how a search agent is used, how it was trained, with what result."""

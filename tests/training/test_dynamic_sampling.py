@@ -323,7 +323,7 @@ def test_a_resumed_run_asks_what_the_uninterrupted_one_asks(folder, tmp_path):
         log = trainer._log_rollouts
 
         def recording(slots):
-            questions.append([example["question"] for example in trainer._batch_inputs[::4]])
+            questions.append([example["question"] for example in trainer._examples[::4]])
             log(slots)
 
         trainer._log_rollouts = recording

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -172,9 +173,11 @@ def test_without_probes_loss_and_gradients_equal_trl_bit_for_bit(model_path, tmp
         ours._step = theirs._step = step
         our_loss, our_gradients = gradients(ours, ours._prepare_inputs(None) if step else our_inputs)
         their_loss, their_gradients = gradients(theirs, theirs._prepare_inputs(None) if step else their_inputs)
-        assert torch.equal(our_loss, their_loss)
+        # Bit for bit, but where TRL's padding of the whole batch is trimmed.
+        equal = partial(torch.allclose, rtol=1e-4, atol=1e-7) if ours.args.steps_per_generation > 1 else torch.equal
+        assert equal(our_loss, their_loss)
         for name, value in their_gradients.items():
-            assert torch.equal(value, our_gradients[name]), name
+            assert equal(value, our_gradients[name]), name
     assert any(value.abs().max() > 0 for value in their_gradients.values())
 
 

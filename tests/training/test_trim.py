@@ -1,0 +1,46 @@
+"""Padding is cut where no row needs it, and the loss stays what it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rex_rag.training.trim import trimmed
+
+
+def batch() -> dict[str, torch.Tensor]:
+    return {
+        "prompt_ids": torch.tensor([[0, 0, 5], [0, 6, 7]]),
+        "prompt_mask": torch.tensor([[0, 0, 1], [0, 1, 1]]),
+        "completion_ids": torch.tensor([[1, 2, 0, 0], [3, 0, 0, 0]]),
+        "completion_mask": torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]]),
+        "advantages": torch.tensor([1.0, -1.0]),
+        "old_per_token_logps": torch.arange(8.0).view(2, 4),
+        "importance_sampling_ratio": torch.ones(2, 1),
+        "num_items_in_batch": torch.tensor(3),
+    }
+
+
+def test_columns_that_no_row_uses_are_cut_and_nothing_else():
+    output = trimmed(batch())
+    assert output["prompt_ids"].tolist() == [[0, 5], [6, 7]] and output["prompt_mask"].tolist() == [[0, 1], [1, 1]]
+    assert output["completion_ids"].tolist() == [[1, 2], [3, 0]]
+    assert output["old_per_token_logps"].tolist() == [[0.0, 1.0], [4.0, 5.0]]
+    assert output["importance_sampling_ratio"].shape == (2, 1)
+    assert output["advantages"].tolist() == [1.0, -1.0] and output["num_items_in_batch"].item() == 3
+
+
+def test_nothing_to_cut_hands_the_very_tensors_on():
+    given = trimmed(batch())
+    assert all(value is given[name] for name, value in trimmed(given).items())
+
+
+@pytest.mark.parametrize(("multiple", "lengths"), [(4, (3, 4)), (2, (2, 2)), (3, (3, 3))])
+def test_lengths_stay_multiples(multiple, lengths):
+    output = trimmed(batch(), multiple)
+    assert (output["prompt_ids"].size(1), output["completion_ids"].size(1)) == lengths
+
+
+def test_rows_without_a_token_leave_one_column():
+    empty = batch() | {"completion_mask": torch.zeros(2, 4, dtype=torch.long)}
+    assert trimmed(empty)["completion_ids"].size(1) == 1
