@@ -17,6 +17,7 @@ from rex_rag.protocols import Protocol, make_protocol
 from rex_rag.rollout.agent import Agent
 from rex_rag.rollout.script import RolloutBudget
 from rex_rag.support.durable import write_json
+from rex_rag.support.errors import UserError
 from rex_rag.tools import make_tools, tool_specs
 from rex_rag.types import Passage, Segment, Trajectory
 
@@ -28,7 +29,7 @@ AGENT_FILE = "agent.json"
 _FORMAT = 1
 
 
-class AgentError(ValueError):
+class AgentError(UserError):
     """An agent cannot be loaded; the message names the file, the reason and the way out."""
 
 
@@ -63,7 +64,7 @@ class AgentSettings:
         try:
             row = json.loads(path.read_text(encoding="utf-8"))
             if row.pop("format") != _FORMAT:
-                raise ValueError("it is of another format")
+                raise UserError("it is of another format")
             budget = RolloutBudget(**row.pop("budget"))
             return cls(**{**row, "tools": tuple(row["tools"]), "budget": budget})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -195,5 +196,5 @@ class SearchAgent:
 
     def _begin(self, question: str) -> Trajectory:
         if not question.strip():
-            raise ValueError("the question is blank; ask something")
+            raise UserError("the question is blank; ask something")
         return Trajectory(prompt_ids=self._agent.script.encode(question))

@@ -1,6 +1,6 @@
 """The `rex-rag` command. Every command imports what it needs when it runs, so that help is instant.
 
-Training is not a command: it is started by `accelerate launch`, which needs a script (scripts/train.py).
+Training is not a command: it is started by `accelerate launch -m rex_rag.train`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag import __version__
-from rex_rag.commands import ask, coverage, evaluate, pictures, report, retrieval
+from rex_rag.commands import ask, coverage, evaluate, pictures, recipe, report, retrieval
 from rex_rag.commands.sections import describe_unknown
-from rex_rag.commands.terminal import EXPECTED_ERROR, one_line, positive
+from rex_rag.commands.terminal import positive
+from rex_rag.support.errors import EXPECTED_ERROR, UserError, from_the_user, one_line
+from rex_rag.support.recipes import recipe_path
 from rex_rag.support.wording import counted
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="rex-rag",
         description="Tools around training search agents with REX-RAG.",
         epilog="Training itself: accelerate launch --config_file recipes/accelerate_configs/NAME.yaml "
-        "scripts/train.py --config RECIPE.yaml",
+        "-m rex_rag.train --config RECIPE.yaml",
     )
     parser.add_argument("--version", action="version", version=f"rex-rag {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -77,10 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check",
         help="check a training recipe and say what it would do",
-        description="Parse a recipe exactly as scripts/train.py does, overrides (--key value) behind it included, "
+        description="Parse a recipe exactly as training does, overrides (--key value) behind it included, "
         "unknown keys refused, and print what it resolves to. Nothing is downloaded and no model is loaded.",
     )
-    check.add_argument("recipe", metavar="RECIPE.yaml", type=Path)
+    check.add_argument("recipe", metavar="RECIPE", help="a file, or a name that `rex-rag recipe` lists")
     check.add_argument(
         "--processes", type=positive, default=1, metavar="N", help="work the batch out for N processes (default: 1)"
     )
@@ -91,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_ask(commands)
     retrieval.add_search(commands)
     retrieval.add_bench(commands)
+    recipe.add_recipe(commands)
     report.add_report(commands)
     report.add_compare(commands)
     pictures.add_view(commands)
@@ -138,7 +141,7 @@ def _hopworld(options: argparse.Namespace) -> None:
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     there = [name for name in WORLD_FILES if (options.output / name).exists()]
     if there and not options.overwrite_output_dir:
-        raise ValueError(
+        raise UserError(
             f"{options.output} holds {', '.join(there)} already, of this or another world; name another --output, or "
             "replace them with --overwrite_output_dir"
         )
@@ -158,8 +161,7 @@ def _prompts(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if not options.recipe.is_file():
-        raise FileNotFoundError(f"there is no recipe at {options.recipe}; see recipes/ for those that exist")
+    options.recipe = recipe_path(options.recipe)
     _refuse_other_recipes(options.recipe)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -173,17 +175,18 @@ def _check(options: argparse.Namespace) -> None:
         usage=argparse.SUPPRESS,  # some two hundred options, shown before the one line that matters
     )
     # use_cpu: the recipe is checked, not whether this machine has the GPU that the recipe wants.
-    questions, evaluation, retriever, config, model, unknown, words = parser.parse_args_and_config(
-        ["--config", str(options.recipe), *options.overrides, "--use_cpu", "true"],
-        return_remaining_strings=True,
-        separate_remaining_strings=True,
-    )
+    with from_the_user():
+        questions, evaluation, retriever, config, model, unknown, words = parser.parse_args_and_config(
+            ["--config", str(options.recipe), *options.overrides, "--use_cpu", "true"],
+            return_remaining_strings=True,
+            separate_remaining_strings=True,
+        )
     known = [action.dest for action in parser._actions]
     if unknown:
-        raise ValueError(describe_unknown([text[2:] for text in unknown[::2]], known))
+        raise UserError(describe_unknown([text[2:] for text in unknown[::2]], known))
     if words:
         options_given = [word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")]
-        raise ValueError(describe_unknown(options_given or words, known))
+        raise UserError(describe_unknown(options_given or words, known))
     sources = [" ".join(filter(None, (entry.path, entry.name, entry.split))) for entry in questions.datasets]
     lines = {
         "model": model.model_name_or_path or "MISSING: set model_name_or_path",
@@ -209,7 +212,7 @@ def _refuse_other_recipes(recipe: Path) -> None:
     if parts:
         commands = " and ".join(f"`rex-rag {name} --config {recipe}`" for name in parts)
         dry_run = "; `--dry-run` behind the first says what it would take" if parts[0] == "index" else ""
-        raise ValueError(
+        raise UserError(
             f"{recipe} is no training recipe: it has the part{'s' * (len(parts) > 1)} "
             f"{' and '.join(f'`{name}:`' for name in parts)}, for {commands}{dry_run}"
         )

@@ -79,12 +79,12 @@ LAYERS = (
     ("protocols", "data"),
     ("retrieval", "models"),
     ("tools",),
-    ("rollout", "quickstart"),
+    ("rollout",),
     ("agent", "probes", "correction"),
     ("evaluation",),
     ("training", "visualization"),
-    ("commands",),
-    ("cli",),
+    ("quickstart", "commands"),
+    ("cli", "train", "evaluate"),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 

@@ -1,4 +1,4 @@
-"""Every recipe is parsed the way scripts/train.py parses it, and says of itself what is true."""
+"""Every recipe is parsed the way training parses it, and says of itself what is true."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RECIPES = sorted(
     for path in (ROOT / "recipes" / folder).glob("*.yaml")
 )
 PAPER_RECIPES = [path for path in RECIPES if path.startswith("recipes/Qwen")]
-HEADER_LAUNCH = re.compile(r"accelerate launch --config_file (\S+) (\S+) --config (\S+)")
+HEADER_LAUNCH = re.compile(r"accelerate launch --config_file (\S+) -m (\S+) --config (\S+)")
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def _from_the_root(monkeypatch: pytest.MonkeyPatch):
 
 
 def parse(recipe: str | Path, *overrides: str):
-    """As in scripts/train.py; use_cpu, since this machine need not have the GPU that a recipe wants."""
+    """As in training; use_cpu, since this machine need not have the GPU that a recipe wants."""
     parser = TrlParser(RECIPE_PARTS)
     return parser.parse_args_and_config(["--config", str(recipe), "--use_cpu", "true", *overrides])
 
@@ -109,8 +109,7 @@ def test_header_names_files_that_exist_and_the_recipe_itself(recipe: str):
     accelerate_config, script, named = launches[0]
     assert Path(accelerate_config).parent == Path("recipes/accelerate_configs")
     assert (ROOT / accelerate_config).is_file()
-    assert script == "scripts/train.py"
-    assert (ROOT / script).is_file()
+    assert script == "rex_rag.train"
     assert named == recipe
 
 

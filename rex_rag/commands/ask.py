@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from rex_rag.commands.terminal import printable
+from rex_rag.support.errors import UserError
 
 if TYPE_CHECKING:
     from rex_rag.agent import SearchAgent
@@ -38,7 +39,7 @@ def _ask(options: argparse.Namespace) -> None:
     from rex_rag.agent import SearchAgent
 
     if options.question is not None and not options.question.strip():
-        raise ValueError("the question is blank; write one, or leave it out to be asked for it")
+        raise UserError("the question is blank; write one, or leave it out to be asked for it")
     agent = SearchAgent.load(
         options.model,
         options.retriever,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rex_rag.commands.sections import parse_section
+from rex_rag.support.errors import UserError
 
 DESCRIPTION = (
     "Count the questions of which a gold answer stands in the corpus at all, and in the first passages that the "
@@ -66,25 +67,25 @@ class CoverageArguments:
         for name in ("json", "write_answerable"):
             value = getattr(self, name)
             if value is not None and not Path(value).absolute().parent.is_dir():
-                raise ValueError(
+                raise UserError(
                     f"{name}={value!r}: there is no such folder (working directory: {Path.cwd()}); make it"
                 )
         if not self.benchmarks:
-            raise ValueError("no benchmark was given; name one, for example --benchmarks bamboogle=FILE.jsonl")
+            raise UserError("no benchmark was given; name one, for example --benchmarks bamboogle=FILE.jsonl")
         if self.write_answerable is None:
             return
         if len(self.benchmarks) > 1:
-            raise ValueError(
+            raise UserError(
                 f"write_answerable={self.write_answerable!r} takes the questions of one set, but "
                 f"{len(self.benchmarks)} were given; run the command once for each, to a file of its own"
             )
         if Path(self.write_answerable).suffix != ".jsonl":
-            raise ValueError(
+            raise UserError(
                 f"write_answerable={self.write_answerable!r} is written as JSON lines, and a recipe knows them by "
                 "their name; let it end in .jsonl"
             )
         if Path(self.write_answerable).exists():
-            raise ValueError(
+            raise UserError(
                 f"write_answerable={self.write_answerable!r} exists, and runs may have been trained on it; remove it "
                 "or name another file"
             )
@@ -106,12 +107,12 @@ def coverage(words: Sequence[str]) -> None:
         benchmarks = [subset(one, arguments.subset, arguments.subset_seed) for one in benchmarks]
     sources = arguments.passages or retrieval.corpus or (retrieval.retriever if retrieval.kind == "index" else [])
     if not sources and not arguments.search:
-        raise ValueError("there is nothing to look through; name --corpus, --passages or an index, or search")
+        raise UserError("there is nothing to look through; name --corpus, --passages or an index, or search")
     if arguments.write_answerable is not None:
         if not sources:
-            raise ValueError("write_answerable needs a corpus to look through; name --corpus, --passages or an index")
+            raise UserError("write_answerable needs a corpus to look through; name --corpus, --passages or an index")
         if benchmarks[0].kind != OPEN:
-            raise ValueError(
+            raise UserError(
                 f"write_answerable writes open questions, as training reads them, but {benchmarks[0].name} is "
                 f"{benchmarks[0].kind}"
             )

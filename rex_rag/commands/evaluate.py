@@ -1,4 +1,4 @@
-"""`rex-rag evaluate`, and what scripts/evaluate.py starts in every process."""
+"""`rex-rag evaluate`, and what `accelerate launch -m rex_rag.evaluate` starts in every process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.commands.sections import parse_section
+from rex_rag.support.errors import UserError, refuse
 from rex_rag.support.wording import counted
 
 if TYPE_CHECKING:
@@ -27,8 +29,21 @@ if TYPE_CHECKING:
 DESCRIPTION = (
     "Run a method with a model over benchmarks and score what it answers. The output directory holds the protocol "
     "card (run.json), every prediction and the scores; a run that was killed goes on where it stood. Several "
-    "processes share the work under `accelerate launch scripts/evaluate.py`, or each with a --shard of its own."
+    "processes share the work under `accelerate launch -m rex_rag.evaluate`, or each with a --shard of its own."
 )
+
+
+def main() -> int:
+    """Evaluate as this process's command line says; returns the exit code: 0, 2 for errors a user can mend, 130 after
+    Ctrl-C."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        evaluate(sys.argv[1:])
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return refuse(error)
+    return 0
 
 
 def evaluate(words: Sequence[str]) -> None:
@@ -126,7 +141,7 @@ def run_evaluation(
         arguments.method, arguments.prompt_text(), arguments.further_texts(), **arguments.method_options()
     )
     if method.uses_retriever and not search.is_given:
-        raise ValueError(
+        raise UserError(
             f"the method {method.name} searches, but no retriever is named; set retriever (an index directory, a "
             "server's URL) or corpus (JSON lines files, searched with BM25)"
         )
@@ -285,7 +300,7 @@ def load_benchmarks(
     names = [benchmark.name for benchmark in benchmarks]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise ValueError(f"two benchmarks are called {', '.join(repeated)}; give one another name: NAME=FILE.jsonl")
+        raise UserError(f"two benchmarks are called {', '.join(repeated)}; give one another name: NAME=FILE.jsonl")
     return benchmarks
 
 
@@ -362,7 +377,7 @@ def _checked_retriever(search: SearchArguments) -> Retriever:
 
 def _check_length(longest: int | None, arguments: EvaluationArguments) -> None:
     if longest is not None and arguments.max_sequence_length > longest:
-        raise ValueError(
+        raise UserError(
             f"max_sequence_length={arguments.max_sequence_length} is more than the {longest} tokens that "
             f"{arguments.model} takes; lower it"
         )

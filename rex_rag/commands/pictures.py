@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.commands.terminal import positive, printable
+from rex_rag.support.errors import UserError
 
 if TYPE_CHECKING:
     from rex_rag.protocols import Protocol
@@ -153,9 +154,9 @@ def _reliability(options: argparse.Namespace) -> None:
     # What is wrong with the request is said before any model is loaded.
     picture_format(options.output)
     if not options.question.strip():
-        raise ValueError("the question is empty; give --question words")
+        raise UserError("the question is empty; give --question words")
     if options.k < 2:
-        raise ValueError(f"--k is {options.k}; uncertainty between candidates needs 2 or more")
+        raise UserError(f"--k is {options.k}; uncertainty between candidates needs 2 or more")
     read_settings(options.chat_template_kwargs)
     template = options.prompt_template.read_text(encoding="utf-8") if options.prompt_template else None
     protocol = make_protocol("search_r1", template=template)

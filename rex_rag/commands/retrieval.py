@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from rex_rag.commands.sections import parse_section
 from rex_rag.commands.terminal import positive, printable
+from rex_rag.support.errors import UserError
 from rex_rag.support.wording import counted
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def index(words: Sequence[str]) -> None:
         name, _, directory = words[0].partition("=")
         rest = [*filter(None, [directory]), *words[1:]]
         if name != "--verify" or len(rest) != 1:
-            raise ValueError("--verify takes one index directory and nothing else")
+            raise UserError("--verify takes one index directory and nothing else")
         manifest = verify(rest[0])
         print(
             f"{rest[0]}: {counted(manifest.passages, 'passage')}, all {counted(len(manifest.files), 'file')} as built"
@@ -136,7 +137,7 @@ def _search(options: argparse.Namespace) -> None:
     from rex_rag.retrieval.load import RetrieverArguments, load_retriever
 
     if not options.query.strip():
-        raise ValueError("the query is empty; give the words to search for")
+        raise UserError("the query is empty; give the words to search for")
     if options.url:
         from rex_rag.retrieval.remote.client import RemoteRetriever
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+from rex_rag.support.errors import UserError, from_the_user
+from rex_rag.support.recipes import recipe_path
 from rex_rag.support.wording import describe_unknown
 
 _UNSET = ("none", "null")
@@ -49,16 +51,18 @@ def parse_section(
     given, _ = config.parse_known_args(words)
     if given.config:
         known = {entry.name for kind in types for entry in fields(kind)}
-        named = read_section(Path(given.config), section, known)
+        named = read_section(recipe_path(given.config), section, known)
         parser.set_defaults(
             **{key: None if key in optional and value in _UNSET else value for key, value in named.items()}
         )
     words, unset = _without_unset(words, optional)
     parser.set_defaults(**dict.fromkeys(unset))
-    _, unread = parser.parse_known_args(words)
+    with from_the_user():
+        _, unread = parser.parse_known_args(words)
     if unread:
-        raise ValueError(_describe_unread(unread, parser))
-    return parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+        raise UserError(_describe_unread(unread, parser))
+    with from_the_user():
+        return parser.parse_args_into_dataclasses(words, look_for_args_file=False)
 
 
 def _describe_unread(words: Sequence[str], parser: argparse.ArgumentParser) -> str:
@@ -105,13 +109,11 @@ def read_section(path: Path, section: str, known: set[str]) -> dict[str, Any]:
     """
     import yaml
 
-    if not path.is_file():
-        raise ValueError(f"there is no recipe at {path}; see recipes/retrieval/ for those that exist")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not isinstance(content.get(section), dict):
-        raise ValueError(f"{path} has no part `{section}:` with settings under it")
+        raise UserError(f"{path} has no part `{section}:` with settings under it")
     # YAML reads a bare `no` as false, and 1 as a number.
     unknown = sorted(str(key) for key in content[section] if key not in known)
     if unknown:
-        raise ValueError(f"{path}, under `{section}:`: {describe_unknown(unknown, sorted(known))}")
+        raise UserError(f"{path}, under `{section}:`: {describe_unknown(unknown, sorted(known))}")
     return content[section]

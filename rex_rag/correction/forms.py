@@ -15,6 +15,7 @@ import torch
 
 from rex_rag.correction.densities import decoupled_log_weights, sequence_log_weights
 from rex_rag.rollout.cuts import without_thought
+from rex_rag.support.errors import UserError
 from rex_rag.types import Trajectory
 
 if TYPE_CHECKING:
@@ -111,9 +112,7 @@ def register(form: CorrectionForm) -> None:
         ValueError: where the name is taken.
     """
     if form.name in FORMS:
-        raise ValueError(
-            f"there is a correction form named {form.name!r} already; choose another name than {[*FORMS]}"
-        )
+        raise UserError(f"there is a correction form named {form.name!r} already; choose another name than {[*FORMS]}")
     FORMS[form.name] = form
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rex_rag.correction.densities import behavior_log_probs, probe_log_density
+from rex_rag.support.errors import UserError
 
 if TYPE_CHECKING:
     from rex_rag.correction.forms import CorrectionForm
@@ -88,7 +89,7 @@ def realign(
     if log_weights is None:
         return Realignment({}, old)
     if log_weights.shape not in (old.shape, (len(old), 1)):
-        raise ValueError(
+        raise UserError(
             f"correction {form.name!r} gives weights of shape {(*log_weights.shape,)} for {len(old)} rows of "
             f"{old.size(1)} tokens; give one a token or (B, 1), one a row"
         )

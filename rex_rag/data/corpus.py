@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rex_rag.support.durable import written_whole
+from rex_rag.support.errors import UserError
 from rex_rag.support.jsonl import iter_json_objects
 from rex_rag.support.wording import shorten
 from rex_rag.types import Passage
@@ -31,7 +32,7 @@ _OTHER_FORMATS = (".tsv", ".csv", ".parquet")
 _TWO_QUOTATIONS = re.compile(r'[^"]*[^\s"]"(?!\w).*(?<![\w"])"[^\s"][^"]*', re.DOTALL)
 
 
-class CorpusError(ValueError):
+class CorpusError(UserError):
     """A corpus cannot be used; the message names file, line, reason and way out."""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.data.question_rows import QuestionError
+from rex_rag.support.errors import UserError
 from rex_rag.support.jsonl import iter_json_objects
 from rex_rag.support.wording import shorten
 
@@ -93,7 +94,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     held = dict(pairs)
     if len(held) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+        raise UserError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
     return held
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from rex_rag.support.errors import UserError
 from rex_rag.support.wording import shorten
 
 # What neither JSON nor Python reads as a list, but numpy, pandas, Spark or a word processor made of one.
@@ -39,7 +40,7 @@ _WAYS_OUT = {
 }
 
 
-class QuestionError(ValueError):
+class QuestionError(UserError):
     """Questions cannot be loaded; the message names the source, the reason and the way out."""
 
 

@@ -15,6 +15,7 @@ from rex_rag.models.language_model import BACKENDS, ENDPOINT, TRANSFORMERS, VLLM
 from rex_rag.protocols.chat import read_settings
 from rex_rag.retrieval.load import BM25, RetrieverArguments
 from rex_rag.rollout.script import RolloutBudget
+from rex_rag.support.errors import UserError
 
 AUTO = "auto"
 SCHEDULES = ("auto", "lock_step")
@@ -161,7 +162,7 @@ class EvaluationArguments:
         except ValueError as error:
             problems.append(str(error))
         if problems:
-            raise ValueError("; ".join(problems))
+            raise UserError("; ".join(problems))
 
     def _take_agent_settings(self) -> None:
         """Fill what is left open from the model's agent.json, for a search agent that has one, or by the defaults.

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rex_rag.support.errors import UserError
+
 RESAMPLES = 10_000
 COVERAGE = 0.95
 _COUNTS_AT_ONCE = 2_000_000  # 16 MB
@@ -64,7 +66,7 @@ def macro_mean(sets: Sequence[np.ndarray], *, resamples: int = RESAMPLES, seed: 
         ValueError: for no set, an empty one or values that are not finite.
     """
     if not len(sets):
-        raise ValueError("there is no set to take the mean over; score at least one benchmark")
+        raise UserError("there is no set to take the mean over; score at least one benchmark")
     tables = sorted(map(_checked, sets), key=lambda values: (len(values), np.sort(values).tobytes()))
     means = [bootstrap_means(values, resamples, seed + position) for position, values in enumerate(tables)]
     return _estimate(math.fsum(map(_mean, sets)) / len(sets), np.mean(means, axis=0))
@@ -73,9 +75,7 @@ def macro_mean(sets: Sequence[np.ndarray], *, resamples: int = RESAMPLES, seed: 
 def _checked(values: np.ndarray) -> np.ndarray:
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not values.size or not np.isfinite(values).all():
-        raise ValueError(
-            f"an interval needs finite values of shape (n,) with n > 0; these are of shape {values.shape}"
-        )
+        raise UserError(f"an interval needs finite values of shape (n,) with n > 0; these are of shape {values.shape}")
     return values
 
 

@@ -18,6 +18,7 @@ from rex_rag.evaluation.paired import Paired, compare_scores
 from rex_rag.evaluation.published import label, ordered
 from rex_rag.evaluation.run_card import comparable
 from rex_rag.evaluation.scores import JUDGE, main_metric, read_predictions
+from rex_rag.support.errors import UserError
 from rex_rag.support.tables import markdown_table, markdown_text, one_line
 
 MAIN = "main"
@@ -75,13 +76,13 @@ def compare_runs(
         ValueError: for runs that are not whole, have other sets or questions, or (without `mark`) other protocols.
     """
     if metric not in METRICS:
-        raise ValueError(f"there is no metric {metric!r}; choose from {', '.join(METRICS)}")
+        raise UserError(f"there is no metric {metric!r}; choose from {', '.join(METRICS)}")
     names = _shared_sets(a, b, benchmarks)
     for name in names:
         _check_pairs(a, b, name)
     obstacles = comparable(a.card, b.card, names) + (unlike_judges(a, b) if metric == JUDGE else [])
     if obstacles and not mark:
-        raise ValueError(
+        raise UserError(
             f"{a.path} and {b.path} were made under different protocols: {'; '.join(obstacles)}. Evaluate one of them "
             "again under the other's, or compare them all the same (--mark)"
         )
@@ -101,7 +102,7 @@ def _shared_sets(a: FinishedRun, b: FinishedRun, wanted: Sequence[str]) -> list[
     for run in (a, b):
         lacking = [name for name in wanted if name not in run.benchmarks]
         if lacking:
-            raise ValueError(f"{run.path} has no {lacking[0]}; its sets are {', '.join(run.benchmarks)}")
+            raise UserError(f"{run.path} has no {lacking[0]}; its sets are {', '.join(run.benchmarks)}")
     alone = [
         f"{name} (only in {run.path})"
         for run, other in ((a, b), (b, a))
@@ -109,7 +110,7 @@ def _shared_sets(a: FinishedRun, b: FinishedRun, wanted: Sequence[str]) -> list[
         if name not in other.benchmarks
     ]
     if alone and not wanted:
-        raise ValueError(
+        raise UserError(
             f"the runs answered different sets: {', '.join(alone)}. Name those to compare (--benchmarks), or evaluate "
             "what is missing"
         )
@@ -117,7 +118,7 @@ def _shared_sets(a: FinishedRun, b: FinishedRun, wanted: Sequence[str]) -> list[
     for run in (a, b):
         missing = [name for name in names if name in run.missing]
         if missing:
-            raise ValueError(f"{run.path} is not whole: {run.missing_text}; resume it first")
+            raise UserError(f"{run.path} is not whole: {run.missing_text}; resume it first")
     return names
 
 
@@ -131,7 +132,7 @@ def _check_pairs(a: FinishedRun, b: FinishedRun, name: str) -> None:
         found = ", ".join(f"{len(ids):,} only in {path} (such as {ids[0]})" for path, ids in counts)
     else:
         found = "the ids are the same, but not their order, text or gold answers"
-    raise ValueError(
+    raise UserError(
         f"{name}: the runs answered different questions, which cannot be paired: {found}. Evaluate both on "
         "the same set"
     )
@@ -142,13 +143,13 @@ def _values(run: FinishedRun, name: str, metric: str) -> list[float]:
     wanted = main_metric(scores.kind) if metric == MAIN else metric
     if wanted not in scores.values:
         if wanted == JUDGE and scores.kind == OPEN:
-            raise ValueError(
+            raise UserError(
                 f"the answers to {name} in {run.path} are not {'all ' if run.judge else ''}judged; judge them with "
                 "the run's own command and a judge beside it: rex-rag evaluate … --judge_endpoint URL --judge_model "
                 "NAME"
             )
         offered = [MAIN, *(one for one in METRICS if one in scores.values)]
-        raise ValueError(f"{name} has no {wanted}, only {', '.join(offered)} (--metric); leave it out (--benchmarks)")
+        raise UserError(f"{name} has no {wanted}, only {', '.join(offered)} (--metric); leave it out (--benchmarks)")
     return scores.values[wanted].tolist()
 
 

@@ -29,6 +29,7 @@ from rex_rag.evaluation.records import Question
 from rex_rag.retrieval.base import Retriever, checked_search
 from rex_rag.retrieval.passages import PassageStore
 from rex_rag.support.durable import written_whole
+from rex_rag.support.errors import UserError
 from rex_rag.support.progress_bars import progress_bar
 from rex_rag.support.tables import markdown_table, markdown_text
 from rex_rag.types import Passage
@@ -170,10 +171,10 @@ def measure_coverage(
         RetrievalError: when a search could not be answered.
     """
     if passages is None and retriever is None:
-        raise ValueError("neither passages nor a retriever were given; coverage needs one of them")
+        raise UserError("neither passages nor a retriever were given; coverage needs one of them")
     wrong = [k for k in ks if isinstance(k, bool) or not isinstance(k, int) or k < 1]
     if wrong or not ks:
-        raise ValueError(f"top_k={list(ks)}; give at least one rank, each an integer of at least 1")
+        raise UserError(f"top_k={list(ks)}; give at least one rank, each an integer of at least 1")
     ks = tuple(sorted(set(ks)))
     golden = [[_gold_words(question) for question in benchmark.questions] for benchmark in benchmarks]
     wanted = {form for answers in golden for forms in answers for form in forms}
@@ -219,7 +220,7 @@ def write_answerable(path: Path, benchmark: Benchmark, measured: Coverage) -> in
     """
     kept = [question for question, held in zip(benchmark.questions, measured.in_corpus, strict=True) if held]
     if not kept:
-        raise ValueError(
+        raise UserError(
             f"{path} was not written: of {len(benchmark)} questions of {benchmark.name} none has a gold answer in the "
             "corpus; look whether this is the corpus that you mean"
         )
@@ -276,7 +277,7 @@ def _found_in_all(forms: Iterable[str], passages: Iterable[Passage], total: int 
                 bar.update(_PASSAGES_A_TICK)
         bar.update(count % _PASSAGES_A_TICK)
     if not count:
-        raise ValueError("there is no passage to look through; name a corpus that is not empty")
+        raise UserError("there is no passage to look through; name a corpus that is not empty")
     return found, count
 
 

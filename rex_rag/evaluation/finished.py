@@ -19,9 +19,10 @@ from rex_rag.evaluation.judge import count_verdicts, judge_of, read_judge
 from rex_rag.evaluation.records import PREDICTIONS_FILE, RUN_FILE, Prediction, Question, questions_in_chunks
 from rex_rag.evaluation.run_card import read_card, scorer_row, shared_protocol
 from rex_rag.evaluation.scores import BenchmarkScores, macro_scores, read_predictions, read_seconds, score_benchmark
+from rex_rag.support.errors import UserError
 
 
-class ReportError(ValueError):
+class ReportError(UserError):
     """A directory is not a run that can be reported; the message names it, the reason and the way out."""
 
 

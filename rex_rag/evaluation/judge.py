@@ -22,6 +22,7 @@ from rex_rag.evaluation.records import Prediction
 from rex_rag.evaluation.scores import Judge, read_predictions
 from rex_rag.models.endpoint import EndpointClient, EndpointError, EndpointOptions
 from rex_rag.support.durable import locked, write_json
+from rex_rag.support.errors import UserError
 from rex_rag.support.progress_bars import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ _THOUGHTS = re.compile(r"^.*</think>|<think>.*$", re.DOTALL)
 _SETTINGS: tuple[dict[str, Any], ...] = ({"temperature": 0, "max_tokens": _MAX_TOKENS}, {})
 
 
-class JudgeError(ValueError):
+class JudgeError(UserError):
     """Answers cannot be judged; the message says why and what to do."""
 
 

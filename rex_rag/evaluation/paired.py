@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rex_rag.evaluation.bootstrap import RESAMPLES, Estimate, bootstrap, macro_mean
+from rex_rag.support.errors import UserError
 
 MIN_RESAMPLES = 100
 
@@ -45,7 +46,7 @@ def sign_test(first: int, second: int) -> float:
         ValueError: for negative counts.
     """
     if first < 0 or second < 0:
-        raise ValueError(f"wins of {first} and {second} cannot be counted; both must be at least 0")
+        raise UserError(f"wins of {first} and {second} cannot be counted; both must be at least 0")
     n, least = first + second, min(first, second)
     # Exact integers: the terms of 10,000 disagreements are far outside what floats hold.
     term, tail = 1, 1
@@ -74,13 +75,13 @@ def compare_scores(
         ValueError: sets or numbers of questions that differ, an empty set, fewer than 100 resamples.
     """
     if a.keys() != b.keys() or not a:
-        raise ValueError(f"sets {sorted(a)} and {sorted(b)} cannot be paired; compare the same sets, one at least")
+        raise UserError(f"sets {sorted(a)} and {sorted(b)} cannot be paired; compare the same sets, one at least")
     if resamples < MIN_RESAMPLES:
-        raise ValueError(f"{resamples} resamples are too few for a 95 % interval; take at least {MIN_RESAMPLES}")
+        raise UserError(f"{resamples} resamples are too few for a 95 % interval; take at least {MIN_RESAMPLES}")
     sets, differences = {}, []
     for name in a:
         if len(a[name]) != len(b[name]) or not len(a[name]):
-            raise ValueError(
+            raise UserError(
                 f"{name}: {len(a[name])} scores cannot be paired with {len(b[name])}; both runs must have answered "
                 "the same questions, one at least"
             )

@@ -11,6 +11,7 @@ from rex_rag.evaluation.bootstrap import Estimate
 from rex_rag.evaluation.finished import FinishedRun
 from rex_rag.evaluation.published import label
 from rex_rag.evaluation.scores import ACCURACY, EXACT_MATCH, F1, JUDGE
+from rex_rag.support.errors import UserError
 from rex_rag.support.model_index import WEIGHTS, CardResult, read_results, write_results
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ def card_results(run: FinishedRun) -> list[CardResult]:
         ValueError: for a run that is not whole.
     """
     if run.missing:
-        raise ValueError(f"{run.path} is not whole: {run.missing_text}; resume it, then write the card")
+        raise UserError(f"{run.path} is not whole: {run.missing_text}; resume it, then write the card")
     return list(_results(run))
 
 
@@ -39,18 +40,18 @@ def write_model_card(path: str | Path, runs: Sequence[FinishedRun]) -> None:
             into.
     """
     if not runs:
-        raise ValueError(f"there is no run to write into {path}; name at least one directory")
+        raise UserError(f"there is no run to write into {path}; name at least one directory")
     identities = {tuple(run.card["model"].get(key) for key in ("name", "revision", "weights_sha256")) for run in runs}
     if len(identities) > 1:
         listed = ", ".join(f"{run.path} ({run.model})" for run in runs)
-        raise ValueError(f"a card is of one model, but these runs are of {len(identities)}: {listed}; name one's runs")
+        raise UserError(f"a card is of one model, but these runs are of {len(identities)}: {listed}; name one's runs")
     results = [result for run in runs for result in card_results(run)]
     _check_weights(Path(path), runs[0])
     replaced = set(map(_place, results))
     stale = [one for one in read_results(path) if _place(one) not in replaced and _is_of_other_weights(one, runs[0])]
     if stale:
         listed = ", ".join(f"{result.dataset_name}: {result.metric_name}" for result in stale[:3])
-        raise ValueError(
+        raise UserError(
             f"{path} holds {len(stale)} results of other weights ({listed}{', …' if len(stale) > 3 else ''}), which "
             "would pass for this model's; remove them there (model-index), or name another file"
         )
@@ -74,7 +75,7 @@ def _check_weights(path: Path, run: FinishedRun) -> None:
             run.model,
         )
     elif ours != there:
-        raise ValueError(
+        raise UserError(
             f"{path} lies beside weights with the hash {there[:12]}, but {run.path} evaluated {run.model} with "
             f"{ours[:12]}; name the card in that model's folder, or evaluate the model in {folder}"
         )

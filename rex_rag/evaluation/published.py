@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from rex_rag.support.errors import UserError
+
 SOURCE = "arXiv:2508.08149v2, table 1"
 SETTING = "Qwen2.5 of the size named, E5-base-v2 over the December 2018 Wikipedia, top 3"
 
@@ -81,7 +83,7 @@ def published_rows(sizes: Iterable[str] = SIZES) -> list[PublishedRow]:
     wanted = set(sizes)
     unknown = sorted(wanted - set(SIZES))
     if unknown:
-        raise ValueError(f"the paper has no rows for {', '.join(map(repr, unknown))}; choose from {', '.join(SIZES)}")
+        raise UserError(f"the paper has no rows for {', '.join(map(repr, unknown))}; choose from {', '.join(SIZES)}")
     return [row for row in ROWS if row.size in wanted]
 
 

@@ -26,6 +26,7 @@ from rex_rag.evaluation.published import (
 )
 from rex_rag.evaluation.run_card import comparable
 from rex_rag.evaluation.scores import ACCURACY, BenchmarkScores
+from rex_rag.support.errors import UserError
 
 # Extra columns, with what stands at their head.
 COLUMNS = {
@@ -159,7 +160,7 @@ def build_report(
             named with what differs or is missing.
     """
     if not runs:
-        raise ValueError("there is no run to report; name at least one directory")
+        raise UserError("there is no run to report; name at least one directory")
     check_choices(extras, published)
     if not mark:
         _check_comparable(runs, extras)
@@ -186,7 +187,7 @@ def check_choices(extras: Sequence[str], published: Sequence[str] | None) -> Non
     """Raise a ValueError for an extra column or a size of published rows that does not exist."""
     unknown = [name for name in extras if name not in COLUMNS]
     if unknown:
-        raise ValueError(f"there is no column {unknown[0]!r}; choose from {', '.join(COLUMNS)}")
+        raise UserError(f"there is no column {unknown[0]!r}; choose from {', '.join(COLUMNS)}")
     published_rows(published or ())
 
 
@@ -199,7 +200,7 @@ def _check_comparable(runs: Sequence[FinishedRun], extras: Sequence[str]) -> Non
     ]
     if problems:
         listed = "\n  ".join(problems)
-        raise ValueError(
+        raise UserError(
             f"these runs cannot stand in one table:\n  {listed}\nfinish them or report them apart, or show them with "
             "footnotes (--mark)"
         )

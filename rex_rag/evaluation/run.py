@@ -35,6 +35,7 @@ from rex_rag.evaluation.scores import BenchmarkScores, macro_scores, read_predic
 from rex_rag.retrieval.base import Retriever
 from rex_rag.rollout.script import RolloutBudget
 from rex_rag.support.durable import locked, write_json, written_whole
+from rex_rag.support.errors import UserError
 from rex_rag.support.progress_bars import progress_bar
 from rex_rag.support.wording import counted
 from rex_rag.types import Truncation
@@ -55,7 +56,7 @@ _CARD_SECONDS = 60.0
 _TRIED_QUESTIONS = 64
 
 
-class RunError(ValueError):
+class RunError(UserError):
     """A run cannot go on; the message says why and what to do."""
 
 
@@ -72,7 +73,7 @@ class Shard:
 
     def __post_init__(self) -> None:
         if self.count < 1 or not 0 <= self.index < self.count:
-            raise ValueError(
+            raise UserError(
                 f"shard {self.index}/{self.count} does not exist; shards of n processes are 0/n to {self.count - 1}/n"
             )
 
@@ -81,7 +82,7 @@ class Shard:
         """`i/n`, counted from 0: a process that does its part and waits for nobody."""
         index, slash, count = text.partition("/")
         if not (slash and index.strip().isdecimal() and count.strip().isdecimal()):
-            raise ValueError(f"shard {text!r} is not of the form i/n, for example 0/4")
+            raise UserError(f"shard {text!r} is not of the form i/n, for example 0/4")
         return cls(int(index), int(count), helps=False)
 
 

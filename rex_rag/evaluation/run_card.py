@@ -20,6 +20,7 @@ from rex_rag import __version__, answers
 from rex_rag.evaluation import choices
 from rex_rag.evaluation.records import RUN_FILE
 from rex_rag.retrieval.identity import retriever_identity
+from rex_rag.support.errors import UserError
 
 if TYPE_CHECKING:
     from rex_rag.evaluation.benchmarks import Benchmark
@@ -223,15 +224,15 @@ def read_card(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / RUN_FILE
     if not path.is_file():
-        raise ValueError(f"{directory} holds no {RUN_FILE}; name the directory that an evaluation wrote (--output)")
+        raise UserError(f"{directory} holds no {RUN_FILE}; name the directory that an evaluation wrote (--output)")
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON ({error}); evaluate into a new directory") from error
+        raise UserError(f"{path} is not readable JSON ({error}); evaluate into a new directory") from error
     try:
         check_card(card)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
     return card
 
 
@@ -239,7 +240,7 @@ def check_card(card: Mapping[str, Any]) -> None:
     """Raise a ValueError for a card of another format."""
     found = card.get("format") if isinstance(card, Mapping) else None
     if found != FORMAT:
-        raise ValueError(
+        raise UserError(
             f"the protocol card has format {found!r}, this version reads {FORMAT}; use the version that wrote it, or "
             "run the evaluation again"
         )

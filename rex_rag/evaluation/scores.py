@@ -20,6 +20,7 @@ from rex_rag.answers import answer_key, exact_match, sub_match, token_f1
 from rex_rag.evaluation.bootstrap import RESAMPLES, Estimate, bootstrap, macro_mean
 from rex_rag.evaluation.choices import choice_letter
 from rex_rag.evaluation.records import PREDICTIONS_FILE, TIMINGS_FILE, Prediction, Sample
+from rex_rag.support.errors import UserError
 from rex_rag.support.jsonl import iter_json_objects
 
 __all__ = [
@@ -54,7 +55,7 @@ _OPEN_METRICS: dict[str, Callable[[str | None, Sequence[str]], float]] = {
 }
 
 
-class ScoreError(ValueError):
+class ScoreError(UserError):
     """Predictions cannot be scored; the message names file, line, reason and way out."""
 
 
@@ -210,7 +211,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
         ValueError: unless 0 <= c <= n and 1 <= k <= n.
     """
     if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass@k of n={n} samples with c={c} correct and k={k}; it needs 0 <= c <= n and 1 <= k <= n")
+        raise UserError(f"pass@k of n={n} samples with c={c} correct and k={k}; it needs 0 <= c <= n and 1 <= k <= n")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rex_rag.support.errors import UserError
 from rex_rag.types import SegmentKind, Trajectory
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def evidence(logits: torch.Tensor, k: int = DEFAULT_K) -> torch.Tensor:
         ValueError: for fewer than 2 candidates, or more than there are logits.
     """
     if not 2 <= k <= logits.size(-1):
-        raise ValueError(
+        raise UserError(
             f"k={k} candidates cannot be taken from {logits.size(-1)} logits; use 2 (the authors' choice) or more"
         )
     return logits.topk(k, dim=-1).values.float().clamp(min=0)
@@ -94,7 +95,7 @@ def completion_evidence(
     import torch
 
     if not prompt_ids:
-        raise ValueError("the prompt has no tokens, so no logits produced the first token; give the model's prompt")
+        raise UserError("the prompt has no tokens, so no logits produced the first token; give the model's prompt")
     ids = torch.tensor([[*prompt_ids, *completion_ids]], device=model.device)[:, :-1]  # (1, P+T-1)
     first = len(prompt_ids) - 1  # its logits are those of the first completion token
     was_training, cache, rows = model.training, None, []

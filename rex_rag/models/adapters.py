@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.models.files import adapter_base, is_adapter
+from rex_rag.support.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -31,7 +32,7 @@ def load_policy(
 
     base, revision = adapter_base(Path(name))
     if peft_config is not None:
-        raise ValueError(
+        raise UserError(
             f"model_name_or_path={name} is an adapter of {base!r} already, which goes on being trained as it is; "
             "leave use_peft and lora_* out, or merge it into its base first (peft: merge_and_unload, save_pretrained)"
         )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from rex_rag.support.errors import UserError
 from rex_rag.support.wording import shorten
 
 if TYPE_CHECKING:
@@ -79,14 +80,14 @@ def check_endpoint_url(url: str) -> httpx.URL:
     try:
         parsed = httpx.URL(url)
     except (httpx.InvalidURL, TypeError) as error:
-        raise ValueError(f"the endpoint {url!r} is malformed ({error}); use http://host:port/v1") from error
+        raise UserError(f"the endpoint {url!r} is malformed ({error}); use http://host:port/v1") from error
     if parsed.userinfo:
-        raise ValueError(
+        raise UserError(
             f"the endpoint at {parsed.host!r} has a user name or password in its address, which would end up in logs; "
             f"put the key into the environment variable {DEFAULT_KEY_VARIABLE}"
         )
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
-        raise ValueError(f"the endpoint {url!r} is not a plain http(s) address; use http://host:port/v1")
+        raise UserError(f"the endpoint {url!r} is not a plain http(s) address; use http://host:port/v1")
     return parsed.copy_with(path=parsed.path.rstrip("/") or "/v1")
 
 
@@ -174,7 +175,7 @@ class EndpointClient:
                 if response.status_code < 300:
                     answer = response.json()
                     if not isinstance(answer, dict):
-                        raise ValueError(f"a JSON object is needed, found {type(answer).__name__}")
+                        raise UserError(f"a JSON object is needed, found {type(answer).__name__}")
                     return read(answer)
                 # Without the key first: a part of it that is left by the cut would not be recognised.
                 cause = f"HTTP {response.status_code}: {shorten(self._without_key(response.text), 400)}"
@@ -214,7 +215,7 @@ def _key(variable: str) -> str:
     """
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise ValueError(
+        raise UserError(
             f"the key in the environment variable {variable} holds a control or non-ASCII character, which no HTTP "
             "header can carry; set it again"
         )
@@ -328,7 +329,7 @@ class EndpointModel:
         else:  # a server may put a token of its own before text
             is_same, said = count in (None, len(ours), len(ours) + 1), count
         if not is_same:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer {self.tokenizer.name_or_path!r} encodes a text into {len(ours)} tokens "
                 f"({ours[:5]}…), the server's into {said}; set `tokenizer` to that of the served model "
                 f"{self.client.options.model!r}"

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rex_rag.support.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -35,7 +37,7 @@ HUB_NAME = re.compile(r"(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]{0,95}", re.ASCII)
 _OTHER_SHAPES = ("ignore_mismatched_sizes", "size mismatch for")
 
 
-class ModelFileError(ValueError):
+class ModelFileError(UserError):
     """A file of a model cannot be used; the message names it, the reason and the way out."""
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
+from rex_rag.support.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -130,7 +132,7 @@ class TransformersGenerator:
         stop_strings: Sequence[str],
     ) -> None:
         if tokenizer.pad_token_id is None:
-            raise ValueError("the tokenizer has no pad token; set tokenizer.pad_token (often to the eos token)")
+            raise UserError("the tokenizer has no pad token; set tokenizer.pad_token (often to the eos token)")
         self._model_context = model_context or (lambda: nullcontext(model))
         self._tokenizer = tokenizer
         self._stop = _StopAtTag(tokenizer, stop_strings) if stop_strings else None

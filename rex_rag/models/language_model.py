@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rex_rag.models.endpoint import EndpointModel, EndpointOptions
 from rex_rag.models.files import HUB_NAME, adapter_base, check_model, check_tokenizer, is_adapter, load_causal_lm
 from rex_rag.models.identity import TokenizerFiles, model_identity, tokenizer_sha256
+from rex_rag.support.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +34,7 @@ BACKENDS = (TRANSFORMERS, VLLM, ENDPOINT)
 _SEED_BITS = 31
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """A model cannot be opened; the message names it, the reason and the way out."""
 
 

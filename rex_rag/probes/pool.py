@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from rex_rag.probes.explorer import Explorer, Failed, Proposal
 from rex_rag.protocols.inert import ANSWER_TAGS, INFORMATION_TAGS, SEARCH_TAGS, THINK_TAGS
 from rex_rag.rollout.cuts import tokens_before
+from rex_rag.support.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,9 +86,7 @@ class ExplorationPool:
 
     def __init__(self, prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, density: str = "exact") -> None:
         if density not in ("exact", "coarse"):
-            raise ValueError(
-                f"probe_density is {density!r}; choose 'exact' (trie frequencies) or 'coarse' (1/n first)"
-            )
+            raise UserError(f"probe_density is {density!r}; choose 'exact' (trie frequencies) or 'coarse' (1/n first)")
         _validate(prompts)
         self.prompts = tuple(prompts)
         self.tokenizer = tokenizer
@@ -115,7 +114,7 @@ class ExplorationPool:
         for first, second in itertools.pairwise(order):
             ids = encoded.ids[first]
             if encoded.ids[second][: len(ids)] == ids:
-                raise ValueError(
+                raise UserError(
                     f"exploration prompts {first} ({self.prompts[first]!r}) and {second} ({self.prompts[second]!r}) "
                     "cannot be told apart by this tokenizer: the token ids of one begin the other. Reword one of them"
                 )
@@ -132,13 +131,11 @@ def load_pool(path: str | Path | None, size: int | None = None) -> tuple[str, ..
     else:
         file = Path(path)
         if not file.is_file():
-            raise ValueError(
-                f"exploration_prompts is {str(path)!r}, which is not a file; give a text file, one a line"
-            )
+            raise UserError(f"exploration_prompts is {str(path)!r}, which is not a file; give a text file, one a line")
         prompts = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
     if size is not None:
         if not 1 <= size <= len(prompts):
-            raise ValueError(
+            raise UserError(
                 f"exploration_pool_size is {size}, but the pool holds {len(prompts)} prompts; use 1..{len(prompts)}"
             )
         prompts = prompts[:size]
@@ -148,19 +145,19 @@ def load_pool(path: str | Path | None, size: int | None = None) -> tuple[str, ..
 
 def _validate(prompts: Sequence[str]) -> None:
     if not prompts:
-        raise ValueError("the exploration pool is empty; give at least one prompt, or leave exploration_prompts unset")
+        raise UserError("the exploration pool is empty; give at least one prompt, or leave exploration_prompts unset")
     for index, prompt in enumerate(prompts):
         if not prompt.startswith(THINK_TAGS[0]):
-            raise ValueError(
+            raise UserError(
                 f"exploration prompt {index} is {prompt!r}; it must begin with {THINK_TAGS[0]} so that the policy "
                 "goes on reasoning"
             )
         for tag in _FORBIDDEN_TAGS:
             if tag in prompt:
-                raise ValueError(f"exploration prompt {index} contains {tag}, which would act in the model's place")
+                raise UserError(f"exploration prompt {index} contains {tag}, which would act in the model's place")
     repeated = [prompt for prompt, count in Counter(prompts).items() if count > 1]
     if repeated:
-        raise ValueError(f"exploration prompt {repeated[0]!r} stands in the pool twice; prompts must be distinct")
+        raise UserError(f"exploration prompt {repeated[0]!r} stands in the pool twice; prompts must be distinct")
 
 
 def pool_log_probs(ids: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -200,7 +197,7 @@ class PoolExplorer(Explorer):
     def _propose(self, failed: Failed) -> Proposal:
         span = failed.original.answer_span
         if span is None:
-            raise ValueError("only an original that answered can be probed before its answer; this one has none")
+            raise UserError("only an original that answered can be probed before its answer; this one has none")
         answered = failed.original.segments[span.segment]
         kept, leftover = tokens_before(answered, span.offset, self._script.decode)
         encoded = self.pool.encode(leftover)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rex_rag.protocols.inert import ALL_TAGS, escape_tokens
+from rex_rag.support.errors import UserError
 from rex_rag.support.wording import shorten
 
 if TYPE_CHECKING:
@@ -122,11 +123,11 @@ class Protocol(ABC):
     ) -> None:
         self.tools = {tool.name: tool for tool in tools}
         if len(self.tools) < len(tools):
-            raise ValueError(f"two tools have the same name among {[tool.name for tool in tools]}; rename one")
+            raise UserError(f"two tools have the same name among {[tool.name for tool in tools]}; rename one")
         self.template = self.default_template() if template is None else template
         self.feedback = self.default_feedback() if feedback is None else feedback
         if "{question}" not in self.template:
-            raise ValueError(
+            raise UserError(
                 f"the prompt template has no '{{question}}' placeholder: {self.template[:80]!r}… Add it where the "
                 "question goes"
             )
@@ -189,5 +190,5 @@ class Protocol(ABC):
 
     def _tool(self, name: str, by: str) -> ToolSpec:
         if name not in self.tools:
-            raise ValueError(f"{by} calls {shorten(name)}, but the tools are {', '.join(self.tools) or 'none'}")
+            raise UserError(f"{by} calls {shorten(name)}, but the tools are {', '.join(self.tools) or 'none'}")
         return self.tools[name]

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
+from rex_rag.support.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import GRPOConfig
@@ -39,19 +41,19 @@ def read_settings(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
     try:
         settings = json.loads(given) if isinstance(given, str) else given
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"chat_template_kwargs is {given!r}, which is no JSON ({error}); give a mapping, such as "
             '{"enable_thinking": false}'
         ) from error
     if settings is None or settings == {}:
         return {}
     if not isinstance(settings, Mapping):
-        raise ValueError(f'chat_template_kwargs is {given!r}; give a mapping, such as {{"enable_thinking": false}}')
+        raise UserError(f'chat_template_kwargs is {given!r}; give a mapping, such as {{"enable_thinking": false}}')
     from transformers import PreTrainedTokenizerBase
 
     taken = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages", "strftime_now"}
     if reserved := sorted(taken.intersection(settings)):
-        raise ValueError(
+        raise UserError(
             f"chat_template_kwargs names {', '.join(reserved)}, which are not the template's to set: prompts are one "
             "user message, rendered with a fixed date (date_string sets another where the template reads it); leave "
             "them out"
@@ -105,7 +107,7 @@ def render_chat(
         ValueError: for a tokenizer without a chat template, or with a broken one.
     """
     if tokenizer.chat_template is None:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template, so there is no way to put a question to "
             "the model; save one with the tokenizer (tokenizer.chat_template)"
         )
@@ -121,7 +123,7 @@ def render_chat(
             **template_settings(settings),
         )
     except TemplateError as error:
-        raise ValueError(
+        raise UserError(
             f"the chat template of the tokenizer {tokenizer.name_or_path!r} cannot be rendered "
             f"({type(error).__name__}: {error}); repair it, or fetch the tokenizer again"
         ) from error

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rex_rag.protocols.base import SEARCH, Action, Framing, Protocol, ToolCall, ToolSpec
 from rex_rag.protocols.inert import ALL_TAGS, ANSWER_TAGS, INFORMATION_TAGS
+from rex_rag.support.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ class SearchR1(Protocol):
         self, tools: Sequence[ToolSpec] = (SEARCH,), template: str | None = None, feedback: str | None = None
     ) -> None:
         if bad := [tool.name for tool in tools if not _NAME.fullmatch(tool.name) or tool.name in _TAKEN]:
-            raise ValueError(
+            raise UserError(
                 f"a tool named {bad[0]!r} cannot be called by a tag: use lower-case letters, digits and _, and none "
                 f"of {', '.join(_TAKEN)}"
             )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rex_rag.protocols.base import Action, Framing, Protocol, ToolCall
 from rex_rag.protocols.chat import render_chat
 from rex_rag.protocols.inert import ALL_TAGS, ANSWER_TAGS, control_tokens
+from rex_rag.support.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,7 +100,7 @@ class ToolCalls(Protocol):
             between, tail = rest.split(_SECOND)
             before, after = told.split(_SAID)[1].split(_TOLD)
         except (IndexError, ValueError):
-            raise ValueError(
+            raise UserError(
                 f"the chat template of {tokenizer.name_or_path!r} does not show results of tools (messages of the "
                 "role 'tool'), which the protocol 'tool_calls' needs; use a model whose template does, or the "
                 "protocol 'search_r1'"

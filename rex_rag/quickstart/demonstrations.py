@@ -21,6 +21,7 @@ from rex_rag.protocols.chat import render_chat
 from rex_rag.protocols.inert import control_tokens, make_inert
 from rex_rag.quickstart.hopworld import HopQuestion
 from rex_rag.retrieval.base import Retriever, checked_search
+from rex_rag.support.errors import UserError
 from rex_rag.tools.retrieval import render_passages
 from rex_rag.types import Passage, SegmentKind
 
@@ -72,7 +73,7 @@ def write_demonstration(
     protocol = protocol or SearchR1()
     searches = question.hops if searches is None else searches
     if not 1 <= searches <= question.hops:
-        raise ValueError(f"searches={searches} is outside 1..{question.hops}, the hops of {question.question!r}")
+        raise UserError(f"searches={searches} is outside 1..{question.hops}, the hops of {question.question!r}")
     segments: list[tuple[SegmentKind, str]] = []
     thought = f"I need the {question.relations[0]} of {question.chain[0]}"
     for hop in range(searches):
@@ -142,9 +143,9 @@ def build_demonstrations(
     doubt_wrong_rate = wrong_rate if doubt_wrong_rate is None else doubt_wrong_rate
     for name, rate in (("wrong_rate", wrong_rate), ("doubt_wrong_rate", doubt_wrong_rate)):
         if not 0.0 <= rate <= 1.0:
-            raise ValueError(f"{name}={rate} is not a probability; choose a number from 0 to 1")
+            raise UserError(f"{name}={rate} is not a probability; choose a number from 0 to 1")
     if not 0.0 <= doubt_rate <= 1.0 or (doubt_rate > 0 and not doubts):
-        raise ValueError(f"doubt_rate={doubt_rate} with {len(doubts)} doubts; choose 0 to 1, and give doubts above 0")
+        raise UserError(f"doubt_rate={doubt_rate} with {len(doubts)} doubts; choose 0 to 1, and give doubts above 0")
     queries = list(dict.fromkeys(search_query(item, hop) for item in questions for hop in range(item.hops)))
     found = dict(zip(queries, checked_search(retriever, queries, top_k), strict=True)) if queries else {}
     draw, draw_doubt = random.Random(f"demonstrations/{seed}"), random.Random(f"demonstrations/{seed}/doubts")

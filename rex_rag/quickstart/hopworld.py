@@ -22,6 +22,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from rex_rag.support.durable import written_whole
+from rex_rag.support.errors import UserError
 from rex_rag.types import Passage
 
 MAX_HOPS = 3
@@ -124,7 +125,7 @@ class HopWorldConfig:
             if len(counts) != MAX_HOPS or min(counts) < 0:
                 problems.append(f"{name}={counts!r} must be {MAX_HOPS} counts >= 0, for 1, 2 and 3 hops")
         if problems:
-            raise ValueError("HopWorldConfig: " + "; ".join(problems))
+            raise UserError("HopWorldConfig: " + "; ".join(problems))
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +319,7 @@ def _draw_questions(
         train, test = config.train_questions[hops - 1], config.test_questions[hops - 1]
         walks = list(_walks(names, facts, hops))
         if train + test > len(walks):
-            raise ValueError(
+            raise UserError(
                 f"{train} training and {test} test questions with {hops} hops were asked for, but this world holds "
                 f"only {len(walks)}; ask for fewer, or enlarge it with more people"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from rex_rag.support.errors import UserError
 from rex_rag.types import Passage
 
 # A batch of several hundred queries against an exact index over 21 million passages takes seconds, not a minute.
@@ -13,7 +14,7 @@ DEFAULT_TIMEOUT_SECONDS = 60.0
 DEFAULT_MAX_ATTEMPTS = 18
 
 
-class RetrievalError(RuntimeError):
+class RetrievalError(UserError):
     """A search could not be answered. Raised instead of ever returning nothing in its place."""
 
 

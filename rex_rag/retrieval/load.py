@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rex_rag.retrieval.base import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_SECONDS, Retriever
+from rex_rag.support.errors import UserError
 
 BM25 = "bm25"
 ONLINE = ("google", "serpapi")
@@ -94,7 +95,7 @@ class RetrieverArguments:
             self.retriever_timeout = float(self.retriever_timeout)
         problems = [*self._source_problems(), *self._value_problems()]
         if problems:
-            raise ValueError("; ".join(problems))
+            raise UserError("; ".join(problems))
 
     @property
     def kind(self) -> str:

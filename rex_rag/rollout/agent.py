@@ -17,6 +17,7 @@ from rex_rag.protocols.inert import control_tokens, make_inert
 from rex_rag.rollout.books import RolloutSeconds
 from rex_rag.rollout.driver import Driver
 from rex_rag.rollout.script import Call, Generate, RolloutBudget, Script
+from rex_rag.support.errors import UserError
 from rex_rag.tools.base import Tool, ToolResult
 from rex_rag.types import AnswerSpan, Segment, SegmentKind, Trajectory, Truncation
 
@@ -54,7 +55,7 @@ class AgentScript:
         longest_head = self._framing.message_end + self._framing.head
         self._smallest_observation = len(self._encode(longest_head)) + len(self._tail_ids) + 1
         if budget.max_observation_tokens < self._smallest_observation:
-            raise ValueError(
+            raise UserError(
                 f"max_observation_tokens is {budget.max_observation_tokens}, but the text around a result alone takes "
                 f"{self._smallest_observation - 1} tokens with this tokenizer; use at least "
                 f"{self._smallest_observation}, better several hundred"
@@ -189,7 +190,7 @@ class Agent:
         """
         for prompt in prompts:
             if len(prompt) >= self.budget.max_sequence_length:
-                raise ValueError(
+                raise UserError(
                     f"a prompt of {len(prompt)} tokens leaves nothing of max_sequence_length "
                     f"{self.budget.max_sequence_length}; shorten the prompt template or raise the limit"
                 )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.support.durable import written_whole
+from rex_rag.support.errors import UserError
 from rex_rag.support.log_rows import EXACT_MATCH, UNNAMED_SET, evaluated_sets
 from rex_rag.support.tables import markdown_table, markdown_text
 
@@ -74,14 +75,14 @@ def write_results(path: str | Path, results: Sequence[CardResult], *, model_name
             written again. The card is left as it was.
     """
     if not results:
-        raise ValueError(f"there are no results to write into {path}; evaluate the model first")
+        raise UserError(f"there are no results to write into {path}; evaluate the model first")
     path = Path(path)
     content = _content(path) if path.is_file() else f"{_NO_METADATA}\n# {markdown_text(model_name)}\n"
     card = _parsed(path, content)
     new = [_as_eval_result(result) for result in results]
     identities = {_identity(result) for result in new}
     if len(identities) < len(new):
-        raise ValueError(
+        raise UserError(
             f"two of the {len(new)} results for {path} have the same data set, metric and metric name; "
             "write one of them, or name their methods apart"
         )
@@ -159,11 +160,11 @@ def _parsed(path: Path, content: str) -> ModelCard:
         metadata = yaml.safe_load(REGEX_YAML_BLOCK.search(content).group(2)) or {}
         before = _without_nulls(metadata.get("model-index") or [])
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"the metadata at the head of {path} cannot be read ({error}); correct it there") from error
+        raise UserError(f"the metadata at the head of {path} cannot be read ({error}); correct it there") from error
     results = card.data.eval_results
     after = eval_results_to_model_index(card.data.model_name, results) if results else []
     if before != after:
-        raise ValueError(
+        raise UserError(
             f"{path} holds results (model-index) in a form that would change on being written again, such as several "
             "models or fields that huggingface_hub does not know; mend them there, or name another file"
         )
@@ -214,7 +215,7 @@ def _check_survival(path: Path, card: ModelCard) -> None:
     lost = [result for result in results if result not in back]
     if lost:
         names = sorted({f"{result.dataset_name}: {result.metric_name or result.metric_type}" for result in lost})
-        raise ValueError(
+        raise UserError(
             f"{path} already describes one of the data sets in another way (its name, arguments or source), and a "
             f"card can hold only one; this would be lost: {'; '.join(names)}. Remove that result, or name another file"
         )

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rex_rag.support.errors import UserError
+
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
@@ -32,27 +34,27 @@ def load_named(name: str, kind: type | None, what: str) -> Any:
             another kind.
     """
     if not is_named(name):
-        raise ValueError(f"{what}={name!r} names no object; write module:Name, for example my_module:MyClass")
+        raise UserError(f"{what}={name!r} names no object; write module:Name, for example my_module:MyClass")
     module_name, _, path = name.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     top = module_name.partition(".")[0]
     if importlib.util.find_spec(top) is None:
-        raise ValueError(f"{what}={name!r}: there is no module {top!r}, neither in {here} nor installed")
+        raise UserError(f"{what}={name!r}: there is no module {top!r}, neither in {here} nor installed")
     try:
         found = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
-        raise ValueError(f"{what}={name!r}: there is no module {error.name!r} in the package {top!r}") from error
+        raise UserError(f"{what}={name!r}: there is no module {error.name!r} in the package {top!r}") from error
     for part in path.split("."):
         if not hasattr(found, part):
             known = sorted(entry for entry in vars(found) if not entry.startswith("_"))
-            raise ValueError(f"{what}={name!r}: {module_name} has no {part!r}; it has {', '.join(known) or 'nothing'}")
+            raise UserError(f"{what}={name!r}: {module_name} has no {part!r}; it has {', '.join(known) or 'nothing'}")
         found = getattr(found, part)
     if kind is not None and not (isinstance(found, type) and issubclass(found, kind)) and not isinstance(found, kind):
-        raise ValueError(f"{what}={name!r} is {found!r}; it must be a {kind.__name__} ({kind.__module__})")
+        raise UserError(f"{what}={name!r} is {found!r}; it must be a {kind.__name__} ({kind.__module__})")
     return found
 
 
@@ -65,7 +67,7 @@ def choose(name: str, known: Mapping[str, Any], kind: type | None, what: str) ->
     if name in known:
         return known[name]
     if not is_named(name):
-        raise ValueError(
+        raise UserError(
             f"{what}={name!r} is unknown; use {', '.join(map(repr, known))}, or your own as module:Name, for example "
             "my_module:MyClass"
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rex_rag.protocols.base import ToolSpec
+from rex_rag.support.errors import UserError
 from rex_rag.support.named import choose
 from rex_rag.tools.base import Tool, ToolError, ToolResult
 from rex_rag.tools.function import FunctionTool
@@ -44,7 +45,7 @@ def make_tools(names: Sequence[str], retriever: Retriever | None, top_k: int = 3
         ValueError: for an unknown name, and a tool that needs a retriever where there is none.
     """
     if retriever is None and (asking := [name for name in names if name in TOOLS]):
-        raise ValueError(f"the tool {asking[0]!r} needs a retriever; name one, or leave the tool out")
+        raise UserError(f"the tool {asking[0]!r} needs a retriever; name one, or leave the tool out")
     return [TOOLS[name](retriever, top_k) if name in TOOLS else _own_tool(name) for name in names]
 
 
@@ -53,7 +54,7 @@ def _own_tool(name: str) -> Tool:
     if not isinstance(own, type):
         return FunctionTool(own)
     if not issubclass(own, Tool):
-        raise ValueError(
+        raise UserError(
             f"agent_tools={name!r} is a class that does not derive from rex_rag.tools.Tool; name a function"
         )
     return own()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rex_rag.protocols.base import ToolSpec
+from rex_rag.support.errors import UserError
 from rex_rag.support.wording import shorten
 from rex_rag.tools.base import Tool, ToolError, ToolResult
 
@@ -27,7 +28,7 @@ class FunctionTool(Tool):
         try:
             schema = get_json_schema(function)["function"]
         except (DocstringParsingException, TypeHintParsingException) as error:
-            raise ValueError(
+            raise UserError(
                 f"the tool {getattr(function, '__name__', function)!r} cannot be described to a model ({error}); give "
                 "it type hints, a docstring, and an `Args:` line for each argument"
             ) from error

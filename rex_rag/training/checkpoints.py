@@ -11,6 +11,7 @@ from pathlib import Path
 from accelerate.logging import get_logger
 
 from rex_rag.models.files import broken, damaged_weights
+from rex_rag.support.errors import UserError
 
 logger = get_logger(__name__)
 
@@ -21,7 +22,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _TABLE = re.compile(r"completions_(\d+)\.parquet")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """Training cannot go on from a checkpoint; the message names folder, file and reason."""
 
 

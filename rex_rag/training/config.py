@@ -20,6 +20,7 @@ from rex_rag.probes.pool import load_pool
 from rex_rag.protocols import PROTOCOLS, Protocol
 from rex_rag.protocols.chat import read_settings
 from rex_rag.rollout.script import RolloutBudget
+from rex_rag.support.errors import UserError
 from rex_rag.support.secrets import without_secrets
 from rex_rag.training.config_checks import config_warnings, rollout_problems
 from rex_rag.training.dynamic_sampling import signal_problems
@@ -128,7 +129,7 @@ class REXRAGConfig(GRPOConfig):
             Difficulty buffer: a question whose originals were all right so many times in a row rests, and is replaced
             by a fresh one, the next so many times that it comes up; `0` switches the buffer off.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
-            Whether scripts/train.py removes what earlier runs left in `output_dir` (checkpoints, completion tables,
+            Whether `rex_rag.train` removes what earlier runs left in `output_dir` (checkpoints, completion tables,
             weights, the trainer's state and arguments) instead of refusing to train there.
 
     > [!NOTE]
@@ -344,10 +345,10 @@ class REXRAGConfig(GRPOConfig):
         if value is None:
             return None
         if not Path(value).is_file():
-            raise ValueError(f"{name} is {value!r}, which is not a file; give a text file")
+            raise UserError(f"{name} is {value!r}, which is not a file; give a text file")
         text = Path(value).read_text(encoding="utf-8")
         if not text.strip():
-            raise ValueError(f"{name} is {value!r}, an empty file; write the text into it, or leave the setting out")
+            raise UserError(f"{name} is {value!r}, an empty file; write the text into it, or leave the setting out")
         return text
 
     def _refuse_bad_values(self) -> None:
@@ -374,7 +375,7 @@ class REXRAGConfig(GRPOConfig):
 
     def _refuse(self, problems: list[str]) -> None:
         if problems:
-            raise ValueError("REXRAGConfig:\n" + "\n".join(f"  - {problem}" for problem in problems))
+            raise UserError("REXRAGConfig:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
     def _prepare_generation(self) -> None:
         generation_kwargs = dict(self.generation_kwargs or {})
@@ -382,7 +383,7 @@ class REXRAGConfig(GRPOConfig):
         allowed = {"stop": stop, "include_stop_str_in_output": True} if self.use_vllm and stop else {}
         foreign = {key: value for key, value in generation_kwargs.items() if allowed.get(key) != value}
         if foreign:
-            raise ValueError(
+            raise UserError(
                 f"generation_kwargs is {foreign}; rollouts are sampled from the full softmax and stop where the "
                 "protocol says, so no other sampling parameter is taken: remove it"
             )
@@ -392,7 +393,7 @@ class REXRAGConfig(GRPOConfig):
         if self.vllm_max_model_length is None:
             self.vllm_max_model_length = self.max_sequence_length
         elif self.vllm_max_model_length < self.max_sequence_length:
-            raise ValueError(
+            raise UserError(
                 f"vllm_max_model_length is {self.vllm_max_model_length}, less than max_sequence_length "
                 f"{self.max_sequence_length}: vLLM would cut rollouts by itself; leave it unset or raise it"
             )
@@ -400,7 +401,7 @@ class REXRAGConfig(GRPOConfig):
     def _refuse_split_groups(self) -> None:
         rows = self.per_device_train_batch_size * self.steps_per_generation
         if rows % self.num_generations:
-            raise ValueError(
+            raise UserError(
                 f"per_device_train_batch_size * steps_per_generation is {self.per_device_train_batch_size} * "
                 f"{self.steps_per_generation} = {rows}, not a multiple of num_generations {self.num_generations}: a "
                 "question's originals and probes would be split over processes; make it a multiple"
@@ -408,7 +409,7 @@ class REXRAGConfig(GRPOConfig):
 
         samples = self.num_generations_eval or self.num_generations
         if self.eval_strategy != "no" and self.per_device_eval_batch_size % samples:
-            raise ValueError(
+            raise UserError(
                 f"per_device_eval_batch_size is {self.per_device_eval_batch_size}, not a multiple of "
                 f"num_generations_eval {samples}: a question's rollouts would be split over processes; make it one"
             )

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.correction.forms import FORMS
+from rex_rag.support.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -229,7 +230,7 @@ def refuse_short_server(client: Any, args: GRPOConfig) -> None:
     """Raise `ValueError` for a vLLM server, by TRL's client of it, that takes less of a row than it will be asked."""
     served = client.get_server_info()["model_config"]["max_model_len"]
     if served < args.vllm_max_model_length:
-        raise ValueError(
+        raise UserError(
             f"the vLLM server takes {served} tokens of a row, less than vllm_max_model_length "
             f"{args.vllm_max_model_length} (by default max_sequence_length): it would refuse long rows in mid-run. "
             "Restart it with a larger --max-model-len, or lower max_sequence_length"

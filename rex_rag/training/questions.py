@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rex_rag.data.question_rows import checked_answers
+from rex_rag.support.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,18 +31,18 @@ def checked_questions(dataset: Dataset | IterableDataset | dict | None, name: st
     if isinstance(dataset, dict):
         return {key: checked_questions(part, f"{name}[{key!r}]") for key, part in dataset.items()}
     if not hasattr(dataset, "column_names"):
-        raise ValueError(
+        raise UserError(
             f"{name} is a {type(dataset).__name__}; make it a datasets.Dataset, with from_list or from_pandas"
         )
     columns = dataset.column_names
     missing = [column for column in REQUIRED_COLUMNS if columns is not None and column not in columns]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{name} has no column {' or '.join(map(repr, missing))}; it has {', '.join(map(repr, columns))}. Rename "
             "them with dataset.rename_column, or load it with rex_rag.data.qa.load_questions"
         )
     if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise ValueError(f"{name} has no rows; nothing can be trained on it")
+        raise UserError(f"{name} has no rows; nothing can be trained on it")
 
     def checked(row: dict, index: int) -> dict:
         return {"golden_answers": checked_answers(row, f"{name}[{index}]")}
@@ -65,7 +66,7 @@ def add_prompts(dataset: Dataset | IterableDataset | dict | None, protocol: Prot
 def refuse_long_prompt(length: int, prompt: list[dict[str, str]], args: REXRAGConfig) -> None:
     """The question is never what gets truncated: raise a ValueError that names it where its prompt is too long."""
     if length > args.max_prompt_length:
-        raise ValueError(
+        raise UserError(
             f"the prompt that ends in {prompt[-1]['content'][-80:]!r} has {length} tokens, more than "
             f"max_prompt_length {args.max_prompt_length}; raise it or remove the question"
         )

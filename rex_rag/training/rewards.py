@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Sequence
 
 from rex_rag.answers import exact_match
+from rex_rag.support.errors import UserError
 from rex_rag.types import Trajectory
 
 
@@ -67,7 +68,7 @@ def on_filled_rows(function: Callable) -> Callable:
 
     def spread(filled: list[int], values: Sequence, count: int) -> list:
         if len(values) != len(filled):
-            raise ValueError(
+            raise UserError(
                 f"the reward function {function_name} gave {len(values)} values for {len(filled)} completions; it "
                 "must return, and log, one for each"
             )

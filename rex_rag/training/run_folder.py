@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag.models.files import ADAPTER_FILE, adapter_base, is_adapter
+from rex_rag.support.errors import UserError
 from rex_rag.training.checkpoints import ABANDONED, TRAINER_STATE_FILE, checkpoints, completion_tables, remove
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ _FILES = (
 )
 
 
-class FolderError(ValueError):
+class FolderError(UserError):
     """A run would mix with another one; the message names the folder and the way out."""
 
 

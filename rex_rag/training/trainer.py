@@ -29,6 +29,7 @@ from rex_rag.protocols.inert import control_tokens
 from rex_rag.retrieval.base import Retriever
 from rex_rag.rollout.agent import Agent
 from rex_rag.rollout.books import end_tokens
+from rex_rag.support.errors import UserError
 from rex_rag.tools import make_tools
 from rex_rag.training.config import REXRAGConfig
 from rex_rag.training.corrected_loss import CorrectedLoss
@@ -141,7 +142,7 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
         train_dataset = checked_questions(train_dataset, "train_dataset")
         eval_dataset = checked_questions(eval_dataset, "eval_dataset")
         if problems := training_problems(args, train_dataset):
-            raise ValueError("; ".join(problems))
+            raise UserError("; ".join(problems))
         processing_class = processing_class or policy_tokenizer(model, args)
         forbidden = control_tokens(processing_class)
         train_dataset = add_prompts(train_dataset, protocol, forbidden)

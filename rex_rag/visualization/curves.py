@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rex_rag.support.errors import UserError
 from rex_rag.support.log_rows import EXACT_MATCH, UNNAMED_SET, evaluated_sets
 from rex_rag.visualization.escape import without_controls
 from rex_rag.visualization.files import new_figure, picture_format, write_figure
@@ -92,10 +93,10 @@ def _read_state(file: Path) -> tuple[int, list[dict[str, Any]]]:
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); name a {STATE_FILE} that training wrote") from None
+        raise UserError(f"{file} is not JSON ({error}); name a {STATE_FILE} that training wrote") from None
     history = state.get("log_history") if isinstance(state, dict) else None
     if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
-        raise ValueError(f"{file} has no list `log_history`; name a {STATE_FILE} that training wrote")
+        raise UserError(f"{file} has no list `log_history`; name a {STATE_FILE} that training wrote")
     steps = state.get("global_step")
     return steps if isinstance(steps, int) else 0, history
 
@@ -124,7 +125,7 @@ def labelled_runs(runs: Sequence[str]) -> dict[str, Path]:
     for label, path in given:
         name = label if label is not None else "/".join(path.resolve().parts[-depth:])
         if name in labelled:
-            raise ValueError(f"two runs are called {name!r}; name each once, and tell them apart by LABEL=DIR")
+            raise UserError(f"two runs are called {name!r}; name each once, and tell them apart by LABEL=DIR")
         labelled[name] = path
     return labelled
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag.support.durable import written_whole
+from rex_rag.support.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +41,7 @@ def picture_format(path: str | os.PathLike, formats: Sequence[str] = PICTURE_FOR
     """
     suffix = Path(path).suffix.lower().lstrip(".")
     if suffix not in formats:
-        raise ValueError(f"{path} does not say what picture to draw; end its name in .{' or .'.join(formats)}")
+        raise UserError(f"{path} does not say what picture to draw; end its name in .{' or .'.join(formats)}")
     return suffix
 
 

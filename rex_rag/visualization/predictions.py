@@ -19,6 +19,7 @@ from rex_rag.evaluation.records import (
 )
 from rex_rag.evaluation.run_card import read_card
 from rex_rag.evaluation.scores import Judge
+from rex_rag.support.errors import UserError
 from rex_rag.support.jsonl import iter_json_objects
 from rex_rag.support.wording import counted
 
@@ -55,7 +56,7 @@ def read_predictions(
         chosen = [file for file in files if _folder_of(file).name == benchmark]
         if not chosen:
             known = ", ".join(dict.fromkeys(_folder_of(file).name for file in files))
-            raise ValueError(f"{path} has no benchmark {benchmark!r}; it has {known}")
+            raise UserError(f"{path} has no benchmark {benchmark!r}; it has {known}")
         files = chosen
     for file in files:
         folder = _folder_of(file)
@@ -65,7 +66,7 @@ def read_predictions(
             try:
                 prediction = Prediction.from_row(row)
             except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
+                raise UserError(
                     f"{file}, line {number}: not a prediction ({type(error).__name__}: {error}); name a file that an "
                     "evaluation of this package wrote"
                 ) from None
@@ -155,7 +156,7 @@ def run_facts(
         facts = _card_facts(card)
         sets = {name: int(card["benchmarks"][name]["questions"]) for name in card["benchmark_order"]}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{run / RUN_FILE} is not a card of this version ({type(error).__name__}: {error}); evaluate into a "
             f"new directory, or view a copy of {PREDICTIONS_FILE} in another folder"
         ) from error

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.evaluation.records import PREDICTIONS_FILE
+from rex_rag.support.errors import UserError
 from rex_rag.types import SegmentKind, Trajectory
 from rex_rag.visualization.predictions import JudgeReader, prediction_files, read_predictions
 
@@ -91,7 +92,7 @@ def read_records(
     """
     path = Path(path)
     if step is not None and benchmark is not None:
-        raise ValueError(f"step {step} belongs to training, benchmark {benchmark!r} to evaluation; give one of them")
+        raise UserError(f"step {step} belongs to training, benchmark {benchmark!r} to evaluation; give one of them")
     tables = [] if benchmark is not None else completion_files(path)
     predictions = [] if step is not None else prediction_files(path)
     if not tables and not predictions:
@@ -144,7 +145,7 @@ def read_completion_tables(
         if not files:
             steps = {each for counted in found.values() for each in counted}
             known = f"{min(steps)} to {max(steps)}" if steps else "none"
-            raise ValueError(f"{path} has no completions of step {step}; it has those of steps {known}")
+            raise UserError(f"{path} has no completions of step {step}; it has those of steps {known}")
     rows: list[dict[str, Any]] = []
     for file in files:
         if limit is not None and len(rows) >= limit:
@@ -204,8 +205,8 @@ def _columns(file: Path, columns: list[str]) -> pyarrow.Table:
             if not missing:
                 return table.read(columns=columns)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{file} is not a parquet file ({error}); name a completion table") from None
-    raise ValueError(
+        raise UserError(f"{file} is not a parquet file ({error}); name a completion table") from None
+    raise UserError(
         f"{file} has no column {', '.join(missing)}; only tables written by this package's trainer can be shown"
     )
 
@@ -298,12 +299,12 @@ def checked_segments(index: int, record: Mapping[str, Any]) -> list[tuple[Segmen
         ValueError: for a record without segments list or with an unknown segment kind, by its index.
     """
     if "segments" not in record:
-        raise ValueError(f"trajectory record {index} has no 'segments'; make records with trajectory_record()")
+        raise UserError(f"trajectory record {index} has no 'segments'; make records with trajectory_record()")
     segments = []
     for segment in record["segments"]:
         name = segment.get("kind")
         if name not in SegmentKind.__members__:
-            raise ValueError(
+            raise UserError(
                 f"trajectory record {index} has a segment of kind {name!r}; it must be one of "
                 f"{', '.join(SegmentKind.__members__)}"
             )

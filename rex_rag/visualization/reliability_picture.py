@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rex_rag.support.errors import UserError
 from rex_rag.visualization.escape import escape, escape_visibly, without_controls
 from rex_rag.visualization.files import new_figure, picture_format, write_figure
 
@@ -175,7 +176,7 @@ def draw_reliability(pictures: Sequence[Mapping[str, Any]], path: str | os.PathL
         ValueError: without pictures, or for a name that ends otherwise.
     """
     if not pictures:
-        raise ValueError("there is nothing to draw; give the tokens of at least one model")
+        raise UserError("there is nothing to draw; give the tokens of at least one model")
     picture_format(path)
     pictures = with_shared_scale(pictures)
     columns = [_lines(picture["tokens"]) for picture in pictures]

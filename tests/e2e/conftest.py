@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def warm_start(tmp_path_factory):
     """A directory holding `warm_start` (model, tokenizer) and `world` (corpus, train and test questions)."""
     folder = tmp_path_factory.mktemp("quickstart")
-    command = [sys.executable, "scripts/warm_start.py", "--output", str(folder / "warm_start")]
+    command = [sys.executable, "-m", "rex_rag.quickstart.warm_start", "--output", str(folder / "warm_start")]
     command += ["--max-steps", "300", "--check-from", "300"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
     return folder

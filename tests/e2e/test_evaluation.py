@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
 LAUNCH = [
     *("-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate_configs/ddp_cpu.yaml"),
-    "scripts/evaluate.py",
+    "-m",
+    "rex_rag.evaluate",
 ]
 QUICKSTART = ["--config", "recipes/evaluation/quickstart.yaml"]
 pytestmark = pytest.mark.slow
@@ -44,7 +45,7 @@ def rows(output: Path, benchmark: str) -> list[dict]:
 
 def hopworld(warm_start: Path, output: Path, *words: str) -> list[str]:
     return [
-        *("scripts/evaluate.py", *QUICKSTART, "--output", str(output)),
+        *("-m", "rex_rag.evaluate", *QUICKSTART, "--output", str(output)),
         *("--model", str(warm_start / "warm_start")),
         *("--benchmarks", f"hopworld={warm_start / 'world' / 'test.jsonl'}"),
         *("--corpus", str(warm_start / "world" / "corpus.jsonl")),
@@ -166,7 +167,7 @@ def test_the_local_sample_runs_end_to_end(tmp_path):
     model = tmp_path / "tiny_model"
     run(
         [
-            *("scripts/tiny_model.py", "--questions", str(DATA / "hotpotqa_dev" / "qa.jsonl")),
+            *("-m", "rex_rag.quickstart.tiny_model", "--questions", str(DATA / "hotpotqa_dev" / "qa.jsonl")),
             *("--output", str(model), "--max-steps", "240", "--max-questions", "1000"),
         ]
     )

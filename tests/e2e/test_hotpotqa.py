@@ -37,7 +37,7 @@ def call(*command):
 
 def train(*overrides):
     launch = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate_configs/cpu.yaml"]
-    call(*launch, "scripts/train.py", "--config", RECIPE, "--max_steps", 4, "--save_steps", 2, *overrides)
+    call(*launch, "-m", "rex_rag.train", "--config", RECIPE, "--max_steps", 4, "--save_steps", 2, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,14 @@ def model(tmp_path_factory):
     """Trained for too few steps to copy a question, and for enough to write actions."""
     folder = tmp_path_factory.mktemp("hotpotqa") / "tiny_model"
     call(
-        *("scripts/tiny_model.py", "--questions", DATA / "hotpotqa_dev" / "qa.jsonl", "--output", folder),
+        *(
+            "-m",
+            "rex_rag.quickstart.tiny_model",
+            "--questions",
+            DATA / "hotpotqa_dev" / "qa.jsonl",
+            "--output",
+            folder,
+        ),
         *("--max-questions", 800, "--max-steps", 600),
     )
     return folder

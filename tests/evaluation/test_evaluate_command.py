@@ -125,8 +125,8 @@ def test_headers_name_files_that_exist_and_show_an_override_that_parses(recipe):
     text = "\n".join(
         line.removeprefix("#").strip() for line in (ROOT / recipe).read_text().splitlines() if line.startswith("#")
     ).replace("\\\n", "")
-    [(config, script, named)] = re.findall(r"accelerate launch --config_file (\S+) (\S+) --config (\S+)", text)
-    assert (ROOT / config).is_file() and (ROOT / script).is_file()
+    [(config, script, named)] = re.findall(r"accelerate launch --config_file (\S+) -m (\S+) --config (\S+)", text)
+    assert (ROOT / config).is_file() and script == "rex_rag.evaluate"
     assert named == recipe
     shown = re.findall(r"^(--.+)", text, re.MULTILINE)
     assert shown and "for example:\n--" in text
@@ -281,7 +281,7 @@ def test_a_run_that_is_stopped_says_how_it_goes_on(world, tmp_path, number, code
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         process = subprocess.Popen(
-            [sys.executable, "scripts/evaluate.py", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "rex_rag.evaluate", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True
         )
     finally:
         signal.signal(signal.SIGINT, before)
@@ -366,7 +366,7 @@ def test_a_remote_retriever_loads_no_llvmlite():
 def test_a_model_that_is_not_here_is_said_before_anything_is_loaded(world, tmp_path):
     words = world.words(tmp_path / "run", model=tmp_path / "nope")
     ended = subprocess.run(
-        [sys.executable, "-X", "importtime", "scripts/evaluate.py", *words],
+        [sys.executable, "-X", "importtime", "-m", "rex_rag.evaluate", *words],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -383,7 +383,7 @@ def test_a_model_that_is_not_here_is_said_before_anything_is_loaded(world, tmp_p
 def test_the_script_says_in_one_line_what_a_user_can_mend(tmp_path):
     words = ["--model", "m", "--benchmarks", "nosuch", "--method", "direct", "--output", str(tmp_path / "run")]
     ended = subprocess.run(
-        [sys.executable, "scripts/evaluate.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "rex_rag.evaluate", *words], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith("error: there is no benchmark 'nosuch'")

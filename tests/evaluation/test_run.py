@@ -122,7 +122,7 @@ def test_killed_in_the_middle_it_resumes_with_the_same_bytes(world, tmp_path, ca
     settings = {"temperature": 1.0, "samples": 4, "batch_size": 2}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = subprocess.Popen(
-        [sys.executable, "scripts/evaluate.py", *world.words(killed, **settings)],
+        [sys.executable, "-m", "rex_rag.evaluate", *world.words(killed, **settings)],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.DEVNULL,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from rex_rag.evaluation.run import EvaluationRun
 from rex_rag.evaluation.run_card import protocol_card
 from rex_rag.models.language_model import ModelOptions, open_model
 from rex_rag.protocols import SearchR1
+from rex_rag.quickstart import warm_start
 from rex_rag.quickstart.hopworld import HopWorldConfig, build_hopworld, write_hopworld
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.rollout.script import RolloutBudget
@@ -24,16 +23,6 @@ from rex_rag.rollout.script import RolloutBudget
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = RolloutBudget(max_turns=2, max_turn_tokens=12, max_observation_tokens=64, max_sequence_length=256, top_k=1)
 TEMPLATE = "Question: {question}"
-
-
-def warm_start_script():
-    """scripts/warm_start.py as a module; it needs nothing of its folder."""
-    if "warm_start" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("warm_start", ROOT / "scripts" / "warm_start.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["warm_start"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["warm_start"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +59,6 @@ def _listed(value: object) -> list[object]:
 
 def make_tiny_world(folder: Path) -> TinyWorld:
     """An untrained model that searches and answers now and then: whole actions are tokens, and come up often."""
-    warm_start = warm_start_script()
     world = build_hopworld(HopWorldConfig(people=30, train_questions=(0, 0, 0), test_questions=(20, 20, 0)))
     write_hopworld(world, folder / "world")
     tokenizer = warm_start.build_tokenizer(SearchR1(template=TEMPLATE))

@@ -496,9 +496,8 @@ def test_a_model_that_is_not_served_is_named_with_those_that_are(world, greedy):
 @pytest.mark.parametrize("returns_ids", [True, False])
 def test_another_models_tokenizer_is_refused(world, greedy, tmp_path, returns_ids):
     """Ids that mean something else to the server would be answered all the same; their number gives them away."""
-    from tests.evaluation.tiny_run import warm_start_script
+    from rex_rag.quickstart import warm_start
 
-    warm_start = warm_start_script()
     other = warm_start.build_tokenizer(SearchR1(template="Something quite different: {question}"))
     other.add_tokens(["wrote Hamlet"])
     other.save_pretrained(tmp_path)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 from transformers import AutoTokenizer
 
 from rex_rag.answers import exact_match
 from rex_rag.protocols import SearchR1
 from rex_rag.protocols.inert import ALL_TAGS
+from rex_rag.quickstart import warm_start
 from rex_rag.quickstart.demonstrations import build_demonstrations, tokenize_demonstrations, write_demonstration
 from rex_rag.quickstart.hopworld import HopQuestion, HopWorldConfig, build_hopworld, hopworld_words
 from rex_rag.retrieval.base import RetrievalError
@@ -216,16 +214,7 @@ def test_no_demonstrations_no_rows(word_tokenizer):
     assert tokenize_demonstrations([], word_tokenizer) == []
 
 
-@pytest.fixture(scope="module")
-def warm_start():
-    path = Path(__file__).resolve().parents[2] / "scripts" / "warm_start.py"
-    spec = importlib.util.spec_from_file_location("warm_start", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_warm_starts_tokenizer_survives_autotokenizer(warm_start, world, retriever, tmp_path):
+def test_the_warm_starts_tokenizer_survives_autotokenizer(world, retriever, tmp_path):
     tokenizer = warm_start.build_tokenizer(SearchR1(template="Question: {question}"))
     warm_start.build_model(tokenizer, hidden_size=32, layers=1).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -239,7 +228,7 @@ def test_the_warm_starts_tokenizer_survives_autotokenizer(warm_start, world, ret
         assert text.endswith("assistant\n" + "".join(shown(*segment) for segment in demonstration.segments))
 
 
-def test_the_warm_starts_tokenizer_gives_every_word_and_tag_one_token(warm_start):
+def test_the_warm_starts_tokenizer_gives_every_word_and_tag_one_token():
     tokenizer = warm_start.build_tokenizer(SearchR1(template="Question: {question}"))
     assert [word for word in hopworld_words() if word[0].isalpha() and len(tokenizer.tokenize(f" {word}")) != 1] == []
     assert [tag for tag in ALL_TAGS if tokenizer.tokenize(tag) != [tag]] == []

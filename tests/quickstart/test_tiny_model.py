@@ -1,4 +1,4 @@
-"""scripts/tiny_model.py: its tokenizer on real-looking text, and demonstrations as the rollout engine builds them."""
+"""The tiny model of the sample: its tokenizer on real-looking text, and demonstrations as rollouts build them."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, Qwen2Config
 
 from rex_rag.protocols import SearchR1
 from rex_rag.protocols.inert import ALL_TAGS
+from rex_rag.quickstart import tiny_model
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.training.config import REXRAGConfig
 from rex_rag.types import Passage
@@ -21,16 +22,8 @@ QUESTIONS = ["Who wrote Germinal?", "Is Lisbon the capital of Portugal?", "Which
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import tiny_model
-
-    return tiny_model
-
-
-@pytest.fixture
-def tokenizer(script):
-    return script.train_tokenizer(
+def tokenizer():
+    return tiny_model.train_tokenizer(
         [passage.text for passage in PASSAGES], QUESTIONS, SearchR1(template="Question: {question}"), 700
     )
 
@@ -59,8 +52,8 @@ def test_the_tokenizer_is_the_same_after_loading_as_a_qwen2_models(tokenizer, tm
     assert prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_demonstrations_hold_cut_observations_and_labels_on_the_models_words_alone(script, tokenizer, tmp_path: Path):
-    built = script.demonstrate(QUESTIONS, BM25Retriever(PASSAGES), tokenizer, make_config(tmp_path), seed=0)
+def test_demonstrations_hold_cut_observations_and_labels_on_the_models_words_alone(tokenizer, tmp_path: Path):
+    built = tiny_model.demonstrate(QUESTIONS, BM25Retriever(PASSAGES), tokenizer, make_config(tmp_path), seed=0)
     assert built.left_out == 0 and len(built.rows) == len(built.openings) == 24
     said = {"yes": 0, "no": 0, "Émile Zola": 0, "Lisbon": 0}
     searches = []
@@ -85,8 +78,8 @@ def test_demonstrations_hold_cut_observations_and_labels_on_the_models_words_alo
     assert set(searches) == {1, 2}
 
 
-def test_a_question_whose_turn_is_beyond_the_budget_is_left_out_and_counted(script, tokenizer, tmp_path: Path):
+def test_a_question_whose_turn_is_beyond_the_budget_is_left_out_and_counted(tokenizer, tmp_path: Path):
     config = make_config(tmp_path, max_turn_tokens=35)
     long = "Who wrote Germinal, " + "a novel about miners, " * 5 + "in France?"
-    built = script.demonstrate([*QUESTIONS[:3], long], BM25Retriever(PASSAGES), tokenizer, config, seed=0)
+    built = tiny_model.demonstrate([*QUESTIONS[:3], long], BM25Retriever(PASSAGES), tokenizer, config, seed=0)
     assert (built.left_out, len(built.rows)) == (1, 3)

@@ -1,8 +1,7 @@
-"""scripts/train.py says without a traceback what a user can mend, and keeps that of everything else."""
+"""`rex_rag.train` says without a traceback what a user can mend, and keeps that of everything else."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import socket
@@ -24,10 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_script", ROOT / "scripts" / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    from rex_rag.training import launch
+
+    return launch
 
 
 @pytest.fixture
@@ -139,7 +137,7 @@ def test_a_missing_recipe_missing_questions_and_an_unknown_key_are_said_too(
     script: ModuleType, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     assert start(script, monkeypatch, tmp_path / "absent.yaml") == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/absent.yaml: No such file")
+    assert capsys.readouterr().err.startswith(f"error: there is no recipe at {tmp_path}/absent.yaml")
     settings = yaml.safe_load(recipe.read_text())
     for change, message in (
         ({"datasets": [{"path": "absent.jsonl"}]}, "absent.jsonl"),
@@ -180,7 +178,7 @@ def test_a_bug_keeps_its_traceback_and_a_server_that_dies_in_training_does_not(
 def test_as_a_command_it_ends_with_a_line_and_a_code_and_trains_otherwise(recipe: Path, tmp_path: Path):
     def run(*words: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, "scripts/train.py", "--config", str(recipe), *words],
+            [sys.executable, "-m", "rex_rag.train", "--config", str(recipe), *words],
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import re
 import shutil
@@ -15,6 +14,7 @@ import torch
 from rex_rag.commands.pictures import add_curves, add_reliability, add_view
 from rex_rag.evaluation.records import Prediction, Sample
 from rex_rag.protocols import SearchR1
+from rex_rag.quickstart import warm_start
 from tests.evaluation.run_parts import write_run
 from tests.visualization.test_records import policy, row, write_table
 
@@ -158,9 +158,6 @@ def test_curves_draws_runs_under_their_labels(tmp_path: Path, capsys: pytest.Cap
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two tiny models with random weights, as folders that AutoModel and AutoTokenizer load."""
-    spec = importlib.util.spec_from_file_location("warm_start", ROOT / "scripts" / "warm_start.py")
-    warm_start = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(warm_start)
     tokenizer = warm_start.build_tokenizer(SearchR1(template="Question: {question}"))
     folders = []
     for seed in (0, 1):

@@ -10,6 +10,7 @@ from rex_rag.evaluation.methods.base import Method, Toolbox
 from rex_rag.evaluation.methods.ircot import IRCoT
 from rex_rag.evaluation.methods.search_o1 import SearchO1
 from rex_rag.evaluation.methods.single import R1, ChainOfThought, Direct, RetrieveOnce
+from rex_rag.support.errors import UserError
 
 # In the order of the comparison's table.
 METHODS: dict[str, type[Method]] = {
@@ -34,7 +35,7 @@ def make_method(
         ValueError: for an unknown name, a template that lacks a placeholder, and texts that the method has not.
     """
     if name not in METHODS:
-        raise ValueError(f"method is {name!r}, which is unknown; known methods are {', '.join(METHODS)}")
+        raise UserError(f"method is {name!r}, which is unknown; known methods are {', '.join(METHODS)}")
     if agent and not issubclass(METHODS[name], SearchR1):
-        raise ValueError(f"the method {name} has a protocol of its own; leave {' and '.join(agent)} out")
+        raise UserError(f"the method {name} has a protocol of its own; leave {' and '.join(agent)} out")
     return METHODS[name](template, further, **agent)

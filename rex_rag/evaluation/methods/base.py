@@ -27,6 +27,7 @@ from rex_rag.retrieval.base import Retriever
 from rex_rag.rollout.books import RolloutSeconds
 from rex_rag.rollout.driver import Driver
 from rex_rag.rollout.script import RolloutBudget, Script
+from rex_rag.support.errors import UserError
 from rex_rag.tools import Tool, make_tools
 from rex_rag.types import Segment, SegmentKind, Trajectory, Truncation
 
@@ -131,13 +132,13 @@ class Method(ABC):
 
     def __init__(self, template: str | None = None, further: Mapping[str, str] | None = None) -> None:
         if unknown := dict(further or {}).keys() - self.further_prompts.keys():
-            raise ValueError(f"the method {self.name} has no text called {', '.join(sorted(unknown))}; leave it out")
+            raise UserError(f"the method {self.name} has no text called {', '.join(sorted(unknown))}; leave it out")
         self.further = {**self.further_prompts, **(further or {})}
         self.template = self.default_template if template is None else template
         given = placeholders(self.template)
         missing = [name for name in placeholders(self.default_template) if name not in given]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"the prompt template of {self.name} has no '{{{missing[0]}}}' placeholder: {self.template[:80]!r}… "
                 "Add it where that text goes"
             )
@@ -167,7 +168,7 @@ class Method(ABC):
             ValueError: for a method that searches and a toolbox without a retriever.
         """
         if self.uses_retriever and toolbox.retriever is None:
-            raise ValueError(f"the method {self.name} searches, but no retriever was given; name one")
+            raise UserError(f"the method {self.name} searches, but no retriever was given; name one")
         attempts = [Attempt(question, toolbox) for question in questions]
         driver = Driver(
             toolbox.generator,

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rex_rag.support.errors import UserError
+
 KINDS = ("bm25", "dense")
 INDEX_TYPES = ("flat", "flat-fp16", "ivf", "hnsw", "qdrant")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -124,7 +126,7 @@ class IndexArguments:
             setattr(self, name, list(value) if isinstance(value, list | tuple) else [] if value is None else [value])
         problems = list(self._problems())
         if problems:
-            raise ValueError("; ".join(problems))
+            raise UserError("; ".join(problems))
 
     def _problems(self):
         for name in _LISTS:

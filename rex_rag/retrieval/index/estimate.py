@@ -6,6 +6,8 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rex_rag.support.errors import UserError
+
 # A container's folder, and its limit, use and details of memory: version 2 and version 1.
 _CGROUPS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
@@ -16,7 +18,7 @@ HEADROOM = 1.1
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-class NotEnoughRoom(RuntimeError):
+class NotEnoughRoom(UserError):
     """The machine cannot hold what a build needs; the message gives need, supply and way out."""
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.support.durable import written_whole
+from rex_rag.support.errors import UserError
 from rex_rag.support.wording import shorten
 
 FORMAT_VERSION = 1
@@ -117,7 +118,7 @@ class OnlineCache:
         try:
             record = json.loads(text)
             if record["request"] != request:
-                raise ValueError(f"it answers {shorten(record['request'])}")
+                raise UserError(f"it answers {shorten(record['request'])}")
             return [Hit(str(hit["title"]), str(hit["link"]), str(hit["snippet"])) for hit in record["hits"]]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RetrievalError(

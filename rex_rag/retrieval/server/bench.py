@@ -22,6 +22,7 @@ from rex_rag.retrieval.base import Retriever
 from rex_rag.retrieval.indexed import IndexedRetriever
 from rex_rag.retrieval.remote.endpoint import without_password
 from rex_rag.retrieval.server.bench_load import STAGES, Load, Samples, drive
+from rex_rag.support.errors import UserError
 from rex_rag.support.jsonl import iter_json_objects
 from rex_rag.support.progress_bars import progress_bar
 from rex_rag.support.wording import counted
@@ -39,7 +40,7 @@ _VOCABULARY_TOP_K = 10
 _MAX_MISSES = 1000
 
 
-class BenchError(ValueError):
+class BenchError(UserError):
     """A benchmark cannot be run as asked; the message names value, reason and way out."""
 
 

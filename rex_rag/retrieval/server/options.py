@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, field
 
+from rex_rag.support.errors import UserError
+
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
 # Search-R1's server answers with three passages unless asked for another number.
@@ -73,7 +75,7 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         if not isinstance(self.host, str) or not self.host.strip():
-            raise ValueError(f"host={self.host!r} names no address; use {DEFAULT_HOST} for this machine alone")
+            raise UserError(f"host={self.host!r} names no address; use {DEFAULT_HOST} for this machine alone")
         _check_integer("port", self.port, 0, 65_535, "8000 is the usual one, 0 takes a free one")
         for name in ("default_top_k", "max_queries", "max_query_characters", "max_top_k", "max_body_bytes"):
             _check_integer(name, getattr(self, name), 1, None, "a lower limit would refuse every request")
@@ -81,17 +83,17 @@ class ServerOptions:
         _check_integer("max_waiting", self.max_waiting, 1, None, "a lower limit would refuse every request")
         _check_integer("cache_size", self.cache_size, 0, None, "0 keeps nothing")
         if not isinstance(self.micro_batching, bool):
-            raise ValueError(f"micro_batching={self.micro_batching!r}; it must be true or false")
+            raise UserError(f"micro_batching={self.micro_batching!r}; it must be true or false")
         wait = self.batch_wait_ms
         if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= 1000:
-            raise ValueError(f"batch_wait_ms={wait!r}; it must be between 0 and 1000, and 0 to 5 make sense")
+            raise UserError(f"batch_wait_ms={wait!r}; it must be between 0 and 1000, and 0 to 5 make sense")
         if self.default_top_k > self.max_top_k:
-            raise ValueError(
+            raise UserError(
                 f"default_top_k={self.default_top_k} is above max_top_k={self.max_top_k}, so that a request without "
                 "topk would be refused; raise max_top_k or lower default_top_k"
             )
         if self.max_waiting < self.max_queries:
-            raise ValueError(
+            raise UserError(
                 f"max_waiting={self.max_waiting} is below max_queries={self.max_queries}, so that a request of "
                 "allowed size would be refused even by an idle server; raise max_waiting or lower max_queries"
             )
@@ -110,4 +112,4 @@ class ServerOptions:
 def _check_integer(name: str, value: object, low: int, high: int | None, way_out: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         range_text = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ValueError(f"{name}={value!r}; it must be an integer of {range_text}; {way_out}")
+        raise UserError(f"{name}={value!r}; it must be an integer of {range_text}; {way_out}")

@@ -1,0 +1,44 @@
+"""What a user can mend, told apart from a bug, which keeps its traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXPECTED_ERROR = 2
+
+
+class UserError(ValueError):
+    """Something that the user can mend: the message says the value, the reason and the way out."""
+
+
+def one_line(error: Exception) -> str | None:
+    """What to say of an error that the user can mend; None for anything else, a bug, which keeps its traceback."""
+    import yaml
+
+    if not isinstance(error, UserError | OSError | yaml.YAMLError):
+        return None
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def refuse(error: Exception) -> int:
+    """Print what the user can mend and return a script's exit code; anything else is raised again."""
+    message = one_line(error)
+    if message is None:
+        raise error
+    sys.stderr.write(f"error: {message}\n")
+    return EXPECTED_ERROR
+
+
+@contextmanager
+def from_the_user() -> Iterator[None]:
+    """Around what reads the user's words by others' code: its ValueErrors are about these words."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error

@@ -1,0 +1,130 @@
+"""Training as a verb: from a recipe to a trained model.
+
+Questions, retriever and configuration are checked before the model is loaded; what a user can mend is said without a
+traceback, with exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rex_rag.support.errors import UserError
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
+from trl import TrlParser, get_peft_config, get_quantization_config
+
+from rex_rag.data.qa import load_questions
+from rex_rag.evaluation.during_training import check_best_metric, load_evaluation_sets
+from rex_rag.models.adapters import load_policy, tokenizer_place
+from rex_rag.models.files import check_model, explained
+from rex_rag.retrieval.base import RetrievalError
+from rex_rag.retrieval.load import load_retriever
+from rex_rag.support.errors import from_the_user, refuse
+from rex_rag.support.recipes import with_recipe_path
+from rex_rag.training.checkpoints import find_checkpoint
+from rex_rag.training.progress_line import ProgressLine
+from rex_rag.training.recipe import RECIPE_PARTS
+from rex_rag.training.run_folder import check_folder, clear_folder
+from rex_rag.training.trainer import REXRAGTrainer
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Train as a command line says, this process's by default; returns the exit code: 0, or 2 for errors a user can
+    mend."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        trainer, checkpoint = prepare(sys.argv[1:] if words is None else words)
+    except Exception as error:
+        return refuse(error)
+    try:
+        run(trainer, checkpoint)
+    except RetrievalError as error:  # any other error in the middle of training is worth its traceback
+        return refuse(error)
+    return 0
+
+
+def train(recipe: str | Path, **overrides: object) -> REXRAGTrainer:
+    """Train from a recipe, with its keys overridden, and return the trainer; the model lies in its output_dir.
+
+    Raises:
+        ValueError, OSError: for what a user can mend, before the model is loaded.
+        RetrievalError: when a search could not be answered.
+    """
+    words = ["--config", str(recipe)]
+    for key, value in overrides.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        words += [f"--{key}", *("none" if one is None else str(one) for one in values)]
+    trainer, checkpoint = prepare(words)
+    run(trainer, checkpoint)
+    return trainer
+
+
+def run(trainer: REXRAGTrainer, checkpoint: str | None) -> None:
+    """Train to the end, save, and push where that is asked for."""
+    if trainer.args.overwrite_output_dir:
+        clear_folder(trainer.args.output_dir, trainer.accelerator)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(trainer.args.output_dir)
+    trainer.save_state()
+    trainer.create_model_card()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def prepare(words: Sequence[str]) -> tuple[REXRAGTrainer, str | None]:
+    """The trainer that recipe and command line ask for, and the checkpoint to go on from."""
+    words = with_recipe_path(list(words))
+    recipe = words[words.index("--config") + 1] if "--config" in words else None
+    parser = TrlParser(RECIPE_PARTS, usage=argparse.SUPPRESS)  # hundreds of lines before the one that matters
+    with from_the_user():
+        questions, evaluation, retrieval, config, model = parser.parse_args_and_config(words)
+    if model.model_name_or_path is None:
+        raise UserError("model_name_or_path is not set; name a Hub model or a folder in the recipe")
+    name = model.model_name_or_path
+    check_model(name, model.model_revision)
+    checkpoint = find_checkpoint(config.resume_from_checkpoint, config.output_dir)
+    check_folder(config.output_dir, overwrite=config.overwrite_output_dir, checkpoint=checkpoint, model=name)
+
+    with config.main_process_first(desc="questions and corpus"):
+        train_dataset = load_questions(questions)
+        eval_dataset = load_evaluation_sets(evaluation, config.eval_strategy)
+        if eval_dataset is not None:
+            check_best_metric(eval_dataset, config.metric_for_best_model)
+        retriever = load_retriever(retrieval)
+    retriever.check()
+
+    quantization = get_quantization_config(model)
+    config.model_init_kwargs = {
+        **(config.model_init_kwargs or {}),
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    }
+    peft_config = get_peft_config(model)
+    place, revision = tokenizer_place(name, model.model_revision)
+    tokenizer = AutoTokenizer.from_pretrained(
+        place, revision=revision, padding_side="left", trust_remote_code=config.trust_remote_code
+    )
+    with explained(name):
+        trainer = REXRAGTrainer(
+            model=load_policy(name, config, quantization, peft_config),
+            retriever=retriever,
+            args=config,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=[ProgressLine()],
+            quantization_config=quantization,
+            peft_config=peft_config,
+            recipe=recipe,
+        )
+    for noisy in (ProgressCallback, PrinterCallback):  # they print every metric at every step
+        trainer.remove_callback(noisy)
+    return trainer, checkpoint
