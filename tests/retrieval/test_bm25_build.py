@@ -257,7 +257,8 @@ def _cut(path):
         (lambda index: (index / META_FILE).unlink(), "cannot be opened"),
         (lambda index: (index / META_FILE).write_text("{"), "cannot be opened"),
         (lambda index: (index / f"{FIRST_SEGMENT}.idx").unlink(), f"cannot be opened.*{FIRST_SEGMENT}"),
-        (lambda index: _cut(index / f"{FIRST_SEGMENT}.term"), "cannot be opened"),
+        (lambda index: _cut(index / f"{FIRST_SEGMENT}.term"), f"{FIRST_SEGMENT}.term is damaged"),
+        (lambda index: (index / f"{FIRST_SEGMENT}.pos").write_bytes(b""), f"{FIRST_SEGMENT}.pos is damaged"),
         # As if the stemmer or the list of stop words had changed since.
         (lambda index: _edit_settings(index, stemmer="german"), "does not lead from 'dying' to passage 0"),
         (lambda index: _edit_settings(index, stopwords=None), "does not lead from 'of' to passage 0.*tantivy"),
@@ -269,6 +270,19 @@ def test_an_index_that_is_damaged_or_of_another_tokenizer_is_refused(damage, mes
     damage(tmp_path)
     with pytest.raises(RetrievalError, match=message):
         BM25Retriever.load(tmp_path, passages)
+
+
+@pytest.mark.parametrize("kind", ["fast", "fieldnorm", "idx", "pos", "store", "term"])
+def test_no_byte_of_a_segment_changes_unnoticed(kind, tmp_path):
+    passages = _corpus("oslo harbour", "rome")
+    build_bm25(passages, tmp_path)
+    path = tmp_path / f"{FIRST_SEGMENT}.{kind}"
+    whole = path.read_bytes()
+    body = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    for position in range(body):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :])
+        with pytest.raises(RetrievalError, match=f"{FIRST_SEGMENT}.{kind} is damaged"):
+            BM25Retriever.load(tmp_path, passages)
 
 
 def test_an_index_of_other_passages_is_refused(tmp_path):

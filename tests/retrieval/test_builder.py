@@ -207,7 +207,7 @@ def test_a_lock_whose_file_its_holder_removed_is_no_lock(tmp_path: Path):
     """What a second process opened before the first one, at its end, removed the work area with the lock in it."""
     path = tmp_path / "lock"
     code = (
-        "import fcntl, sys\nfrom pathlib import Path\nfrom rex_rag import durable\n"
+        "import fcntl, sys\nfrom pathlib import Path\nfrom rex_rag.support import durable\n"
         "flock = fcntl.flock\n"
         "def late(file, how):\n    print('opened', flush=True)\n    sys.stdin.readline()\n    flock(file, how)\n"
         "fcntl.flock = late\n"
@@ -617,9 +617,9 @@ def test_killed_at_every_moment_a_build_ends_with_the_same_bytes(tmp_path: Path,
         assert contents(output) == whole, moment
         assert not building.exists()
         shutil.rmtree(output)
-    # As counted; a build that changes its folder in fewer steps may lower them.
-    assert moments >= 70
-    assert len(left_behind) >= 59
+    # As counted, without tantivy's own steps, which no audit hook sees; a build in fewer steps may lower them.
+    assert moments >= 52
+    assert len(left_behind) >= 35, len(left_behind)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from typing import Any
 from rex_rag.retrieval.bm25.retriever import FORMAT, SETTINGS_FILE, tokenizer_version
 from rex_rag.retrieval.bm25.segments import (
     META_FILE,
+    SEGMENT_FILE,
     check_passages,
     check_terms,
     make_index,
@@ -111,8 +112,9 @@ def _prepare_work(work: Path, plan: dict[str, Any]) -> None:
 
 def _discard_segments(directory: Path) -> None:
     """Remove what an index of other passages or options left."""
-    for path in directory.glob(f"{'[0-9a-f]' * 32}.*"):
-        path.unlink()
+    for path in directory.iterdir():
+        if SEGMENT_FILE.fullmatch(path.name):
+            path.unlink()
 
 
 def _write_segments(passages: PassageSource, splitter: TermSplitter, borders: list[int], folder: Path) -> None:

@@ -96,7 +96,7 @@ class BM25Retriever(IndexedRetriever):
 
     @classmethod
     def load(cls, directory: str | Path, passages: PassageSource, description: str | None = None) -> BM25Retriever:
-        """Open an index that `build.build_bm25` saved. Its files are memory-mapped, not read.
+        """Open what `build.build_bm25` saved: its files are read once, for their checksums, and memory-mapped.
 
         Raises:
             RetrievalError: for an index that is unfinished or damaged, belongs to other passages, or was built with a
@@ -111,18 +111,8 @@ class BM25Retriever(IndexedRetriever):
             )
         splitter = TermSplitter(BM25Options(settings["stemmer"], settings["stopwords"]))
         retriever = cls.__new__(cls)
-        try:
-            retriever._set_up(passages, description, splitter, open_index(directory))
-            retriever._check_agreement(directory, settings["tantivy"])
-        except RetrievalError:
-            raise
-        except BaseException as error:
-            # tantivy raises ValueError, and where it trusted a file too far a panic, which is no Exception.
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            raise RetrievalError(
-                f"{directory} cannot be opened ({error}); copy the index again or build it again"
-            ) from error
+        retriever._set_up(passages, description, splitter, open_index(directory))
+        retriever._check_agreement(directory, settings["tantivy"])
         return retriever
 
     def _set_up(

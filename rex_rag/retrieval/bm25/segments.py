@@ -10,8 +10,11 @@ scores come in corpus order. What else differs between two builds, random names 
 from __future__ import annotations
 
 import json
+import mmap
+import re
 import tempfile
 import uuid
+import zlib
 from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +34,7 @@ MERGED_AT_ONCE = 8
 # Text of one part; in memory it takes about as much again. A part also has at least as many passages as tantivy's
 # smallest class of sizes, or segments of different ages would be merged with each other.
 PART_BYTES, PART_PASSAGES = 1 << 28, 10_000
+SEGMENT_FILE = re.compile(r"[0-9a-f]{32}\..+")
 # Where a writer would start a second segment in the middle of a part: never reached by text in a natural language.
 _WRITER_BYTES = 2_000_000_000
 
@@ -119,8 +123,25 @@ def settled_names(directory: Path) -> tuple[dict[str, str], dict[str, Any]]:
     return names, meta
 
 
+def _check_sum(path: Path) -> None:
+    """Hold a file of a segment to the checksum at its end: tantivy itself does not, and would answer otherwise.
+
+    The end: `{"version": …, "crc": …}`, its length and a magic number, 4 bytes each.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            body = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+            told = json.loads(data[body:-8])["crc"]
+            with memoryview(data) as view, view[:body] as summed:
+                whole = zlib.crc32(summed) == told
+    except (ValueError, TypeError, KeyError):  # no end like that, or nothing at all
+        whole = False
+    if not whole:
+        raise RetrievalError(f"{path} is damaged (its checksum differs); copy the index again or build it again")
+
+
 def open_index(directory: Path) -> tantivy.Index:
-    """Map the files of an index.
+    """Map the files of an index, once each has been read and found whole.
 
     tantivy takes a lock beside the files even to read them. Here it lies beside links to them, so that an index may
     stand where nobody can write, and never holds a file that its manifest does not know.
@@ -129,8 +150,16 @@ def open_index(directory: Path) -> tantivy.Index:
 
     with tempfile.TemporaryDirectory() as view:
         for path in directory.iterdir():
+            if SEGMENT_FILE.fullmatch(path.name):
+                _check_sum(path)
             (Path(view) / path.name).symlink_to(path.resolve())
-        index = tantivy.Index.open(view)
+        try:
+            index = tantivy.Index.open(view)
+        except ValueError as error:
+            raise RetrievalError(
+                f"{directory / META_FILE} and the files beside it cannot be opened ({error}); copy the index again or "
+                "build it again"
+            ) from None
         # All files are mapped by now; the reader made at first would look at the metadata twice a second, for ever.
         index.config_reader("manual")
     return index
