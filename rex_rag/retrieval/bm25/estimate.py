@@ -16,19 +16,19 @@ from rex_rag.types import Passage
 
 # A growing vocabulary follows V = K n^exponent (Heaps); English text has 0.4 to 0.6, small samples show more.
 _LARGEST_VOCABULARY_EXPONENT = 0.65
-# Measured on a million passages: each round of merges takes an eighth of the time that indexing took.
-_MERGE_SHARE = 0.125
+# Measured on a million passages, as a share of the time that indexing takes: merging eight parts into one.
+_MERGE_SHARE = 0.3
+_TIMED_COPIES = 8
 
 
 def estimate_bm25(sample: Sequence[Passage], total: int, options: BM25Options | None = None) -> Estimate:
     """Estimate building and searching an index of `total` passages that are like the sample, from all over it."""
     splitter = TermSplitter(options or BM25Options())
-    part = sample[: max(1, len(sample) // 2)]
-    half, seconds_of_half = _index(part, splitter)
-    whole, seconds = _index(sample, splitter)
+    half, _ = _index(sample[: max(1, len(sample) // 2)], splitter)
+    whole, _ = _index(sample, splitter)
+    # Several times over: starting a writer takes as long as writing hundreds of passages.
+    _, seconds = _index([*sample] * _TIMED_COPIES, splitter)
     growth = total / len(sample)
-    # What starting a writer takes, the same for any number of passages, is in both.
-    rate = (seconds - seconds_of_half) / max(1, len(sample) - len(part))
     exponent = math.log2(whole["term"] / half["term"]) if len(sample) > 1 else _LARGEST_VOCABULARY_EXPONENT
     vocabulary = whole["term"] * growth ** min(max(exponent, 0.0), _LARGEST_VOCABULARY_EXPONENT)
     final = int(sum(size for kind, size in whole.items() if kind != "term") * growth + vocabulary)
@@ -40,7 +40,7 @@ def estimate_bm25(sample: Sequence[Passage], total: int, options: BM25Options | 
         # The parts, until the segment that they are merged into is written.
         work_disk=final if rounds else 0,
         final_disk=final,
-        seconds=max(rate * total, seconds) * (1 + _MERGE_SHARE * rounds),
+        seconds=seconds / _TIMED_COPIES * growth * (1 + _MERGE_SHARE * rounds),
         notes=(
             "BM25: one core builds it; the index is read through the system's file cache: searching is fast while "
             "free memory holds it",
