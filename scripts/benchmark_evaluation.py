@@ -89,7 +89,7 @@ def measure(arguments: EvaluationArguments, search: SearchArguments, questions: 
     warm_up, in_batches, by_one = (
         replace(asked, questions=asked.questions[:first]) for first in (WARM_UP_QUESTIONS, batched, alone)
     )
-    # vLLM before the retriever: its CPU build cannot start once bm25s is loaded.
+    # vLLM before the retriever: its CPU build cannot start once a dense encoder or bm25s has loaded llvmlite.
     models = {
         backend: open_model(replace(arguments, backend=backend, temperature=0.0).model_options())
         for backend in (VLLM, TRANSFORMERS)

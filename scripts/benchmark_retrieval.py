@@ -126,12 +126,13 @@ class BM25Kind:
 
     @staticmethod
     def build(passages: PassageStore, directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-        from rex_rag.retrieval.bm25.build import build_bm25, estimate_bm25
+        from rex_rag.retrieval.bm25.build import build_bm25
+        from rex_rag.retrieval.bm25.estimate import estimate_bm25
 
         step = max(1, len(passages) // arguments.sample)
         sample = [passages[row] for row in range(0, len(passages), step)]
-        estimate = estimate_bm25(sample, len(passages), processes=arguments.processes)
-        build_bm25(passages, directory, processes=arguments.processes)
+        estimate = estimate_bm25(sample, len(passages))
+        build_bm25(passages, directory)
         return {"estimate": vars(estimate)}
 
     @staticmethod
@@ -242,7 +243,6 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=1_000_000)
     parser.add_argument("--output", type=Path, required=True, help="folder for corpus and indexes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=None, help="processes of the build; all cores by default")
     parser.add_argument("--sample", type=int, default=5_000, help="passages that the estimate is made from")
     parser.add_argument("--queries", type=int, default=2_560)
     parser.add_argument("--batch", type=int, default=256)

@@ -157,10 +157,12 @@ def extra(setup_cfg: configparser.ConfigParser, name: str) -> dict[str, Requirem
 
 def test_core_and_extras_hold_what_they_promise(setup_cfg: configparser.ConfigParser):
     core = requirements(setup_cfg["options"]["install_requires"])
-    assert {"torch", "transformers", "trl", "accelerate", "datasets", "evaluate", "peft", "bm25s"} <= set(core)
+    assert {"torch", "transformers", "trl", "accelerate", "datasets", "evaluate", "peft", "tantivy"} <= set(core)
     assert set(extra(setup_cfg, "gpu")) == {"rex-rag", "deepspeed", "vllm", "faiss-gpu"}
     assert set(extra(setup_cfg, "cpu")) == {"rex-rag", "deepspeed", "faiss-cpu"}
-    assert {"sentence-transformers", "fastapi", "uvicorn", "qdrant-client"} <= set(extra(setup_cfg, "retrieval"))
+    assert {"bm25s", "sentence-transformers", "fastapi", "uvicorn", "qdrant-client"} <= set(
+        extra(setup_cfg, "retrieval")
+    )
     assert {"pytest", "hypothesis", "ruff"} <= set(extra(setup_cfg, "dev"))
 
 

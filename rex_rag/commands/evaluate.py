@@ -360,11 +360,13 @@ def _of_several(scores: BenchmarkScores, attempts: int) -> list[str]:
 def _may_go_first(search: SearchArguments, options: ModelOptions) -> bool:
     """Whether a retriever may be opened before the model; of those beside vLLM, only what loads no engine here.
 
-    vLLM's CPU build cannot start once bm25s is loaded, and its GPUs are chosen before torch has looked at them.
+    vLLM's CPU build cannot start once llvmlite is loaded (bm25s and dense encoders may bring it), and its GPUs are
+    chosen before torch has looked at them.
     """
     from rex_rag.models.language_model import VLLM
+    from rex_rag.retrieval.load import BM25
 
-    return options.backend != VLLM or (search.kind in ("remote", "online") and search.rerank_model is None)
+    return options.backend != VLLM or (search.kind in (BM25, "remote", "online") and search.rerank_model is None)
 
 
 def _checked_retriever(search: SearchArguments) -> Retriever:

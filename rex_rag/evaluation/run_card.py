@@ -33,7 +33,7 @@ FORMAT = 1
 SCORER = "rex_rag.answers"
 _LIBRARIES = (
     *("torch", "transformers", "tokenizers", "peft", "numpy"),
-    *("bm25s", "PyStemmer", "faiss-cpu", "faiss-gpu", "sentence-transformers"),
+    *("tantivy", "bm25s", "faiss-cpu", "faiss-gpu", "sentence-transformers"),
 )
 # Limits that mean nothing to a method that never searches.
 _SEARCH_LIMITS = ("max_turns", "max_observation_tokens", "top_k")

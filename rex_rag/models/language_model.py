@@ -206,7 +206,7 @@ class TransformersModel(LanguageModel):
 class VLLMModel(_EngineModel):
     """vLLM's offline engine, in this process unless VLLM_ENABLE_V1_MULTIPROCESSING=1 is set.
 
-    Open it before a BM25 retriever: vLLM's CPU build cannot start once llvmlite is loaded, which bm25s brings in. Of
+    Open it before a `bm25s` retriever: vLLM's CPU build cannot start once llvmlite is loaded, which that brings in. Of
     several processes on one machine each takes the next `tensor_parallel_size` GPUs.
     """
 

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from rex_rag.data.corpus import read_corpus
@@ -15,7 +14,7 @@ from rex_rag.retrieval.base import RetrievalError, Retriever
 from rex_rag.retrieval.bm25.text import BM25Options
 from rex_rag.retrieval.index.manifest import Manifest
 from rex_rag.retrieval.indexed import IndexedRetriever
-from rex_rag.retrieval.load import BM25, RetrieverArguments
+from rex_rag.retrieval.load import BM25, BM25S, RetrieverArguments
 from rex_rag.retrieval.passages import passage_json
 from rex_rag.support.tables import one_line
 from rex_rag.types import Passage
@@ -76,21 +75,23 @@ def retriever_identity(arguments: RetrieverArguments, loaded: Retriever | None =
         if loaded is not None and "fingerprint" not in told:
             told |= _answers(arguments)
         return {**told, **known}
-    if arguments.kind == BM25:
+    if arguments.kind in (BM25, BM25S):
         passages = loaded.passages if isinstance(loaded, IndexedRetriever) else read_corpus(arguments.corpus)
-        return {**_in_process(passages), **known}
+        index = BM25Options().index_parameters
+        if arguments.kind == BM25S:
+            index |= {"engine": BM25S, "k1": arguments.bm25s_k1, "b": arguments.bm25s_b}
+        return {**_in_process(passages, index), **known}
     if arguments.kind == "index":
         manifest = Manifest.read(arguments.retriever[0])
         return {"fingerprint": manifest.fingerprint, "corpus_sha256": manifest.corpus_sha256, **known}
     return known
 
 
-def _in_process(passages: Iterable[Passage]) -> dict[str, str]:
+def _in_process(passages: Iterable[Passage], index: dict[str, Any]) -> dict[str, str]:
     digest, count = hashlib.sha256(), 0
     for passage in passages:
         digest.update(passage_json(passage) + b"\n")
         count += 1
-    index = {"type": "bm25", **asdict(BM25Options())}
     manifest = Manifest("bm25", count, [], digest.hexdigest(), None, index, {}, {}, {})
     return {"fingerprint": manifest.fingerprint, "corpus_sha256": manifest.corpus_sha256}
 

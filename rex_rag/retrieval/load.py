@@ -10,6 +10,8 @@ from rex_rag.retrieval.base import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_SECONDS
 from rex_rag.support.errors import UserError
 
 BM25 = "bm25"
+BM25S = "bm25s"
+IN_PROCESS = (BM25, BM25S)
 ONLINE = ("google", "serpapi")
 CACHE_MODES = ("record", "replay", "off")
 ENGINES = ("auto", "faiss", "faiss-gpu", "torch")
@@ -20,6 +22,8 @@ _INDEX_ONLY = {
     "retriever_nprobe": None,
     "retriever_ef_search": None,
 }
+# What only `bm25s` reads. The defaults are Pyserini's, with which most published BM25 baselines were made.
+_BM25S_ONLY = {"bm25s_k1": 0.9, "bm25s_b": 0.4}
 
 
 @dataclass
@@ -33,8 +37,9 @@ class RetrieverArguments:
     retriever: list[str] = field(
         default_factory=lambda: [BM25],
         metadata={
-            "help": "`bm25` to search `corpus` in this process; the directory of an index; http(s) URLs of one or "
-            "several servers that speak the Search-R1 format; `google` or `serpapi`."
+            "help": "`bm25` to search `corpus` in this process, or `bm25s` with `bm25s_k1` and `bm25s_b`; the "
+            "directory of an index; http(s) URLs of one or several servers that speak the Search-R1 format; `google` "
+            "or `serpapi`."
         },
     )
     corpus: list[str] = field(
@@ -69,6 +74,13 @@ class RetrieverArguments:
     retriever_ef_search: int | None = field(
         default=None, metadata={"help": "hnsw and qdrant: candidates of a search, instead of built-in."}
     )
+    bm25s_k1: float = field(
+        default=_BM25S_ONLY["bm25s_k1"],
+        metadata={"help": "bm25s: term frequency saturation, Pyserini's. bm25 has 1.2."},
+    )
+    bm25s_b: float = field(
+        default=_BM25S_ONLY["bm25s_b"], metadata={"help": "bm25s: length normalisation, Pyserini's. bm25 has 0.75."}
+    )
     rerank_model: str | None = field(
         default=None, metadata={"help": "Cross-encoder (sentence-transformers) that orders the candidates anew."}
     )
@@ -99,7 +111,7 @@ class RetrieverArguments:
 
     @property
     def kind(self) -> str:
-        """`bm25`, `remote`, `online` or `index`."""
+        """`bm25`, `bm25s`, `remote`, `online` or `index`."""
         return _kind(self.retriever[0])
 
     @property
@@ -130,10 +142,10 @@ class RetrieverArguments:
                 f"retriever={self.retriever} has its own corpus, but corpus={self.corpus} is set too; leave corpus "
                 f"out (--corpus none where a recipe names it), or use retriever={BM25!r}"
             )
-        if self.kind == BM25 and not self.corpus:
+        if self.kind in IN_PROCESS and not self.corpus:
             yield (
-                f"retriever={BM25!r} searches a corpus in this process, but corpus is empty; name at least one JSON "
-                "lines file of passages"
+                f"retriever={self.kind!r} searches a corpus in this process, but corpus is empty; name at least one "
+                "JSON lines file of passages"
             )
         if self.kind == "online" and not self.search_cache:
             yield (
@@ -149,6 +161,9 @@ class RetrieverArguments:
 
     def _misplaced(self) -> Iterator[str]:
         """Settings that this kind of retriever does not read: taking them and doing nothing would mislead."""
+        for name, unset in _BM25S_ONLY.items() if self.kind != BM25S else ():
+            if getattr(self, name) != unset:
+                yield f"{name}={getattr(self, name)!r} is for retriever='bm25s', not for {self.kind}; leave it out"
         if self.kind == "index":
             return
         unread = {name: "leave it out" for name, unset in _INDEX_ONLY.items() if getattr(self, name) != unset}
@@ -158,6 +173,7 @@ class RetrieverArguments:
             unread["retriever_devices"] = "leave it out, or set rerank_model, which would run there"
         reasons = {
             BM25: "searches in memory on the CPU",
+            BM25S: "searches in memory on the CPU",
             "remote": "is searched by its server, which has settings of its own",
             "online": "is an online engine",
         }
@@ -170,6 +186,10 @@ class RetrieverArguments:
     def _value_problems(self) -> Iterator[str]:
         if not isinstance(self.retriever_timeout, float) or not 0 < self.retriever_timeout < float("inf"):
             yield f"retriever_timeout={self.retriever_timeout!r}; it must be a finite number above 0"
+        for name, highest in (("bm25s_k1", 1e6), ("bm25s_b", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= highest:
+                yield f"{name}={value!r}; it must be a number within 0 and {highest:g}"
         if self.retriever_engine not in ENGINES:
             yield f"retriever_engine={self.retriever_engine!r}; it must be one of {', '.join(ENGINES)}"
         if self.search_cache_mode not in CACHE_MODES:
@@ -184,8 +204,8 @@ class RetrieverArguments:
 
 
 def _kind(name: str) -> str:
-    if name == BM25:
-        return BM25
+    if name in IN_PROCESS:
+        return name
     if name in ONLINE:
         return "online"
     return "remote" if name.startswith(("http://", "https://")) else "index"
@@ -212,6 +232,10 @@ def _load_engine(arguments: RetrieverArguments) -> Retriever:
         from rex_rag.retrieval.bm25.retriever import BM25Retriever
 
         return BM25Retriever.from_corpus(arguments.corpus)
+    if arguments.kind == BM25S:
+        from rex_rag.retrieval.bm25.free_parameters import BM25sRetriever
+
+        return BM25sRetriever.from_corpus(arguments.corpus, arguments.bm25s_k1, arguments.bm25s_b)
     if arguments.kind == "remote":
         from rex_rag.retrieval.remote.client import RemoteRetriever
 

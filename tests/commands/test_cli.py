@@ -255,7 +255,7 @@ def test_check_warns_of_a_retriever_without_an_index_and_shows_the_reranker(
     assert "re-ranking    the first 20 passages by BAAI/bge-reranker-base\n" in absent
     (tmp_path / "empty").mkdir()
     assert "./empty, top 3: NO INDEX: empty: it has no manifest.json, so it is not a finished index" in said("./empty")
-    assert main(["index", "--corpus", str(corpus), "--output", "index", "--workers", "1"]) == 0
+    assert main(["index", "--corpus", str(corpus), "--output", "index"]) == 0
     capsys.readouterr()
     whole = said("./index")
     assert "  retriever     ./index, top 3\n" in whole

@@ -35,7 +35,7 @@ def index(tmp_path: Path, capsys: pytest.CaptureFixture) -> Path:
         {"id": str(n), "title": f"City {n}", "text": f"City {n} has {n} bridges and a harbour."} for n in range(40)
     ]
     corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(["index", "--corpus", str(corpus), "--output", str(tmp_path / "index"), "--workers", "1"]) == 0
+    assert main(["index", "--corpus", str(corpus), "--output", str(tmp_path / "index")]) == 0
     capsys.readouterr()
     return tmp_path / "index"
 

@@ -11,7 +11,6 @@ import torch
 import vllm._custom_ops as ops
 from transformers import AutoTokenizer
 from trl import TrlParser
-from vllm.triton_utils import dispatcher
 
 from rex_rag.data.qa import load_questions
 from rex_rag.retrieval.load import load_retriever
@@ -21,17 +20,9 @@ from rex_rag.types import SegmentKind
 
 
 def prepare_vllm_on_cpu() -> None:
-    """Two things that only vLLM's CPU build needs, before its engine starts."""
+    """What only vLLM's CPU build needs, before its engine starts."""
     # Without this it repacks the weights, and TRL's weight sync cannot find their loaders.
     ops._supports_onednn = False
-
-    # It reads the __dict__ of every object in every module, and llvmlite's library handle (loaded by bm25s through
-    # numba) answers that with a function.
-    def instance_dict(value):
-        namespace = vars(value)
-        return namespace if hasattr(namespace, "get") else {}
-
-    dispatcher.vars = instance_dict
 
 
 def main() -> None:

@@ -342,7 +342,9 @@ def test_a_retriever_that_is_away_is_found_before_the_model_is_loaded(world, tmp
     ("backend", "words", "first"),
     [
         ("transformers", ["--corpus", "c.jsonl"], True),
-        ("vllm", ["--corpus", "c.jsonl"], False),  # llvmlite, which bm25s loads, keeps vLLM's CPU build from starting
+        ("vllm", ["--corpus", "c.jsonl"], True),
+        # llvmlite, which bm25s loads, keeps vLLM's CPU build from starting.
+        ("vllm", ["--retriever", "bm25s", "--corpus", "c.jsonl"], False),
         ("vllm", ["--retriever", "some/index"], False),
         ("vllm", ["--retriever", "http://127.0.0.1:1"], True),
         ("vllm", ["--retriever", "http://127.0.0.1:1", "--rerank_model", "m"], False),
@@ -353,14 +355,16 @@ def test_beside_vllm_only_a_retriever_without_an_engine_here_is_opened_first(bac
     assert _may_go_first(search, arguments.model_options()) == first
 
 
-def test_a_remote_retriever_loads_no_llvmlite():
+def test_a_remote_retriever_and_bm25_load_no_llvmlite(tmp_path):
+    (tmp_path / "corpus.jsonl").write_text('{"id": "1", "contents": "one"}\n')
     code = (
         "import sys\n"
         "from rex_rag.retrieval.load import RetrieverArguments, load_retriever\n"
         "load_retriever(RetrieverArguments(retriever=['http://127.0.0.1:1']))\n"
+        "load_retriever(RetrieverArguments(corpus=[sys.argv[1]])).search(['one'], 1)\n"
         "assert not {'llvmlite', 'bm25s', 'torch'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code, tmp_path / "corpus.jsonl"], cwd=ROOT, check=True, timeout=120)
 
 
 def test_a_model_that_is_not_here_is_said_before_anything_is_loaded(world, tmp_path):

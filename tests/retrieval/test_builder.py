@@ -46,9 +46,7 @@ def corpus(tmp_path: Path) -> Path:
 def build(corpus: Path, output: Path, **options: object) -> list[str]:
     said: list[str] = []
     switches = {name: options.pop(name) for name in ("force", "dry_run") if name in options}
-    build_index(
-        IndexArguments(corpus=[str(corpus)], output=str(output), workers=1, **options), said.append, **switches
-    )
+    build_index(IndexArguments(corpus=[str(corpus)], output=str(output), **options), said.append, **switches)
     return said
 
 
@@ -74,8 +72,8 @@ def test_one_passage_is_no_passages(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["index", "--verify", str(tmp_path / "index")]) == 0
     said += capsys.readouterr().out + open_index(tmp_path / "index").description
     said += BM25Retriever.from_corpus(tmp_path / "corpus.jsonl").description
-    assert said.count("1 passage") == 5 and "memory for 1 process;" in said
-    assert "1 passages" not in said and "1 processes" not in said
+    assert said.count("1 passage") == 5
+    assert "1 passages" not in said
 
 
 def test_the_same_command_again_does_nothing_and_another_overwrites_nothing(corpus: Path, tmp_path: Path):
@@ -84,9 +82,9 @@ def test_the_same_command_again_does_nothing_and_another_overwrites_nothing(corp
     before = contents(output)
     assert build(corpus, output) == [f"{output} is already built: nothing to do"]
     with pytest.raises(
-        RetrievalError, match=r"holds an index of its own \(k1 1\.5, now 1\.2\); it is not overwritten"
+        RetrievalError, match=r"holds an index of its own \(stemmer 'english', now 'german'\); it is not overwritten"
     ):
-        build(corpus, output, k1=1.2)
+        build(corpus, output, stemmer="german")
     write_corpus([Passage("a", "Other", "Another corpus.")], corpus)
     with pytest.raises(RetrievalError, match="another corpus"):
         build(corpus, output)
@@ -143,7 +141,7 @@ def test_a_parent_that_does_not_exist_is_made_and_relative_paths_are_of_the_work
 SMALL_DISK = """
 set -e
 mount -t tmpfs -o size={size} tmpfs "$1"
-exec "$0" -m rex_rag.cli index --workers 1 --force --corpus "$2" --output "$1{inside}"
+exec "$0" -m rex_rag.cli index --force --corpus "$2" --output "$1{inside}"
 """
 
 
@@ -209,7 +207,7 @@ def test_a_lock_whose_file_its_holder_removed_is_no_lock(tmp_path: Path):
     """What a second process opened before the first one, at its end, removed the work area with the lock in it."""
     path = tmp_path / "lock"
     code = (
-        "import fcntl, sys\nfrom pathlib import Path\nfrom rex_rag import durable\n"
+        "import fcntl, sys\nfrom pathlib import Path\nfrom rex_rag.support import durable\n"
         "flock = fcntl.flock\n"
         "def late(file, how):\n    print('opened', flush=True)\n    sys.stdin.readline()\n    flock(file, how)\n"
         "fcntl.flock = late\n"
@@ -275,10 +273,10 @@ def test_an_unfinished_build_is_not_taken_for_an_index_nor_finished_as_another(
     with pytest.raises(RetrievalError, match="an unfinished build lies in"):
         open_index(tmp_path / "index")
     # What a kill in the middle of writing a file leaves behind must not become part of the index.
-    for name in (".manifest.json.part", "bm25/.terms.txt.part"):
+    for name in (".manifest.json.part", "bm25/.meta.json.part"):
         (tmp_path / "index.building" / "index" / name).write_text("half a fi")
-    with pytest.raises(RetrievalError, match=r"unfinished build of something else \(b 0\.75, now 0\.5\)"):
-        build(corpus, tmp_path / "index", b=0.5)
+    with pytest.raises(RetrievalError, match=r"unfinished build of something else \(stopwords 'english', now None\)"):
+        build(corpus, tmp_path / "index", stopwords=None)
     said = build(corpus, tmp_path / "index")
     assert any("going on with the unfinished build" in line for line in said)
     build(corpus, tmp_path / "twin")
@@ -291,7 +289,7 @@ def test_a_broken_corpus_leaves_no_index(corpus: Path, tmp_path: Path, capsys: p
     assert f"{corpus}, line 9: broken JSON" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl"]
     corpus.write_text(corpus.read_text().replace('"contents": \n', '"contents": "mended"}\n'))
-    assert main(["index", "--corpus", str(corpus), "--output", str(tmp_path / "index"), "--workers", "1"]) == 0
+    assert main(["index", "--corpus", str(corpus), "--output", str(tmp_path / "index")]) == 0
 
 
 def test_an_index_is_checked_against_the_corpus_that_a_recipe_names(corpus: Path, tmp_path: Path):
@@ -328,11 +326,10 @@ def test_options_that_an_index_does_not_take_are_refused(corpus: Path, tmp_path:
         ({"kind": "dense"}, "needs an encoder"),
         ({"model": "m"}, "model='m' is for kind='dense'"),
         ({"kind": "dense", "model": "m", "index": "tree"}, "index='tree'; it must be one of flat"),
-        ({"b": 2.0}, r"b=2\.0 is outside"),
         ({"kind": "dense", "model": "m", "index": "ivf", "nlist": 4, "nprobe": 5}, "nprobe=5 is more than nlist=4"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"batch_size": None}, "batch_size=None"),
-        ({"k1": None}, r"k1=None is outside \[0, inf\]"),
+        ({"workers": 2}, "workers=2 is for kind='dense', but kind is 'bm25'"),
         ({"output": 3}, "output=3 is no text"),
         ({"corpus": 3}, r"corpus=\[3\] holds 3"),
         ({"corpus": {"a": 1}}, r"holds \{'a': 1\}"),
@@ -489,7 +486,7 @@ def killed(*arguments: object, **options: object) -> None:
 
 def test_ctrl_c_is_said_in_one_line(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(builder, "hash_files", killed)
-    assert main(["index", "--corpus", str(corpus), "--output", str(tmp_path / "index"), "--workers", "1"]) == 130
+    assert main(["index", "--corpus", str(corpus), "--output", str(tmp_path / "index")]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == (
         "rex-rag index: interrupted; the same command goes on where it stood"
     )
@@ -509,10 +506,12 @@ def test_a_recipes_part_gives_defaults_and_the_command_line_goes_over_them(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"index:\n  corpus: {corpus}\n  output: {tmp_path}/index\n  k1: 0.9\n  stemmer: null\n")
-    assert main(["index", "--config", str(recipe), "--b", "0.4", "--workers", "1"]) == 0
+    recipe.write_text(
+        f"index:\n  corpus: {corpus}\n  output: {tmp_path}/index\n  stopwords: german\n  stemmer: null\n"
+    )
+    assert main(["index", "--config", str(recipe), "--stopwords", "french"]) == 0
     arguments = json.loads((tmp_path / "index" / "manifest.json").read_text())["arguments"]
-    assert arguments == {"kind": "bm25", "k1": 0.9, "b": 0.4, "stemmer": None, "stopwords": "english"}
+    assert arguments == {"kind": "bm25", "stemmer": None, "stopwords": "french"}
     assert main(["index", "--verify", str(tmp_path / "index")]) == 0
     assert "8 passages, all" in capsys.readouterr().out
     recipe.write_text("index:\n  corpsu: x\n")
@@ -524,7 +523,7 @@ def test_a_recipes_part_gives_defaults_and_the_command_line_goes_over_them(
 # to the file system of that number (0: never). Answers with the changes made or begun, and what waiting for it gave.
 MORTAL_BUILDS = """
 import os, signal, sys
-import bm25s, bm25s.scoring, bm25s.stopwords, Stemmer, yaml  # whatever an attempt would import takes it no time
+import numpy, tantivy, yaml  # whatever an attempt would import takes it no time
 import rex_rag.retrieval.bm25.build, rex_rag.retrieval.index.builder
 from rex_rag.cli import main
 from transformers import HfArgumentParser
@@ -560,7 +559,7 @@ for line in sys.stdin:
 
         os.dup2(2, 1)
         sys.addaudithook(watch)
-        os._exit(main(["index", "--corpus", sys.argv[1], "--output", output, "--workers", "1"]))
+        os._exit(main(["index", "--corpus", sys.argv[1], "--output", output]))
     os.close(tell)
     made = 0
     while dots := os.read(told, 4096):
@@ -618,9 +617,9 @@ def test_killed_at_every_moment_a_build_ends_with_the_same_bytes(tmp_path: Path,
         assert contents(output) == whole, moment
         assert not building.exists()
         shutil.rmtree(output)
-    # As counted; a build that changes its folder in fewer steps may lower them.
-    assert moments >= 70
-    assert len(left_behind) >= 59
+    # As counted, without tantivy's own steps, which no audit hook sees; a build in fewer steps may lower them.
+    assert moments >= 52
+    assert len(left_behind) >= 35, len(left_behind)
 
 
 @pytest.mark.slow

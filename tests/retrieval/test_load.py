@@ -10,6 +10,7 @@ from trl import TrlParser
 from rex_rag.data.corpus import CorpusError, write_corpus
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
+from rex_rag.retrieval.identity import retriever_identity
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
 from rex_rag.retrieval.remote.client import RemoteRetriever
 from rex_rag.training.recipe import RECIPE_PARTS
@@ -28,6 +29,17 @@ def test_bm25_over_a_corpus_relative_to_the_working_directory(corpus, monkeypatc
     retriever = load_retriever(RetrieverArguments(corpus=["corpus.jsonl"]))
     assert isinstance(retriever, BM25Retriever)
     assert retriever.search(["rome"], 1)[0][0].id == "b"
+
+
+def test_bm25s_takes_parameters_and_is_told_apart_from_bm25(corpus):
+    asked = RetrieverArguments(retriever="bm25s", corpus=[str(corpus)], bm25s_k1=1, bm25s_b=0.5)
+    retriever = load_retriever(asked)
+    assert retriever.description.endswith("corpus.jsonl (k1=1, b=0.5)")
+    assert retriever.search(["rome"], 1)[0][0].id == "b"
+    others = [RetrieverArguments(corpus=[str(corpus)]), RetrieverArguments(retriever="bm25s", corpus=[str(corpus)])]
+    known = [retriever_identity(arguments) for arguments in (asked, *others)]
+    assert len({identity["fingerprint"] for identity in known}) == 3
+    assert len({identity["corpus_sha256"] for identity in known}) == 1
 
 
 def test_url_gives_a_client_with_the_limits():
@@ -60,6 +72,10 @@ def test_a_missing_corpus_is_named(tmp_path):
         ({}, "corpus is empty"),
         ({"retriever": "elastic", "corpus": ["a"]}, "neither 'bm25', google nor serpapi, nor"),
         ({"retriever": "http://x", "corpus": ["a"]}, "leave corpus out"),
+        ({"retriever": "bm25s"}, "retriever='bm25s' searches a corpus.*corpus is empty"),
+        ({"retriever": "bm25s", "corpus": ["a"], "bm25s_b": 2}, "bm25s_b=2; it must be a number within 0 and 1"),
+        ({"retriever": "bm25s", "corpus": ["a"], "bm25s_k1": "x"}, "bm25s_k1='x'; it must be a number"),
+        ({"corpus": ["a"], "bm25s_k1": 1.5}, "bm25s_k1=1.5 is for retriever='bm25s', not for bm25"),
         ({"corpus": ["a", " "]}, "holds ' '"),
         ({"corpus": [3]}, "holds 3"),
         ({"corpus": ["a"], "retriever_devices": 0}, r"retriever_devices=\[0\] holds 0"),

@@ -1,11 +1,13 @@
-"""In-process lexical retrieval: BM25 over a corpus held in memory, or over a saved index that is memory-mapped.
+"""Lexical retrieval: BM25 by tantivy, over a corpus held in memory or over a saved index that is memory-mapped.
 
-Ranking is a function of corpus and query alone: equal scores are ordered by position in the corpus. A query always
-gets `min(top_k, corpus size)` passages; those that share no term with it score 0 and so follow in corpus order.
+Ranking is a function of corpus and query alone, the same in memory and from a directory: equal scores are ordered by
+position in the corpus. A query always gets `min(top_k, corpus size)` passages; those that share no term with it score
+0 and so follow in corpus order.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 import os
@@ -17,19 +19,18 @@ from typing import TYPE_CHECKING
 
 from rex_rag.data.corpus import read_corpus
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.bm25.postings import TERM_MAXIMA_FILE, MappedVocabulary, Postings, PostingsSearcher
-from rex_rag.retrieval.bm25.text import (
-    BM25_DEFAULT_B,
-    BM25_DEFAULT_K1,
-    BM25_DEFAULT_STEMMER,
-    BM25_DEFAULT_STOPWORDS,
-    BM25_METHOD,
-    BM25Options,
-    TermSplitter,
-    passage_text,
-    quiet_bm25s,
-    tokenizer_versions,
+from rex_rag.retrieval.bm25.segments import (
+    POSTINGS,
+    ROW,
+    TEXT,
+    check_passages,
+    check_terms,
+    make_index,
+    open_index,
+    part_borders,
+    write_parts,
 )
+from rex_rag.retrieval.bm25.text import BM25Options, TermSplitter, passage_text
 from rex_rag.retrieval.indexed import IndexedRetriever
 from rex_rag.retrieval.passages import PassageList, PassageSource
 from rex_rag.support.wording import counted
@@ -37,12 +38,13 @@ from rex_rag.types import Passage
 
 if TYPE_CHECKING:
     import numpy as np
+    import tantivy
 
 logger = logging.getLogger(__name__)
 
 # Written last by the builder: an index without it is not finished.
 SETTINGS_FILE = "bm25.json"
-FORMAT = 2  # of the terms as well: an index of other terms finds other passages
+FORMAT = 3  # of the terms as well: an index of other terms finds other passages
 # Passages whose terms are looked up in a saved index when it is opened.
 ROWS_CHECKED_AT_LOAD = 8
 # Below this size a query takes tens of microseconds, less than handing it to a thread.
@@ -50,37 +52,34 @@ ROWS_WORTH_THREADS = 100_000
 
 
 class BM25Retriever(IndexedRetriever):
-    """Ranks the passages of a corpus by BM25 over title and text. Safe to share between threads.
+    """Ranks the passages of a corpus by BM25 over title and text (k1 1.2, b 0.75). Safe to share between threads.
 
     Args:
         passages: the corpus, at least one passage.
-        k1: term frequency saturation, in [0, 1e6].
-        b: length normalisation, in [0, 1].
-        stemmer: a Snowball algorithm by name (PyStemmer), or `None` to leave words as they are.
-        stopwords: a bm25s list by name, the words themselves, or `None` to keep every word.
+        stemmer, stopwords: as in `BM25Options`.
         description: one line for logs and model cards; made from the corpus size by default.
 
     Raises:
-        RetrievalError: for an empty corpus, a corpus without any indexable word, k1 or b out of range.
+        RetrievalError: for an empty corpus, a corpus without any indexable word, unknown stemmers or stop words.
     """
 
     def __init__(
         self,
         passages: Sequence[Passage],
-        k1: float = BM25_DEFAULT_K1,
-        b: float = BM25_DEFAULT_B,
-        stemmer: str | None = BM25_DEFAULT_STEMMER,
-        stopwords: str | Sequence[str] | None = BM25_DEFAULT_STOPWORDS,
+        stemmer: str | None = "english",
+        stopwords: str | Sequence[str] | None = "english",
         description: str | None = None,
     ) -> None:
-        if not passages:
-            raise RetrievalError("BM25 got 0 passages; a search could never be answered, so give it a corpus")
-        options = BM25Options(k1, b, stemmer, stopwords)
-        splitter = TermSplitter(options)
-        index = _index_in_memory(passages, options, splitter)
-        description = description or f"BM25 (k1={k1}, b={b}) over {counted(len(passages), 'passage')}"
-        self._set_up(PassageList(passages), description, splitter, index.vocab_dict, Postings.of(index.scores))
-        logger.info("indexed %s", description)
+        check_passages(passages)
+        splitter = TermSplitter(BM25Options(stemmer, stopwords))
+        held = PassageList(passages)
+        index = make_index(splitter.analyzer)
+        size = sum(len(passage.title) + len(passage.text) for passage in held)
+        for _ in write_parts(index, held, part_borders(len(held), size)):
+            pass
+        check_terms(index, len(held))
+        self._set_up(held, description, splitter, index)
+        logger.info("indexed %s", self.description)
 
     @classmethod
     def from_corpus(cls, paths: str | Path | Sequence[str | Path], **options: object) -> BM25Retriever:
@@ -97,7 +96,7 @@ class BM25Retriever(IndexedRetriever):
 
     @classmethod
     def load(cls, directory: str | Path, passages: PassageSource, description: str | None = None) -> BM25Retriever:
-        """Open an index that `build.build_bm25` saved. Its arrays and words are memory-mapped, none is read.
+        """Open what `build.build_bm25` saved: its files are read once, for their checksums, and memory-mapped.
 
         Raises:
             RetrievalError: for an index that is unfinished or damaged, belongs to other passages, or was built with a
@@ -110,41 +109,41 @@ class BM25Retriever(IndexedRetriever):
                 f"{directory} indexes {counted(settings['passages'], 'passage')}, but {len(passages):,} were given; "
                 "the two do not belong together: build the index again"
             )
-        options = BM25Options(settings["k1"], settings["b"], settings["stemmer"], settings["stopwords"])
+        splitter = TermSplitter(BM25Options(settings["stemmer"], settings["stopwords"]))
         retriever = cls.__new__(cls)
-        retriever._set_up(
-            passages,
-            description or f"BM25 (k1={options.k1}, b={options.b}) over {counted(len(passages), 'passage')}",
-            TermSplitter(options),
-            MappedVocabulary(directory),
-            _map_postings(directory, settings),
-        )
-        retriever._check_agreement(directory, settings["versions"])
+        retriever._set_up(passages, description, splitter, open_index(directory))
+        retriever._check_agreement(directory, settings["tantivy"])
         return retriever
 
-    def _set_up(self, passages, description, splitter, vocabulary, postings: Postings) -> None:
-        super().__init__(passages, description)
+    def _set_up(
+        self, passages: PassageSource, description: str | None, splitter: TermSplitter, index: tantivy.Index
+    ) -> None:
+        super().__init__(passages, description or f"BM25 over {counted(len(passages), 'passage')}")
         self._splitter = splitter
-        self._vocabulary: dict[str, int] | MappedVocabulary = vocabulary
-        self._postings = postings
-        self._searcher = PostingsSearcher(postings)
+        self._schema = index.schema
+        self._searcher = index.searcher()
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
         self._pool_lock = threading.Lock()
 
-    def encode(self, queries: Sequence[str]) -> list[list[int]]:
-        """The numbers of each query's terms that the corpus has, in the order of the query."""
-        found = ([self._vocabulary.get(term) for term in terms] for terms in self._splitter.terms(queries))
-        return [[number for number in numbers if number is not None] for numbers in found]
+    def encode(self, queries: Sequence[str]) -> list[list[str]]:
+        """The terms of each query, in the order of the query."""
+        return self._splitter.terms(queries)
 
-    def rank(self, encoded: list[list[int]], top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    def rank(self, encoded: list[list[str]], top_k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores are BM25 sums, >= 0; see `IndexedRetriever.rank`."""
         import numpy as np
 
         shape = (len(encoded), min(top_k, len(self)))
-        scores, rows = np.empty(shape, np.float32), np.empty(shape, np.int64)
+        scores, rows = np.zeros(shape, np.float32), np.empty(shape, np.int64)
 
         def search(query: int) -> None:
-            scores[query], rows[query] = self._searcher.search(encoded[query], top_k)
+            hits = self._searcher.search(self._any_of(encoded[query]), shape[1], count=False).hits
+            found = self._searcher.fast_field_values(ROW, [address for _, address in hits])
+            scores[query, : len(hits)] = [score for score, _ in hits]
+            rows[query, : len(hits)] = found
+            if len(hits) < shape[1]:
+                others = np.setdiff1d(np.arange(shape[1]), found, assume_unique=True)
+                rows[query, len(hits) :] = others[: shape[1] - len(hits)]
 
         if len(encoded) > 1 and len(self) >= ROWS_WORTH_THREADS:
             list(self._threads().map(search, range(len(encoded))))
@@ -153,6 +152,16 @@ class BM25Retriever(IndexedRetriever):
                 search(query)
         return scores, rows
 
+    def _any_of(self, terms: Sequence[str]) -> tantivy.Query:
+        from tantivy import Occur, Query
+
+        return Query.boolean_query([(Occur.Should, self._has(term)) for term in terms])
+
+    def _has(self, term: str) -> tantivy.Query:
+        from tantivy import Query
+
+        return Query.term_query(self._schema, TEXT, term, POSTINGS)
+
     def _threads(self) -> ThreadPoolExecutor:
         # Threads do not come along into a forked process, so it starts its own.
         with self._pool_lock:
@@ -160,24 +169,31 @@ class BM25Retriever(IndexedRetriever):
                 self._pool = os.getpid(), ThreadPoolExecutor(len(os.sched_getaffinity(0)), "bm25")
             return self._pool[1]
 
-    def _check_agreement(self, directory: Path, versions: dict[str, str]) -> None:
+    def _check_agreement(self, directory: Path, version: str) -> None:
         """Hold a saved index to a few passages: their terms, as split here, must lead to them."""
-        import numpy as np
+        from tantivy import FieldType, Occur, Query
 
-        step = max(1, len(self) // ROWS_CHECKED_AT_LOAD)
-        for row in range(0, len(self), step):
-            terms = self._splitter.terms([passage_text(self.passages[row])])[0]
+        if self._searcher.num_docs != len(self):
+            raise RetrievalError(
+                f"{directory} holds {self._searcher.num_docs:,} documents for {len(self):,} passages; build the index "
+                "again"
+            )
+        for row in range(0, len(self), max(1, len(self) // ROWS_CHECKED_AT_LOAD)):
+            here = Query.range_query(self._schema, ROW, FieldType.Integer, row, row)
+            [terms] = self._splitter.terms([passage_text(self.passages[row])])
             for term in sorted(set(terms)):
-                number = self._vocabulary.get(term)
-                rows = self._postings.of_term(number)[0] if number is not None else ()
-                place = np.searchsorted(rows, np.asarray(row, self._postings.indices.dtype)) if len(rows) else 0
-                if place < len(rows) and rows[place] == row:
-                    continue
-                raise RetrievalError(
-                    f"{directory} does not lead from {term!r} to passage {row} (id {self.passages[row].id!r}), which "
-                    f"holds it: the index is of other passages, or its tokenizer ({_versions(versions)}) splits texts "
-                    f"unlike the one installed here ({_versions(tokenizer_versions())}); build the index again"
-                )
+                both = Query.boolean_query([(Occur.Must, self._has(term)), (Occur.Must, here)])
+                if not self._searcher.search(both, 1, count=False).hits:
+                    raise RetrievalError(
+                        f"{directory} does not lead from {term!r} to passage {row} (id {self.passages[row].id!r}), "
+                        f"which holds it: the index is of other passages, or its tokenizer (tantivy {version}) splits "
+                        f"texts unlike the one installed here ({tokenizer_version()}); build the index again"
+                    )
+
+
+def tokenizer_version() -> str:
+    """Of the library whose behaviour decides which terms a text has."""
+    return importlib.metadata.version("tantivy")
 
 
 def read_settings(directory: Path) -> dict:
@@ -198,44 +214,7 @@ def read_settings(directory: Path) -> dict:
         raise RetrievalError(f"{path} cannot be read ({error!r}); build the index again") from error
     if known != FORMAT:
         raise RetrievalError(f"{path} has format {known!r}, this version reads {FORMAT}; build the index again")
-    missing = sorted({"passages", "terms", "postings", "k1", "b", "stemmer", "stopwords", "versions"} - set(settings))
+    missing = sorted({"passages", "stemmer", "stopwords", "tantivy"} - set(settings))
     if missing:
         raise RetrievalError(f"{path} lacks {', '.join(missing)}; build the index again")
     return settings
-
-
-def _index_in_memory(passages: Sequence[Passage], options: BM25Options, splitter: TermSplitter):
-    terms = splitter.terms([passage_text(passage) for passage in passages])
-    if not any(terms):
-        raise RetrievalError(
-            f"none of the {len(passages)} passages holds an indexable word (letters or digits, no stop "
-            "word); check the corpus, or pass stopwords=None"
-        )
-    index = quiet_bm25s().BM25(k1=options.k1, b=options.b, method=BM25_METHOD)
-    index.index(terms, create_empty_token=False, show_progress=False)
-    return index
-
-
-def _map_postings(directory: Path, settings: dict) -> Postings:
-    import numpy as np
-
-    try:
-        # Its vocabulary would be a dictionary in memory; ours is mapped.
-        index = quiet_bm25s().BM25.load(directory, mmap=True, load_vocab=False)
-        maxima = np.load(directory / TERM_MAXIMA_FILE, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RetrievalError(f"{directory} cannot be opened ({error}); build the index again") from error
-    # A plain view: slicing a memmap makes an object of a slow subclass each time.
-    data, indices, indptr = (np.asarray(index.scores[name]) for name in ("data", "indices", "indptr"))
-    sizes = {"postings": len(data), "terms": len(maxima)}
-    wanted = {name: settings[name] for name in sizes}
-    whole = len(indices) == len(data) == indptr[-1] and len(indptr) == len(maxima) + 1
-    if sizes != wanted or not whole or (data.dtype, indices.dtype) != (np.float32, np.int32):
-        raise RetrievalError(
-            f"{directory} holds arrays of {sizes}, but {SETTINGS_FILE} tells {wanted}; build the index again"
-        )
-    return Postings(data, indices, indptr, np.asarray(maxima), settings["passages"])
-
-
-def _versions(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))

@@ -18,11 +18,11 @@ _COUNTS = (
     "build_threads",
 )
 _LISTS = ("corpus", "devices")
-_BM25_ONLY = ("k1", "b", "stemmer", "stopwords")
+_BM25_ONLY = ("stemmer", "stopwords")
 # What only a dense index has, unset by default; and of that, what only some types of it have.
 _DENSE_ONLY = (
     *("model", "revision", "encoder_family", "query_prefix", "passage_prefix", "passage_format", "pooling"),
-    *("normalize", "max_tokens", "dtype", "devices"),
+    *("normalize", "max_tokens", "dtype", "devices", "workers"),
 )
 _TYPES_OF = {
     "nlist": ("ivf",),
@@ -54,13 +54,13 @@ class IndexArguments:
     kind: str = field(default="bm25", metadata={"help": "bm25 (lexical) or dense (an encoder's vectors)."})
     workers: int | None = field(
         default=None,
-        metadata={"help": "Processes that tokenise (default: one a core), or that encode on the CPU (default: one)."},
+        metadata={"help": "dense: processes that encode on the CPU. Default: one."},
     )
 
-    k1: float = field(default=1.5, metadata={"help": "bm25: term frequency saturation (bm25s's default)."})
-    b: float = field(default=0.75, metadata={"help": "bm25: length normalisation, 0 to 1 (bm25s's default)."})
-    stemmer: str | None = field(default="english", metadata={"help": "bm25: a Snowball stemmer, or `none`."})
-    stopwords: str | None = field(default="english", metadata={"help": "bm25: a bm25s list of stop words, or `none`."})
+    stemmer: str | None = field(default="english", metadata={"help": "bm25: language of a stemmer, or `none`."})
+    stopwords: str | None = field(
+        default="english", metadata={"help": "bm25: language of a list of stop words, or `none`."}
+    )
 
     model: str | None = field(
         default=None, metadata={"help": "dense: sentence-transformers encoder, for example intfloat/e5-base-v2."}
@@ -150,10 +150,6 @@ class IndexArguments:
         yield from self._misplaced()
         if self.dtype is not None and self.dtype not in DTYPES:
             yield f"dtype={self.dtype!r}; it must be one of {', '.join(DTYPES)}"
-        for name, highest in (("k1", float("inf")), ("b", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= highest:
-                yield f"{name}={value!r} is outside [0, {highest}]"
         whole = True
         for name in _COUNTS:
             value = getattr(self, name)

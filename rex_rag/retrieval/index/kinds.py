@@ -62,21 +62,20 @@ class BM25Kind:
     def __init__(self, arguments: IndexArguments) -> None:
         from rex_rag.retrieval.bm25.text import BM25Options
 
-        self._options = BM25Options(arguments.k1, arguments.b, arguments.stemmer, arguments.stopwords)
-        self._workers = arguments.workers
+        self._options = BM25Options(arguments.stemmer, arguments.stopwords)
 
     def estimate(self, sample: Sequence[Passage], total: int) -> Estimate:
         from rex_rag.retrieval.bm25.estimate import estimate_bm25
 
-        return estimate_bm25(sample, total, self._options, processes=self._workers)
+        return estimate_bm25(sample, total, self._options)
 
     def build(
         self, passages: PassageStore, corpus_sha256: str, directory: Path, work: Path
     ) -> tuple[None, dict[str, Any]]:
         from rex_rag.retrieval.bm25.build import build_bm25
 
-        build_bm25(passages, directory / BM25_FOLDER, self._options, work=work / BM25_FOLDER, processes=self._workers)
-        return None, {"type": "bm25", **asdict(self._options)}
+        build_bm25(passages, directory / BM25_FOLDER, self._options, work=work / BM25_FOLDER)
+        return None, self._options.index_parameters
 
 
 class DenseKind:

@@ -25,8 +25,7 @@ ENCODER_FOLDER_FILE = "encoder_folder.txt"
 FORMAT = 1
 _LIBRARIES = (
     "numpy",
-    "bm25s",
-    "PyStemmer",
+    "tantivy",
     "faiss-cpu",
     "faiss-gpu",
     "torch",
