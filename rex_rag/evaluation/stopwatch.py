@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rex_rag.retrieval.base import Retriever
+from rex_rag.retrieval.base import Retriever, as_retriever
 from rex_rag.types import Passage
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Stopwatch:
 
     def retriever(self, retriever: Retriever) -> Retriever:
         """The retriever, measured."""
-        return _TimedRetriever(retriever, self)
+        return _TimedRetriever(as_retriever(retriever), self)
 
 
 class _TimedGenerator:
@@ -46,7 +47,7 @@ class _TimedGenerator:
             self._watch.generation += time.perf_counter() - started
 
 
-class _TimedRetriever:
+class _TimedRetriever(Retriever):
     def __init__(self, retriever: Retriever, watch: Stopwatch) -> None:
         self._retriever = retriever
         self._watch = watch
@@ -59,8 +60,17 @@ class _TimedRetriever:
         self._retriever.check()
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
+        with self._measured():
+            return self._retriever.search(queries, top_k)
+
+    def read(self, keys: Sequence[str]) -> list[list[Passage]]:
+        with self._measured():
+            return self._retriever.read(keys)
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
         started = time.perf_counter()
         try:
-            return self._retriever.search(queries, top_k)
+            yield
         finally:
             self._watch.retrieval += time.perf_counter() - started

@@ -35,7 +35,7 @@ def load_named(name: str, kind: type | None, what: str) -> Any:
     module_name, _, path = name.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.insert(0, here)
+        sys.path.append(here)  # last: a file of the user's must not hide a library
     top = module_name.partition(".")[0]
     if importlib.util.find_spec(top) is None:
         raise ValueError(f"{what}={name!r}: there is no module {top!r}, neither in {here} nor installed")

@@ -31,7 +31,7 @@ from rex_rag.probes.filter import KeepRatio
 from rex_rag.probes.mixed_sampling import MixedBatch, MixedSampler
 from rex_rag.probes.pool import ExplorationPool
 from rex_rag.protocols.search_r1 import control_tokens
-from rex_rag.retrieval.base import Retriever
+from rex_rag.retrieval.base import Retriever, as_retriever
 from rex_rag.rollout.engine import RolloutEngine, RolloutSeconds
 from rex_rag.training.checkpoints import STATE_FILE
 from rex_rag.training.config import REXRAGConfig
@@ -137,10 +137,8 @@ class REXRAGTrainer(CorrectedLoss, ResumableTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config.name_or_path
             args = REXRAGConfig(output_dir=f"{name.split('/')[-1]}-REX-RAG")
-        if not isinstance(retriever, Retriever):
-            raise TypeError(f"retriever is a {type(retriever).__name__}; it must offer description, check and search")
-        retriever.check()
-        self.retriever = retriever
+        self.retriever = as_retriever(retriever)
+        self.retriever.check()
         self.recipe = recipe
         self._keep_ratio = KeepRatio(args.keep_ratio, args.keep_ratio_schedule)
         self._slots: Slots | None = None
