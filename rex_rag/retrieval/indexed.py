@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rex_rag.retrieval.base import check_request, checked_search
+from rex_rag.retrieval.base import Retriever, check_request, check_texts, checked_search
 from rex_rag.retrieval.passages import PassageSource
 from rex_rag.types import Passage
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 NO_ROW = -1
 
 
-class IndexedRetriever(ABC):
+class IndexedRetriever(Retriever):
     """A retriever over `passages` whose search is fetch(rank(encode(queries))). Safe to share between threads.
 
     The stages answer queries independently: a batch gives what its queries give one by one (up to rounding in an
@@ -34,6 +34,14 @@ class IndexedRetriever(ABC):
 
     def __len__(self) -> int:
         return len(self.passages)
+
+    @property
+    def passage_count(self) -> int:
+        return len(self)
+
+    @property
+    def stages(self) -> IndexedRetriever:
+        return self
 
     @abstractmethod
     def encode(self, queries: Sequence[str]) -> Any:
@@ -68,6 +76,15 @@ class IndexedRetriever(ABC):
         """Search for the first passage's own words, and find something."""
         first = self.passages[0]
         checked_search(self, [first.title.strip() or first.text.strip()[:200]], top_k=1)
+
+    def warm_up(self) -> None:
+        """The first search of an index reads its pages and compiles what compiles."""
+        self.check()
+
+    def read(self, keys: Sequence[str]) -> list[list[Passage]]:
+        """See `Retriever.read`; of a long document its first `MAX_DOCUMENT_PASSAGES` passages."""
+        check_texts(keys, "keys", "key")
+        return [[self.passages[row] for row in self.passages.find(key)] for key in keys]
 
     def _scored(self, row: int, score: float) -> Passage:
         passage = self.passages[row]

@@ -2,21 +2,31 @@
 
 On disk a store is `passages.jsonl`, one `{"id", "contents"}` object a line in corpus order, and `offsets.u64`, the
 byte position of every line and the end of the last: 8 bytes a passage besides its own text, none of it held in memory.
-The bytes of a line are what the server puts on the wire: fetching a passage there neither parses nor renders it.
+The bytes of a line are what the server puts on the wire: fetching a passage there neither parses nor renders it. With
+`lookup.u64` beside them, documents are found by title or id (see `lookup`); a store of an earlier version lacks it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import mmap
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import IO, TYPE_CHECKING, Protocol
 
 from rex_rag.data.corpus import passage_from_row, row_of_passage
 from rex_rag.retrieval.base import RetrievalError
+from rex_rag.retrieval.lookup import LOOKUP_FILE, find_document, make_table, one_spaced
+from rex_rag.support.durable import written_whole
 from rex_rag.types import Passage
+
+if TYPE_CHECKING:
+    import numpy as np
+
+logger = logging.getLogger(__name__)
 
 PASSAGES_FILE = "passages.jsonl"
 OFFSETS_FILE = "offsets.u64"
@@ -37,22 +47,44 @@ class PassageSource(Protocol):
         """The passage as a UTF-8 JSON object `{"id", "contents"}`."""
         ...
 
+    def find(self, key: str) -> list[int]:
+        """Rows of the document that a title or a passage's id names, see `Retriever.read`; none for an unknown one."""
+        ...
+
 
 def passage_json(passage: Passage) -> bytes:
     """A passage as it lies in a store and goes over the wire, without a line break.
 
     White space in the title is reduced to single blanks: `contents` keeps the title on its first line.
     """
-    title = " ".join(passage.title.split())
+    title = one_spaced(passage.title)
     if title != passage.title:
         passage = replace(passage, title=title)
     return _TO_JSON(row_of_passage(passage)).encode()
 
 
-class PassageList:
+class _Documents:
+    """Passages whose table of titles and ids is made, or opened, when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._table: np.ndarray | None = None
+        self._table_lock = threading.Lock()
+
+    def find(self, key: str) -> list[int]:
+        with self._table_lock:
+            if self._table is None:
+                self._table = self._lookup_table()
+        return find_document(self, self._table, key)
+
+    def _lookup_table(self) -> np.ndarray:
+        return make_table(self)
+
+
+class PassageList(_Documents):
     """Passages held as Python objects: for corpora that fit."""
 
     def __init__(self, passages: Sequence[Passage]) -> None:
+        super().__init__()
         self._passages = list(passages)
 
     def __len__(self) -> int:
@@ -68,7 +100,7 @@ class PassageList:
         return passage_json(self._passages[row])
 
 
-class PassageStore:
+class PassageStore(_Documents):
     """The passages of an index directory, memory-mapped: opening takes no time, however large. Safe between threads.
 
     Raises:
@@ -78,7 +110,8 @@ class PassageStore:
     def __init__(self, directory: str | Path) -> None:
         import numpy as np
 
-        directory = Path(directory)
+        super().__init__()
+        self._directory = directory = Path(directory)
         text, offsets = directory / PASSAGES_FILE, directory / OFFSETS_FILE
         for path in (text, offsets):
             if not path.is_file() or not path.stat().st_size:
@@ -108,3 +141,27 @@ class PassageStore:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of a store of {len(self)} passages")
         return self._text[int(self._offsets[row]) : int(self._offsets[row + 1]) - 1]
+
+    def _lookup_table(self) -> np.ndarray:
+        """Mapped; of a store that has none, made and kept beside it, or in memory where nothing can be written."""
+        import numpy as np
+
+        path, size = self._directory / LOOKUP_FILE, len(self._text)
+        if path.is_file():
+            found = np.memmap(path, dtype="<u8", mode="r") if path.stat().st_size else np.empty(0, dtype="<u8")
+            if len(found) > len(self) and int(found[0]) == size:
+                return np.asarray(found[1:])
+            logger.warning("%s is not of these passages; it is made anew", path)
+        table = make_table(self)
+        try:
+            with written_whole(path, alone=False) as file:
+                write_table(file, table, size)
+        except OSError as error:
+            logger.warning("%s cannot be kept (%s): documents are looked up in memory", path, error)
+        return table
+
+
+def write_table(file: IO[bytes], table: np.ndarray, text_bytes: int) -> None:
+    """Write the table of a store whose passages take `text_bytes`."""
+    file.write(text_bytes.to_bytes(OFFSET_BYTES, "little"))
+    file.write(table.data)

@@ -154,7 +154,7 @@ class RerankedRetriever(IndexedRetriever):
         return pair_text(self.passages[row])
 
 
-class RerankedSearch:
+class RerankedSearch(Retriever):
     """`RerankedRetriever` for retrievers without an index, such as online engines.
 
     Args:
@@ -165,8 +165,7 @@ class RerankedSearch:
         _check_candidates(candidates)
         self._inner, self._scorer, self._candidates = inner, scorer, candidates
         self._description = _describe(inner, scorer, candidates)
-        if hasattr(inner, "max_top_k"):
-            self.max_top_k = inner.max_top_k
+        self.max_top_k, self.passage_count = inner.max_top_k, inner.passage_count
 
     @property
     def description(self) -> str:
@@ -188,6 +187,12 @@ class RerankedSearch:
         scored = [[replace(passage, score=next(scores)) for passage in found] for found in rankings]
         return [sorted(found, key=lambda passage: -passage.score)[:top_k] for found in scored]
 
+    def read(self, keys: Sequence[str]) -> list[list[Passage]]:
+        return self._inner.read(keys)
+
+    def close(self) -> None:
+        self._inner.close()
+
 
 def rerank(
     inner: Retriever, model: str, candidates: int = DEFAULT_CANDIDATES, devices: Sequence[str] = ()
@@ -201,9 +206,9 @@ def rerank(
     """
     _check_candidates(candidates)
     scorer = CrossEncoderScorer(model, device=devices[0] if devices else None)
-    if isinstance(inner, IndexedRetriever):
-        return RerankedRetriever(inner, scorer, candidates)
-    most = getattr(inner, "max_top_k", candidates)
+    if inner.stages is not None:
+        return RerankedRetriever(inner.stages, scorer, candidates)
+    most = inner.max_top_k or candidates
     if candidates > most:
         logger.info("%s gives %d passages a search: re-ranking these, not %d", inner.description, most, candidates)
     return RerankedSearch(inner, scorer, min(candidates, most))

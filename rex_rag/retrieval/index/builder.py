@@ -147,8 +147,10 @@ def _build(
 
 def _store_estimate(sample: Sequence[Passage], total: int) -> Estimate:
     row = sum(len(passage_json(passage)) + 1 for passage in sample) / len(sample) + OFFSET_BYTES
+    row += 2 * OFFSET_BYTES  # in the table of ids and titles, at most
     return Estimate(
-        peak_ram=total * 3 * OFFSET_BYTES,  # digests of all ids, and their sorted copy with the order
+        # Digests of all ids, and their sorted copy with the order; the table.
+        peak_ram=total * 5 * OFFSET_BYTES,
         serving_ram=0,
         work_disk=0,
         final_disk=int(row * total),

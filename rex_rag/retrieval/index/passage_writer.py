@@ -1,4 +1,5 @@
-"""From corpus files to a passage store, streaming: memory grows by 8 bytes a passage, for finding repeated ids."""
+"""From corpus files to a passage store, streaming: memory grows by 8 bytes a passage for finding repeated ids, and by
+as much for its id, and again for its title, in the table of titles and ids."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag.data.corpus import CorpusError, id_prefixes, iter_passages, passage_from_row, repeated_id
-from rex_rag.retrieval.passages import OFFSETS_FILE, PASSAGES_FILE, passage_json
+from rex_rag.retrieval.lookup import LOOKUP_FILE, LookupBuilder
+from rex_rag.retrieval.passages import OFFSETS_FILE, PASSAGES_FILE, passage_json, write_table
 from rex_rag.support.durable import sync_folder, write_json
 from rex_rag.support.jsonl import open_lines
 from rex_rag.support.progress_bars import progress_bar
@@ -21,6 +23,7 @@ from rex_rag.types import Passage
 if TYPE_CHECKING:
     import numpy as np
 
+STORE_FILES = (PASSAGES_FILE, OFFSETS_FILE, LOOKUP_FILE)
 _BLOCK_BYTES = 1 << 22
 _ROWS_BETWEEN_UPDATES = 2_000
 
@@ -98,7 +101,7 @@ def sample_passages(files: Sequence[Path], count: int) -> list[Passage]:
 
 
 def write_store(files: Sequence[Path], scanned: Sequence[CorpusFile], directory: Path, info_path: Path) -> StoreInfo:
-    """Write `passages.jsonl` and `offsets.u64`, and what was written to `info_path`; if that is there, all is done.
+    """Write the files of a store, and what was written to `info_path`; if that is there, all is done.
 
     An id that occurs in several files gets its file's name in front in each of them, as in `read_corpus`.
 
@@ -106,7 +109,7 @@ def write_store(files: Sequence[Path], scanned: Sequence[CorpusFile], directory:
         CorpusError: for a file that is malformed, or changed since it was scanned; for an id that occurs twice in a
             file.
     """
-    if info_path.exists() and all((directory / name).exists() for name in (PASSAGES_FILE, OFFSETS_FILE)):
+    if info_path.exists() and all((directory / name).exists() for name in STORE_FILES):
         return StoreInfo(**json.loads(info_path.read_text(encoding="utf-8")))
     info, shared = _write_pass(files, scanned, directory, prefixed=None)
     if shared is not None:
@@ -125,9 +128,8 @@ def _write_pass(
     """Write the store once; return what was written and, if there are any, the digests of ids that files share."""
     import numpy as np
 
-    names = (PASSAGES_FILE, OFFSETS_FILE)
-    parts = [directory / f".{name}.part" for name in names]
-    counts, digests, count_prefixed = [], _GrowingDigests(), 0
+    parts = [directory / f".{name}.part" for name in STORE_FILES]
+    counts, digests, count_prefixed, lookup = [], _GrowingDigests(), 0, LookupBuilder()
     content, position = hashlib.sha256(), 0
     total = sum(file.lines for file in scanned)
     with parts[0].open("wb") as text, parts[1].open("wb") as offsets, progress_bar(total, "passages") as bar:
@@ -146,6 +148,7 @@ def _write_pass(
                 position += len(line)
                 offsets.write(position.to_bytes(8, "little"))
                 digests.append(digest)
+                lookup.add(sum(counts) + rows, passage)
                 rows += 1
                 if rows % _ROWS_BETWEEN_UPDATES == 0:
                     bar.update(_ROWS_BETWEEN_UPDATES)
@@ -158,7 +161,11 @@ def _write_pass(
             os.fsync(file.fileno())
     shared = _shared_digests(files, counts, digests.values(), prefixed is not None)
     if shared is None:
-        for part, name in zip(parts, names, strict=True):
+        with parts[2].open("wb") as file:
+            write_table(file, lookup.table(), position)
+            file.flush()
+            os.fsync(file.fileno())
+        for part, name in zip(parts, STORE_FILES, strict=True):
             os.replace(part, directory / name)
         sync_folder(directory)
     return StoreInfo(sum(counts), position, content.hexdigest(), count_prefixed), shared

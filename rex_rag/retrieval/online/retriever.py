@@ -27,7 +27,7 @@ from urllib.parse import quote
 
 import httpx
 
-from rex_rag.retrieval.base import DEFAULT_MAX_ATTEMPTS, RetrievalError, check_request
+from rex_rag.retrieval.base import DEFAULT_MAX_ATTEMPTS, RetrievalError, Retriever, check_request
 from rex_rag.retrieval.online.cache import CacheMode, Hit, OnlineCache, normalize_query
 from rex_rag.retrieval.online.engines import ENGINES, RESULTS_PER_SEARCH, PassingTrouble, SearchEngine, UnusableAnswer
 from rex_rag.support.wording import shorten
@@ -51,7 +51,7 @@ class QuotaExceeded(RetrievalError):
     """The engine's own limit for this account is used up."""
 
 
-class OnlineRetriever:
+class OnlineRetriever(Retriever):
     """Answers queries with the first results of an online search engine. Safe to share between threads.
 
     Args:

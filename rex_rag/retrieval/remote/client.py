@@ -1,4 +1,4 @@
-"""Search over one or several retrieval servers that speak the Search-R1 wire format.
+"""Search in, and documents from, one or several retrieval servers that speak the Search-R1 wire format.
 
 A search is answered in full, in the order asked, or raises `RetrievalError`. Meanwhile servers may die, hang, be
 restarted or talk nonsense: each request goes to the server with the fewest queries under way; one that fails is set
@@ -16,16 +16,27 @@ import math
 import random
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-from rex_rag.retrieval.base import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_SECONDS, RetrievalError, check_request
-from rex_rag.retrieval.remote.endpoint import Endpoint, PassingTrouble, Refusal, Trouble
+from rex_rag.retrieval.base import (
+    DEFAULT_MAX_ATTEMPTS,
+    DEFAULT_TIMEOUT_SECONDS,
+    CannotRead,
+    RetrievalError,
+    Retriever,
+    check_request,
+    check_texts,
+)
+from rex_rag.retrieval.remote.endpoint import Endpoint, NotOffered, PassingTrouble, Refusal, Trouble
 from rex_rag.support.wording import shorten
 from rex_rag.types import Passage
 
 logger = logging.getLogger(__name__)
+
+# One attempt at one server for a part of a batch.
+Ask = Callable[[Endpoint, Sequence[str]], list[list[Passage]]]
 
 CHECK_QUERY = "Who wrote Hamlet?"
 DEFAULT_BACKOFF_SECONDS = 0.5
@@ -80,7 +91,7 @@ class _Tally:
     last: Trouble
 
 
-class RemoteRetriever:
+class RemoteRetriever(Retriever):
     """Asks retrieval servers for passages. Safe to share between threads; connections are pooled.
 
     Args:
@@ -170,7 +181,7 @@ class RemoteRetriever:
                 self._take(server, 1)
             # Threads of its own: the pool may be busy with searches, each of which may wait.
             with ThreadPoolExecutor(len(asked)) as pool:
-                outcomes = [pool.submit(self._attempt, server, [CHECK_QUERY], 1) for server in asked]
+                outcomes = [pool.submit(self._attempt, server, _searching(1), [CHECK_QUERY]) for server in asked]
             for server, outcome in zip(asked, outcomes, strict=True):
                 try:
                     answers[server] = outcome.result()[0]
@@ -200,54 +211,67 @@ class RemoteRetriever:
                 server refuses. The message names each server, the attempts at it and its last trouble.
         """
         check_request(queries, top_k)
+        return self._ask_all(_searching(top_k), queries)
+
+    def read(self, keys: Sequence[str]) -> list[list[Passage]]:
+        """See `Retriever.read`. With the retries and the errors of `search`: a failure is never an empty document.
+
+        Raises:
+            CannotRead: when no server offers documents.
+            RetrievalError: as `search`.
+        """
+        check_texts(keys, "keys", "key")
+        return self._ask_all(lambda endpoint, part: endpoint.read(part), keys)
+
+    def _ask_all(self, ask: Ask, texts: Sequence[str]) -> list[list[Passage]]:
         self._check_open()
-        if not queries:
+        if not texts:
             return []
         stop = threading.Event()
-        parts = self._split(queries)
+        parts = self._split(texts)
         if len(parts) == 1:
-            return self._ask(queries, top_k, stop)
+            return self._ask(ask, texts, stop)
         outcomes: list[Future] = []
         try:
-            outcomes += [self._submit(part, top_k, stop) for part in parts]
+            outcomes += [self._submit(ask, part, stop) for part in parts]
             for failed in wait(outcomes, return_when=FIRST_EXCEPTION).done:
                 failed.result()
-            return [ranking for outcome in outcomes for ranking in outcome.result()]
+            return [found for outcome in outcomes for found in outcome.result()]
         except BaseException:
             stop.set()
             for outcome in outcomes:
                 outcome.cancel()
             raise
 
-    def _submit(self, part: Sequence[str], top_k: int, stop: threading.Event) -> Future:
+    def _submit(self, ask: Ask, part: Sequence[str], stop: threading.Event) -> Future:
         with self._lock:  # `close` waits for it, so that the pool is still open
             self._check_open()
-            return self._pool.submit(self._ask, part, top_k, stop)
+            return self._pool.submit(self._ask, ask, part, stop)
 
-    def _split(self, queries: Sequence[str]) -> list[Sequence[str]]:
+    def _split(self, texts: Sequence[str]) -> list[Sequence[str]]:
         """Cut a batch into even parts: as many as the limit demands, or as there are servers to share the work."""
-        count = len(queries)
+        count = len(texts)
         with self._lock:
             in_service = sum(server.aside_since is None for server in self._servers)
         parts = max(-(-count // self._max_queries_per_request), min(in_service, count // MIN_QUERIES_PER_REQUEST), 1)
         bounds = [count * part // parts for part in range(parts + 1)]
-        return [queries[start:end] for start, end in itertools.pairwise(bounds)]
+        return [texts[start:end] for start, end in itertools.pairwise(bounds)]
 
-    def _ask(self, queries: Sequence[str], top_k: int, stop: threading.Event) -> list[list[Passage]]:
+    def _ask(self, ask: Ask, texts: Sequence[str], stop: threading.Event) -> list[list[Passage]]:
         tallies: dict[_Server, _Tally] = {}
         for round_number in range(1, self._max_attempts + 1):
             returns = self._returns
             tried = {server for server in tallies if _refused(tallies, server)}
-            while not stop.is_set() and (server := self._pick(tried, len(queries))) is not None:
+            while not stop.is_set() and (server := self._pick(tried, len(texts))) is not None:
                 tried.add(server)
                 started = time.monotonic()
                 try:
-                    rankings = self._attempt(server, queries, top_k)
+                    found = self._attempt(server, ask, texts)
                 except Trouble as trouble:
                     _count(tallies, server, started, trouble)
                 else:
                     self._blame(tallies)
-                    return rankings
+                    return found
             if stop.is_set():
                 raise RetrievalError("the search was stopped because another part of its batch failed")
             self._wait_or_raise(tallies, round_number, returns, stop)
@@ -279,7 +303,7 @@ class RemoteRetriever:
         if self._closed:
             raise RetrievalError(f"the client of the {self.description} was closed; make a new one")
 
-    def _attempt(self, server: _Server, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
+    def _attempt(self, server: _Server, ask: Ask, texts: Sequence[str]) -> list[list[Passage]]:
         """Ask a server that was taken, and note what comes of it."""
         started = time.monotonic()
         with self._lock:
@@ -288,20 +312,20 @@ class RemoteRetriever:
             if doubtful:
                 # A hanging server shows in seconds here, and only after the whole timeout in a search.
                 server.endpoint.probe()
-            rankings = server.endpoint.search(queries, top_k)
+            found = ask(server.endpoint, texts)
         except PassingTrouble as trouble:
             self._set_aside(server, started, trouble)
             raise
         finally:
             with self._lock:
-                server.queries_under_way -= len(queries)
+                server.queries_under_way -= len(texts)
         self._answered(server, started)
-        return rankings
+        return found
 
     def _blame(self, tallies: Mapping[_Server, _Tally]) -> None:
         """Another server has answered: those that refused the same request are at fault, not the request."""
         for server, tally in tallies.items():
-            if isinstance(tally.last, Refusal):
+            if isinstance(tally.last, Refusal) and not isinstance(tally.last, NotOffered):
                 self._set_aside(server, tally.started, tally.last)
 
     def _set_aside(self, server: _Server, started: float, trouble: Trouble) -> None:
@@ -410,6 +434,8 @@ class RemoteRetriever:
             for server, tally in tallies.items()
         ]
         message = f"search at {said[0]}" if len(said) == 1 else f"search at all {len(said)} servers: {'; '.join(said)}"
+        if all(isinstance(tally.last, NotOffered) for tally in tallies.values()):
+            return CannotRead(message.replace("search at", "reading documents at", 1))
         if any(isinstance(tally.last, PassingTrouble) for tally in tallies.values()):
             subject = "Is the server" if len(said) == 1 else "Are the servers"
             message += f". {subject} running and reachable from here?"
@@ -417,6 +443,10 @@ class RemoteRetriever:
                 timeout, attempts = self._limit_names
                 message += f" Otherwise raise {timeout} ({self._timeout:g} s) or {attempts} ({self._max_attempts})"
         return RetrievalError(message)
+
+
+def _searching(top_k: int) -> Ask:
+    return lambda endpoint, part: endpoint.search(part, top_k)
 
 
 def _count(tallies: dict[_Server, _Tally], server: _Server, started: float, trouble: Trouble) -> None:

@@ -13,7 +13,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -22,10 +22,13 @@ import httpx
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.remote.wire import (
     HEALTH_PATH,
+    READ_PATH,
     SEARCH_PATH,
     UnusableRanking,
     WireError,
+    decode_documents,
     decode_rankings,
+    encode_keys,
     encode_request,
 )
 from rex_rag.support.wording import shorten
@@ -44,6 +47,8 @@ MAX_RESPONSE_BYTES = 256 * 2**20
 MAX_RETRY_AFTER_SECONDS = 30.0
 # Statuses below 500 that say "later" rather than "no": the server gave up waiting, or is asked too much at once.
 _PASSING_STATUSES = (408, 429)
+# What a server without documents to read answers: it knows no such page, or its engine only searches.
+_NOT_OFFERED = (404, 405, 501)
 _JSON = {"Content-Type": "application/json"}
 # An address on this machine is never behind the proxy that the environment may name.
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
@@ -66,6 +71,10 @@ class Refusal(Trouble):
     """The server refuses the request, or answers something else than was asked: it would do so again."""
 
 
+class NotOffered(Refusal):
+    """The server answers searches alone: no fault of it, and none of the request."""
+
+
 class Endpoint:
     """A server's address with its pooled connections. Safe to share between threads.
 
@@ -80,6 +89,7 @@ class Endpoint:
     def __init__(self, url: str, timeout: float) -> None:
         host = check_url(url)
         base = url.rstrip("/").removesuffix(SEARCH_PATH)
+        self._read_url = httpx.URL(base + READ_PATH).copy_with(userinfo=b"")
         # Without a user name or password: httpx logs the addresses it asks, and ours stand in errors and model cards.
         self._search_url = httpx.URL(base + SEARCH_PATH).copy_with(userinfo=b"")
         self._health_url = httpx.URL(base + HEALTH_PATH).copy_with(userinfo=b"")
@@ -134,15 +144,35 @@ class Endpoint:
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
         """Ask once. Raises `PassingTrouble` or `Refusal`."""
-        response, body = self._post(encode_request(queries, top_k))
+        return self._ask(
+            self._search_url,
+            encode_request(queries, top_k),
+            lambda body: decode_rankings(body, queries, top_k, self._tell_left_out),
+        )
+
+    def read(self, keys: Sequence[str]) -> list[list[Passage]]:
+        """Ask once for documents. Raises `PassingTrouble` or `Refusal`, `NotOffered` of a server that has no such page."""
+        return self._ask(
+            self._read_url, encode_keys(keys), lambda body: decode_documents(body, keys, self._tell_left_out)
+        )
+
+    def _ask(
+        self, url: httpx.URL, content: bytes, decode: Callable[[bytes], list[list[Passage]]]
+    ) -> list[list[Passage]]:
+        response, body = self._post(url, content)
         status = response.status_code
         if status != 200:
             said = f"HTTP {status} {response.reason_phrase}: {shorten(body.decode('utf-8', 'replace'), 200)}"
+            if url == self._read_url and status in _NOT_OFFERED:
+                raise NotOffered(
+                    f"{said}; the server only searches, as Search-R1's own does: serve the index with `rex-rag serve`, "
+                    "or leave reading documents out"
+                )
             if status >= 500 or status in _PASSING_STATUSES:
                 raise PassingTrouble(said, retry_after=_retry_after(response))
             raise Refusal(f"{said}; the server refuses this request, so it was not repeated: check the URL")
         try:
-            return decode_rankings(body, queries, top_k, self._tell_left_out)
+            return decode(body)
         except UnusableRanking as error:
             raise Refusal(f"{error}; a document needs a text: mend what the server serves") from None
         except WireError as error:
@@ -184,12 +214,12 @@ class Endpoint:
             return {}
         return said if isinstance(said, dict) else {}
 
-    def _post(self, content: bytes) -> tuple[httpx.Response, bytes]:
+    def _post(self, url: httpx.URL, content: bytes) -> tuple[httpx.Response, bytes]:
         deadline = time.monotonic() + self._timeout
         try:
             with (
                 self._client() as client,
-                client.stream("POST", self._search_url, content=content, headers=_JSON) as response,
+                client.stream("POST", url, content=content, headers=_JSON) as response,
             ):
                 return response, self._read(response, deadline)
         except httpx.ConnectTimeout as error:

@@ -4,6 +4,9 @@ Request: POST {url}/retrieve with `{"queries": [str], "topk": int, "return_score
 with one ranking a query, a list of `{"document": {...}, "score": float}`, or of the bare documents without scores. A
 document holds `contents`, or `title` and `text`, and perhaps an `id`.
 
+Documents, which Search-R1 knows nothing of: POST {url}/read with `{"keys": [str]}`, titles or ids. The answer has the
+same form without scores: for each key the passages of one document, in order, and none for a key that is unknown.
+
 What is read is read strictly: an answer becomes one non-empty ranking of usable passages for every query, or a
 `WireError`. A passage that cannot be used is left out and told. Scores that are not finite cross in neither direction.
 """
@@ -26,6 +29,7 @@ from rex_rag.types import Passage
 logger = logging.getLogger(__name__)
 
 SEARCH_PATH = "/retrieve"
+READ_PATH = "/read"
 HEALTH_PATH = "/health"
 
 
@@ -41,6 +45,16 @@ def encode_request(queries: Sequence[str], top_k: int) -> bytes:
     """The body of a search. Half a surrogate pair, which UTF-8 cannot hold, is sent as a question mark."""
     payload = {"queries": list(queries), "topk": top_k, "return_scores": True}
     return json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def encode_keys(keys: Sequence[str]) -> bytes:
+    """The body of a request for documents."""
+    return json.dumps({"keys": list(keys)}, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def encode_documents(documents: Iterable[Iterable[bytes]]) -> bytes:
+    """The body of an answer, from each document's passages as UTF-8 JSON objects."""
+    return b'{"result":[' + b",".join(b"[" + b",".join(passages) + b"]" for passages in documents) + b"]}"
 
 
 def encode_rankings(rankings: Iterable[Iterable[tuple[bytes, float]]], return_scores: bool) -> bytes:
@@ -78,6 +92,33 @@ def decode_rankings(
     Raises:
         WireError: for anything but one ranking with a usable passage for every query.
     """
+    rankings = _result(body, counted(len(queries), "query", "queries"), len(queries))
+    for entry, query in zip(rankings, queries, strict=True):
+        if not entry:
+            raise WireError(f"the result of query {shorten(query)} is empty")
+    return [
+        _read_passages(entry, f"query {shorten(query)}", top_k, tell)
+        for entry, query in zip(rankings, queries, strict=True)
+    ]
+
+
+def decode_documents(
+    body: bytes, keys: Sequence[str], tell: Callable[[str], object] = logger.warning
+) -> list[list[Passage]]:
+    """Read an answer to `encode_keys`: for each key its document's usable passages; none for an unknown key.
+
+    Raises:
+        WireError: for anything but one list of passages for every key, and for a document without a usable one.
+    """
+    documents = _result(body, counted(len(keys), "key"), len(keys))
+    return [
+        _read_passages(entry, f"key {shorten(key)}", None, tell) if entry else []
+        for entry, key in zip(documents, keys, strict=True)
+    ]
+
+
+def _result(body: bytes, asked: str, count: int) -> list[list[Any]]:
+    """The lists of an answer, one for each of what was asked for."""
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -86,25 +127,24 @@ def decode_rankings(
     result = answer.get("result") if isinstance(answer, dict) else None
     if not isinstance(result, list):
         raise WireError(f'no list under "result" in {shorten(answer)}')
-    if len(result) != len(queries):
-        raise WireError(f"{counted(len(result), 'result')} for {counted(len(queries), 'query', 'queries')}")
-    return [_read_ranking(entry, query, top_k, tell) for entry, query in zip(result, queries, strict=True)]
+    if len(result) != count:
+        raise WireError(f"{counted(len(result), 'result')} for {asked}")
+    for place, entry in enumerate(result):
+        if not isinstance(entry, list):
+            raise WireError(f"result {place} is not a list: {shorten(entry)}")
+    return result
 
 
-def _read_ranking(entry: Any, query: str, top_k: int, tell: Callable[[str], object]) -> list[Passage]:
-    if not isinstance(entry, list):
-        raise WireError(f"the result of query {shorten(query)} is not a list: {shorten(entry)}")
-    if not entry:
-        raise WireError(f"the result of query {shorten(query)} is empty")
+def _read_passages(entry: list[Any], asked: str, most: int | None, tell: Callable[[str], object]) -> list[Passage]:
     passages, problems = [], []
     for item in entry:
-        if len(passages) == top_k:
+        if len(passages) == most:
             break
         try:
             passages.append(_read_passage(item))
         except (WireError, CorpusError) as error:
             problems.append(f"{error} in {shorten(item, 160)}")
-    said = f"{counted(len(problems), 'result')} for query {shorten(query)} cannot be used"
+    said = f"{counted(len(problems), 'result')} for {asked} cannot be used"
     said += f": {problems[0]}" if problems else ""
     if not passages:
         kind = UnusableRanking if any(isinstance(item, dict) for item in entry) else WireError

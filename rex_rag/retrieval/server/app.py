@@ -14,18 +14,18 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from functools import partial
 from time import perf_counter
 from typing import Any
 
-from rex_rag.retrieval.base import RetrievalError, Retriever
-from rex_rag.retrieval.indexed import IndexedRetriever
-from rex_rag.retrieval.remote.wire import HEALTH_PATH, SEARCH_PATH
+from rex_rag.retrieval.base import CannotRead, RetrievalError, Retriever, as_retriever
+from rex_rag.retrieval.remote.wire import HEALTH_PATH, READ_PATH, SEARCH_PATH
 from rex_rag.retrieval.server.batching import MicroBatcher
 from rex_rag.retrieval.server.metrics import ServerMetrics
 from rex_rag.retrieval.server.options import ServerOptions
-from rex_rag.retrieval.server.runner import DirectRunner, Overloaded, Runner
-from rex_rag.retrieval.server.stages import Served, Timings
+from rex_rag.retrieval.server.runner import DirectRunner, Overloaded, Runner, Threads
+from rex_rag.retrieval.server.stages import Served, Timings, read_documents
 from rex_rag.support.wording import shorten
 
 try:
@@ -48,6 +48,7 @@ CLIENT_CHECK_SECONDS = 1.0
 # Longer than clients keep idle connections, so that it is they who close them and no request meets a closed one.
 KEEP_ALIVE_SECONDS = 75
 CLIENT_CLOSED_REQUEST = 499  # never sent: it stands in the metrics for clients that went away
+_NOTHING = Response(b'{"result":[]}', media_type="application/json")
 
 
 class RetrieveRequest(BaseModel):
@@ -56,6 +57,12 @@ class RetrieveRequest(BaseModel):
     queries: list[str] = Field(description="What to search for.", examples=[["who wrote Hamlet"]])
     topk: StrictInt | None = Field(None, description="Passages a query, best first; the server's default if null.")
     return_scores: StrictBool = Field(False, description="Answer with scores, or with the bare passages.")
+
+
+class ReadRequest(BaseModel):
+    """A batch of documents to read."""
+
+    keys: list[str] = Field(description="Titles, or ids of passages.", examples=[["Hamlet"]])
 
 
 class Document(BaseModel):
@@ -78,6 +85,14 @@ class RetrieveResponse(BaseModel):
 
     result: list[list[ScoredDocument]] | list[list[Document]] = Field(
         description="At least one and at most `topk` passages a query, best first; bare without `return_scores`."
+    )
+
+
+class ReadResponse(BaseModel):
+    """One document a key, in the order asked."""
+
+    result: list[list[Document]] = Field(
+        description="The passages of a document in the order of the corpus; none for a key that nothing has."
     )
 
 
@@ -123,25 +138,30 @@ def create_app(
     service = _Service(load, options or ServerOptions(), on_load_failure or _terminate, identify)
     app = FastAPI(
         title="rex-rag retrieval server",
-        description="Passages for queries, in the Search-R1 wire format.",
+        description="Passages for queries in the Search-R1 wire format, and documents by title.",
         lifespan=service.lifespan,
     )
-    body = {"content": {"application/json": {"schema": RetrieveRequest.model_json_schema()}}, "required": True}
     problems = {
         413: {"model": Problem, "description": "The body is larger than the limit."},
         422: {"model": Problem, "description": "Malformed, or more than a limit allows."},
         500: {"model": Problem, "description": "A query could not be answered."},
+        501: {"model": Problem, "description": "The retriever behind this server only searches: it reads nothing."},
         503: {"model": Problem, "description": "Loading, or too much waits: come back after Retry-After seconds."},
     }
-    app.add_api_route(
-        SEARCH_PATH,
-        service.retrieve,
-        methods=["POST"],
-        summary="Search",
-        responses={200: {"model": RetrieveResponse}, **problems},
-        openapi_extra={"requestBody": body},
-        response_class=Response,
-    )
+    for path, endpoint, summary, asked, answer in (
+        (SEARCH_PATH, service.retrieve, "Search", RetrieveRequest, RetrieveResponse),
+        (READ_PATH, service.read, "Read documents by title or id", ReadRequest, ReadResponse),
+    ):
+        body = {"content": {"application/json": {"schema": asked.model_json_schema()}}, "required": True}
+        app.add_api_route(
+            path,
+            endpoint,
+            methods=["POST"],
+            summary=summary,
+            responses={200: {"model": answer}, **problems},
+            openapi_extra={"requestBody": body},
+            response_class=Response,
+        )
     app.add_api_route(
         HEALTH_PATH,
         service.health,
@@ -222,6 +242,7 @@ class _Service:
         self._metrics = ServerMetrics()
         self._retriever: Retriever | None = None
         self._runner: Runner | None = None
+        self._reads: Threads | None = None
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -230,14 +251,13 @@ class _Service:
         yield
         if self._runner is not None:
             await self._runner.close()
+            await self._reads.close()
 
     def _load_in_thread(self, loop: asyncio.AbstractEventLoop) -> None:
         started = perf_counter()
         try:
-            retriever = self._load()
-            if isinstance(retriever, IndexedRetriever):
-                # The first search of an index reads its pages and compiles what compiles: not at a client's cost.
-                retriever.check()
+            retriever = as_retriever(self._load())
+            retriever.warm_up()  # not at a client's cost
             if self._identify is not None:
                 self._identity = dict(self._identify(retriever))
         except BaseException as error:
@@ -250,9 +270,9 @@ class _Service:
 
     def _start(self, retriever: Retriever) -> None:
         options = self._options
-        if options.micro_batching and isinstance(retriever, IndexedRetriever):
+        if options.micro_batching and retriever.stages is not None:
             self._runner = MicroBatcher(
-                retriever,
+                retriever.stages,
                 max_batch=options.max_batch,
                 max_waiting=options.max_waiting,
                 wait=options.batch_wait_ms / 1000,
@@ -261,13 +281,17 @@ class _Service:
             )
         else:
             self._runner = DirectRunner(retriever, max_waiting=options.max_waiting, observer=self._metrics)
+        self._reads = Threads(retriever.description, options.max_waiting)
         self._retriever = retriever
 
     async def health(self) -> Response:
         if self._retriever is None:
             return JSONResponse({"status": "loading"}, 503, {"Retry-After": str(LOADING_RETRY_SECONDS)})
-        passages = len(self._retriever) if hasattr(self._retriever, "__len__") else None
-        said = {"status": "ready", "retriever": self._retriever.description, "passages": passages}
+        said = {
+            "status": "ready",
+            "retriever": self._retriever.description,
+            "passages": self._retriever.passage_count,
+        }
         return JSONResponse({**said, "identity": self._identity} if self._identity else said)
 
     async def show_metrics(self) -> Response:
@@ -275,16 +299,26 @@ class _Service:
         return Response(body, headers={"Content-Type": content_type})
 
     async def retrieve(self, request: Request) -> Response:
+        return await self._reply(request, self._search)
+
+    async def read(self, request: Request) -> Response:
+        return await self._reply(request, self._read)
+
+    async def _reply(self, request: Request, answer: Callable[[Request, float], Awaitable[Response]]) -> Response:
         started = perf_counter()
         self._metrics.in_flight.inc()
         try:
-            response = await self._answer(request, started)
+            if self._runner is None:
+                raise _Refused(503, "the index is still being loaded; ask /health", LOADING_RETRY_SECONDS)
+            response = await answer(request, started)
         except ClientDisconnect:
             response = Response(status_code=CLIENT_CLOSED_REQUEST)
         except _Refused as refused:
             response = _problem(refused.status, str(refused), refused.retry_after)
         except Overloaded as error:
             response = _problem(503, str(error), error.retry_after)
+        except CannotRead as error:
+            response = _problem(501, str(error))
         except RetrievalError as error:
             logger.warning("a request failed: %s", error)
             response = _problem(500, str(error))
@@ -293,25 +327,38 @@ class _Service:
         self._metrics.request(response.status_code)
         return response
 
-    async def _answer(self, request: Request, started: float) -> Response:
-        if self._runner is None:
-            raise _Refused(503, "the index is still being loaded; ask /health", LOADING_RETRY_SECONDS)
-        body = await _read_body(request, self._options.max_body_bytes)
-        asked = _parse(body)
+    async def _search(self, request: Request, started: float) -> Response:
+        asked = _parse(
+            RetrieveRequest,
+            '{"queries": ["…"], "topk": 3, "return_scores": true}',
+            await _read_body(request, self._options.max_body_bytes),
+        )
         top_k = self._options.default_top_k if asked.topk is None else asked.topk
         # An engine may give fewer passages than the options allow, and its refusal would look like passing trouble.
-        most = min(self._options.max_top_k, getattr(self._retriever, "max_top_k", self._options.max_top_k))
-        _check_limits(asked.queries, top_k, most, self._options)
+        most = min(self._options.max_top_k, self._retriever.max_top_k or self._options.max_top_k)
+        _check_limits(asked.queries, "query", "queries", self._options)
+        if not 1 <= top_k <= most:
+            raise _Refused(422, f"topk is {top_k}, and it must be between 1 and the limit of {most}")
         if not asked.queries:
-            return Response(b'{"result":[]}', media_type="application/json")
+            return _NOTHING
         served = await self._wait(request, self._runner.submit(asked.queries, top_k, asked.return_scores))
-        if served is None:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-        served.timings.finish(perf_counter() - started)
-        self._metrics.answered(len(asked.queries), served.timings)
-        return Response(
-            served.body, media_type="application/json", headers={"Server-Timing": _server_timing(served.timings)}
+        if served is not None:
+            served.timings.finish(perf_counter() - started)
+            self._metrics.answered(len(asked.queries), served.timings)
+        return _response(served)
+
+    async def _read(self, request: Request, started: float) -> Response:
+        body = await _read_body(request, self._options.max_body_bytes)
+        keys = _parse(ReadRequest, '{"keys": ["…"]}', body).keys
+        _check_limits(keys, "key", "keys", self._options)
+        if not keys:
+            return _NOTHING
+        served = await self._wait(
+            request, self._reads.submit(len(keys), partial(read_documents, self._retriever, keys))
         )
+        if served is not None:
+            served.timings.finish(perf_counter() - started)
+        return _response(served)
 
     async def _wait(self, request: Request, future: asyncio.Future[Served]) -> Served | None:
         """The answer, or `None` when the client went away: nobody should search for it then."""
@@ -380,34 +427,36 @@ def _too_large(said: str, limit: int) -> _Refused:
     return _Refused(413, f"the body {said}, and the limit is {limit} bytes; send fewer queries a request")
 
 
-def _parse(body: bytes) -> RetrieveRequest:
+def _parse(model: type[BaseModel], example: str, body: bytes) -> Any:
     try:
-        return RetrieveRequest.model_validate_json(body)
+        return model.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         found = "" if first["type"] in ("json_invalid", "missing") else f", found {shorten(first['input'])}"
-        raise _Refused(
-            422,
-            f"{f'{place}: ' if place else ''}{first['msg']}{found}; a request is "
-            '{"queries": ["…"], "topk": 3, "return_scores": true}',
-        ) from None
+        raise _Refused(422, f"{f'{place}: ' if place else ''}{first['msg']}{found}; a request is {example}") from None
 
 
-def _check_limits(queries: list[str], top_k: int, most: int, options: ServerOptions) -> None:
-    if len(queries) > options.max_queries:
+def _check_limits(texts: list[str], one: str, several: str, options: ServerOptions) -> None:
+    if len(texts) > options.max_queries:
         raise _Refused(
-            422, f"{len(queries)} queries, and the limit is {options.max_queries} a request; send several requests"
+            422, f"{len(texts)} {several}, and the limit is {options.max_queries} a request; send several requests"
         )
-    if not 1 <= top_k <= most:
-        raise _Refused(422, f"topk is {top_k}, and it must be between 1 and the limit of {most}")
-    for position, query in enumerate(queries):
-        if len(query) > options.max_query_characters:
+    for position, text in enumerate(texts):
+        if len(text) > options.max_query_characters:
             raise _Refused(
                 422,
-                f"query {position} of {len(queries)} has {len(query)} characters, and the limit is "
+                f"{one} {position} of {len(texts)} has {len(text)} characters, and the limit is "
                 f"{options.max_query_characters}; shorten it",
             )
+
+
+def _response(served: Served | None) -> Response:
+    if served is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return Response(
+        served.body, media_type="application/json", headers={"Server-Timing": _server_timing(served.timings)}
+    )
 
 
 def _problem(status: int, detail: str, retry_after: int | None = None) -> Response:

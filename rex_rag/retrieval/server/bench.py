@@ -19,7 +19,6 @@ from pathlib import Path
 from time import perf_counter, thread_time
 
 from rex_rag.retrieval.base import Retriever
-from rex_rag.retrieval.indexed import IndexedRetriever
 from rex_rag.retrieval.remote.endpoint import without_password
 from rex_rag.retrieval.server.bench_load import STAGES, Load, Samples, drive
 from rex_rag.support.errors import UserError
@@ -212,12 +211,12 @@ def bench_in_process(
     cpu, started = thread_time(), perf_counter()
     for batch in _batches(queries, batch_size):
         before = perf_counter()
-        if isinstance(retriever, IndexedRetriever):
-            encoded = retriever.encode(batch)
+        if (steps := retriever.stages) is not None:
+            encoded = steps.encode(batch)
             encoded_at = perf_counter()
-            ranked = retriever.rank(encoded, top_k)
+            ranked = steps.rank(encoded, top_k)
             ranked_at = perf_counter()
-            retriever.fetch(*ranked)
+            steps.fetch(*ranked)
             done = perf_counter()
             for stage, seconds in zip(
                 STAGES[1:], (encoded_at - before, ranked_at - encoded_at, done - ranked_at), strict=True

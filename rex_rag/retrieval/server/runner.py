@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from time import perf_counter
 from typing import Protocol
 
 from rex_rag.retrieval.base import RetrievalError, Retriever
-from rex_rag.retrieval.indexed import IndexedRetriever
 from rex_rag.retrieval.server.stages import Served, Timings, search_indexed, search_plain
 from rex_rag.support.wording import counted
 
@@ -64,6 +64,52 @@ class Runner(Protocol):
         ...
 
 
+class Threads:
+    """Work of requests in threads, side by side; what waits is bounded, and what fails is one kind of error.
+
+    To be made on the event loop that it serves.
+    """
+
+    def __init__(self, name: str, max_waiting: int, observe: Callable[[int], object] = lambda count: None) -> None:
+        self._name = name
+        self._max_waiting = max_waiting
+        self._observe = observe
+        self._loop = asyncio.get_running_loop()
+        self._unanswered = 0
+        self._threads = ThreadPoolExecutor(DIRECT_THREADS, name)
+
+    def submit(self, count: int, work: Callable[[Timings], bytes]) -> asyncio.Future[Served]:
+        """Have `work` make the body of an answer to `count` queries or keys; it fills in what its stages took.
+
+        Raises:
+            Overloaded: at once, when too much waits. The future raises `RetrievalError`.
+        """
+        if self._unanswered + count > self._max_waiting:
+            raise overloaded(self._unanswered, count, self._max_waiting, seconds=1)
+        self._unanswered += count
+        future = self._loop.run_in_executor(self._threads, self._work, work, perf_counter())
+        future.add_done_callback(lambda _: self._done(count))
+        return future
+
+    async def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _done(self, count: int) -> None:
+        self._unanswered -= count
+        self._observe(count)
+
+    def _work(self, work: Callable[[Timings], bytes], arrived: float) -> Served:
+        timings = Timings()
+        try:
+            body = work(timings)
+        except RetrievalError:
+            raise
+        except Exception as error:
+            raise RetrievalError(f"{self._name} failed: {type(error).__name__}: {error}") from error
+        timings.finish(perf_counter() - arrived)
+        return Served(body, timings)
+
+
 class DirectRunner:
     """Searches each request by itself, several side by side: for engines without an index of their own.
 
@@ -73,38 +119,14 @@ class DirectRunner:
 
     def __init__(self, retriever: Retriever, *, max_waiting: int, observer: Observer | None = None) -> None:
         self._retriever = retriever
-        self._max_waiting = max_waiting
-        self._observer = observer
-        self._loop = asyncio.get_running_loop()
-        self._unanswered = 0
-        self._threads = ThreadPoolExecutor(DIRECT_THREADS, "search")
+        observe = observer.batch if observer else lambda count: None
+        self._threads = Threads(retriever.description, max_waiting, observe)
 
     def submit(self, queries: Sequence[str], top_k: int, with_scores: bool) -> asyncio.Future[Served]:
-        if self._unanswered + len(queries) > self._max_waiting:
-            raise overloaded(self._unanswered, len(queries), self._max_waiting, seconds=1)
-        self._unanswered += len(queries)
-        future = self._loop.run_in_executor(
-            self._threads, self._answer, list(queries), top_k, with_scores, perf_counter()
-        )
-        future.add_done_callback(lambda _: self._done(len(queries)))
-        return future
+        stages = self._retriever.stages
+        search = partial(search_plain, self._retriever) if stages is None else partial(search_indexed, stages)
+        asked = list(queries)
+        return self._threads.submit(len(asked), lambda timings: search(asked, top_k, with_scores, timings))
 
     async def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    def _done(self, count: int) -> None:
-        self._unanswered -= count
-        if self._observer:
-            self._observer.batch(count)
-
-    def _answer(self, queries: list[str], top_k: int, with_scores: bool, arrived: float) -> Served:
-        timings = Timings()
-        search = search_indexed if isinstance(self._retriever, IndexedRetriever) else search_plain
-        try:
-            body = search(self._retriever, queries, top_k, with_scores, timings)
-        except RetrievalError:
-            raise
-        except Exception as error:
-            raise RetrievalError(f"{self._retriever.description} failed: {type(error).__name__}: {error}") from error
-        timings.finish(perf_counter() - arrived)
-        return Served(body, timings)
+        await self._threads.close()

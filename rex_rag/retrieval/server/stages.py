@@ -12,7 +12,7 @@ from typing import Any
 from rex_rag.retrieval.base import EngineAway, RetrievalError, Retriever, checked_search
 from rex_rag.retrieval.indexed import NO_ROW, IndexedRetriever
 from rex_rag.retrieval.passages import passage_json
-from rex_rag.retrieval.remote.wire import encode_rankings
+from rex_rag.retrieval.remote.wire import encode_documents, encode_rankings
 from rex_rag.support.wording import counted, shorten
 from rex_rag.types import Passage
 
@@ -86,6 +86,16 @@ def search_indexed(
             raise RetrievalError(f"the query {shorten(query)} could not be answered: {ranking}")
     body, timings.fetch = timed(render, retriever, rankings, with_scores)
     return body
+
+
+def read_documents(retriever: Retriever, keys: list[str], timings: Timings) -> bytes:
+    """Look documents up; fills in `timings` and returns the body of an answer."""
+    found, timings.fetch = timed(retriever.read, keys)
+    if len(found) != len(keys):
+        raise RetrievalError(
+            f"{retriever.description} returned {len(found)} documents for {counted(len(keys), 'key')}"
+        )
+    return encode_documents([[passage_json(passage) for passage in document] for document in found])
 
 
 def render(retriever: IndexedRetriever, rankings: Sequence[Ranking], with_scores: bool) -> bytes:
