@@ -20,7 +20,7 @@ from typing import Any
 
 from rex_rag.evaluation.records import Prediction
 from rex_rag.evaluation.scores import Judge, read_predictions
-from rex_rag.models.endpoint import EndpointClient, EndpointError, EndpointOptions
+from rex_rag.models.endpoint import EndpointClient, EndpointError, EndpointOptions, in_order
 from rex_rag.support.durable import locked, write_json
 from rex_rag.support.errors import UserError
 from rex_rag.support.progress_bars import progress_bar
@@ -76,14 +76,8 @@ class Case:
         return PROMPT.replace("{case}", written.encode("utf-8", errors="backslashreplace").decode())
 
 
-class _ChatClient(EndpointClient):
-    """Asks for chat completions, which every such server has: `text`, and whether it `is_cut` by the limit."""
-
-    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        return self._request("POST", f"{self.url}/chat/completions", body, _reply)
-
-
 def _reply(answer: dict[str, Any]) -> dict[str, Any]:
+    """Of a chat completion, which every such server has: `text`, and whether it `is_cut` by the limit."""
     choice = answer["choices"][0]
     text = choice["message"]["content"]
     if text is None:  # a refusal, or thoughts that took all tokens: asked again, it would be the same
@@ -103,7 +97,7 @@ def judge_run(output: Path, benchmarks: Sequence[str], options: EndpointOptions,
     with locked(output / LOCK_FILE) as ours:
         if not ours:
             raise JudgeError(f"another process is judging the answers in {output}; wait for it, then start this again")
-        client = _ChatClient(options)
+        client = EndpointClient(options, "/chat/completions", _reply)
         try:
             _judge_all(output, benchmarks, client, show_progress)
         finally:
@@ -112,7 +106,7 @@ def judge_run(output: Path, benchmarks: Sequence[str], options: EndpointOptions,
     return count_verdicts(output, benchmarks)[1]
 
 
-def _judge_all(output: Path, benchmarks: Sequence[str], client: _ChatClient, show_progress: bool) -> None:
+def _judge_all(output: Path, benchmarks: Sequence[str], client: EndpointClient, show_progress: bool) -> None:
     waiting, judged = {}, []
     for name in benchmarks:
         known = _verdicts(output / name)
@@ -144,8 +138,8 @@ def _judge_all(output: Path, benchmarks: Sequence[str], client: _ChatClient, sho
                 file.truncate(len(_whole_lines(output / name / VERDICTS_FILE)))
                 for first in range(0, len(cases), client.options.concurrency):
                     part = cases[first : first + client.options.concurrency]
-                    bodies = [_body(client.options.model, case, judge["settings"]) for case in part]
-                    replies = client.complete_all(bodies)
+                    bodies = [_body(case, judge["settings"]) for case in part]
+                    replies = in_order([client.threads.submit(client.complete, body) for body in bodies])
                     file.writelines(_row(case, reply) for case, reply in zip(part, replies, strict=True))
                     file.flush()
                     os.fsync(file.fileno())
@@ -153,13 +147,13 @@ def _judge_all(output: Path, benchmarks: Sequence[str], client: _ChatClient, sho
                         bar.update(len(part))
 
 
-def _try_out(client: _ChatClient) -> dict[str, Any]:
+def _try_out(client: EndpointClient) -> dict[str, Any]:
     """The decoding settings that the server takes, by judging one plain case."""
     case = Case("", "What is the capital of Portugal?", ("Lisbon",), "lisbon")
     refusal: EndpointError | None = None
     for settings in _SETTINGS:
         try:
-            verdict = _score(client.complete(_body(client.options.model, case, settings)))
+            verdict = _score(client.complete(_body(case, settings)))
         except EndpointError as error:
             if type(error) is EndpointError:  # nobody is there; only a refusal can be about the settings
                 raise
@@ -176,8 +170,8 @@ def _try_out(client: _ChatClient) -> dict[str, Any]:
     raise refusal
 
 
-def _body(model: str, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
-    return {"model": model, "messages": [{"role": "user", "content": case.prompt()}], **settings}
+def _body(case: Case, settings: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": case.prompt()}], **settings}
 
 
 def _cases(predictions: Sequence[Prediction]) -> Iterator[Case]:

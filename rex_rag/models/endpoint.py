@@ -7,18 +7,15 @@ tokenizer encodes it again; `describe` says which, since those ids need not be t
 from __future__ import annotations
 
 import os
-import random
-import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 
-from rex_rag.support.errors import UserError
-from rex_rag.support.wording import shorten
+from rex_rag.support.wording import counted, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,10 +23,10 @@ if TYPE_CHECKING:
     from rex_rag.models.generation import Generation
 
 DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
-FIRST_PAUSE_SECONDS = 0.5
-MAX_PAUSE_SECONDS = 30.0
 MAX_CONNECT_SECONDS = 10.0
-_PASSING_STATUSES = (408, 425, 429)
+# Those below 500 that the `openai` client asks again after.
+_PASSING_STATUSES = (408, 409, 429)
+_HEADERS = {"host", "accept", "accept-encoding", "connection", "content-type", "content-length", "user-agent"}
 # An address on this machine is never behind the proxy that the environment may name.
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 # vLLM's own parameters. A served model's repetition penalty or top-k (generation_config.json) would otherwise apply.
@@ -44,6 +41,9 @@ _EXTENSIONS = {
     "add_special_tokens": False,
 }
 _TRIAL_TEXT = "Question: who wrote Hamlet, and when? <search> Hamlet </search>"
+
+
+_T = TypeVar("_T")
 
 
 class EndpointError(ConnectionError):
@@ -91,30 +91,58 @@ def check_endpoint_url(url: str) -> httpx.URL:
     return parsed.copy_with(path=parsed.path.rstrip("/") or "/v1")
 
 
-class EndpointClient:
-    """Completions over HTTP: pooled connections, bounded retries, bounded concurrency, answers in the order asked."""
+def _only_choice(answer: dict[str, Any]) -> dict[str, Any]:
+    [choice] = answer["choices"]
+    if not isinstance(choice["text"], str):
+        raise TypeError(f"text is a {type(choice['text']).__name__}")
+    return {**choice, "prompt_tokens": (answer.get("usage") or {}).get("prompt_tokens")}
 
-    def __init__(self, options: EndpointOptions) -> None:
+
+class EndpointClient:
+    """The `openai` client for a server that the user named, asked by `concurrency` threads at once.
+
+    Its `post` is used and not its typed calls: of a prompt of 800 ids these look at every one, which takes 20 ms.
+
+    Args:
+        path: what `complete` asks.
+        read: what it gives of an answer; a KeyError, IndexError, TypeError or ValueError says that it is none.
+    """
+
+    def __init__(
+        self,
+        options: EndpointOptions,
+        path: str = "/completions",
+        read: Callable[[dict[str, Any]], dict[str, Any]] = _only_choice,
+    ) -> None:
+        import openai  # takes a second
+
         self.options = options
+        self._path = path
+        self._read = read
         base = check_endpoint_url(options.url)
         self.url = str(base)
-        self._root = str(base.copy_with(path=base.path.removesuffix("/v1") or "/")).rstrip("/")
         self._key = _key(options.key_variable)
-        self._client = httpx.Client(
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            timeout=httpx.Timeout(options.timeout, connect=min(options.timeout, MAX_CONNECT_SECONDS)),
-            limits=httpx.Limits(max_connections=options.concurrency, max_keepalive_connections=options.concurrency),
-            trust_env=base.host not in _LOOPBACK_HOSTS,
+        self._openai = openai.OpenAI(
+            api_key=self._key or "none",  # without one it would look for OPENAI_API_KEY
+            base_url=self.url,
+            max_retries=options.attempts - 1,
+            timeout=openai.Timeout(options.timeout, connect=min(options.timeout, MAX_CONNECT_SECONDS)),
+            http_client=openai.DefaultHttpxClient(
+                trust_env=base.host not in _LOOPBACK_HOSTS,
+                follow_redirects=False,
+                event_hooks={"request": [self._trim], "response": [self._check]},
+            ),
         )
-        self._jitter = random.Random()
+        self.threads = ThreadPoolExecutor(options.concurrency, thread_name_prefix="endpoint")
 
     def close(self) -> None:
-        self._client.close()
+        self.threads.shutdown(cancel_futures=True)
+        self._openai.close()
 
     def models(self) -> list[dict[str, Any]]:
         """What the server says it serves; empty where it has no such list."""
         try:
-            listed = self._request("GET", f"{self.url}/models").get("data", [])
+            listed = self._ask(f"{self.url}/models").get("data", [])
         except _Refused:
             return []
         return [entry for entry in listed if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
@@ -122,89 +150,86 @@ class EndpointClient:
     def version(self) -> str | None:
         """vLLM's version, `None` for other servers."""
         try:
-            found = self._request("GET", f"{self._root}/version").get("version")
+            found = self._ask(f"{self.url.removesuffix('/v1')}/version").get("version")
         except EndpointError:
             return None
         return found if isinstance(found, str) else None
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        """One completion: the answer's only choice, with the count of prompt tokens under `prompt_tokens`.
+        """What the server's answer to one request says.
 
         Raises:
             EndpointError: once the attempts are spent, or at once for a request that the server refuses.
         """
-        return self._request("POST", f"{self.url}/completions", body, _only_choice)
+        return self._ask(self.url + self._path, {"model": self.options.model, **body})
 
-    def complete_all(self, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """`complete` for each, `concurrency` at once; the first error ends the others."""
-        failed = threading.Event()
+    def _ask(self, url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        import openai
 
-        def ask(body: dict[str, Any]) -> dict[str, Any]:
-            if failed.is_set():
-                raise EndpointError("another request failed")
-            try:
-                return self.complete(body)
-            except BaseException:
-                failed.set()
-                raise
-
-        with ThreadPoolExecutor(max_workers=self.options.concurrency) as threads:
-            asked = [threads.submit(ask, body) for body in bodies]
-            try:
-                wait(asked)
-            except BaseException:  # Ctrl-C: only what is under way is waited for
-                failed.set()
-                raise
-        errors = [future.exception() for future in asked if future.exception() is not None]
-        if errors:
-            raise next((error for error in errors if str(error) != "another request failed"), errors[0])
-        return [future.result() for future in asked]
-
-    def _request(
-        self,
-        verb: str,
-        url: str,
-        body: dict[str, Any] | None = None,
-        read: Callable[[dict[str, Any]], dict[str, Any]] = lambda answer: answer,
-    ) -> dict[str, Any]:
-        pause = FIRST_PAUSE_SECONDS
-        for attempt in range(1, self.options.attempts + 1):
-            wanted_pause = 0.0
-            try:
-                response = self._client.request(verb, url, json=body)
-                if response.status_code < 300:
-                    answer = response.json()
-                    if not isinstance(answer, dict):
-                        raise UserError(f"a JSON object is needed, found {type(answer).__name__}")
-                    return read(answer)
-                # Without the key first: a part of it that is left by the cut would not be recognised.
-                cause = f"HTTP {response.status_code}: {shorten(self._without_key(response.text), 400)}"
-                if response.status_code < 500 and response.status_code not in _PASSING_STATUSES:
-                    raise _Refused(
-                        self._without_key(
-                            f"{url} refuses the request, {cause}. Check the model's name, the key, and that prompt "
-                            "and completion fit what the server takes (max_sequence_length)"
-                        )
-                    )
-                after = response.headers.get("retry-after", "")
-                wanted_pause = float(after) if after.isdecimal() else 0.0
-            except httpx.HTTPError as error:
-                cause = f"{type(error).__name__}: {error}"
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                cause = f"an answer of another form ({type(error).__name__}: {error})"
-            if attempt < self.options.attempts:
-                time.sleep(min(MAX_PAUSE_SECONDS, max(wanted_pause, pause * self._jitter.uniform(0.5, 1.5))))
-                pause = min(2 * pause, MAX_PAUSE_SECONDS)
-        raise EndpointError(
-            self._without_key(
-                f"{url} gave no usable answer in {self.options.attempts} attempts, last cause: {cause}. Check that "
-                "the server runs and is reachable, or allow it more time (endpoint_timeout, endpoint_attempts)"
+        try:
+            ask = self._openai.get if body is None else partial(self._openai.post, body=body)
+            return ask(url, cast_to=httpx.Response).extensions["answer"]
+        except openai.APIStatusError as error:
+            status, attempts = error.status_code, error.request.extensions["attempts"]
+            # Without the key first: a part of it that is left by the cut would not be recognised.
+            cause = f"HTTP {status}: {shorten(self._without_key(error.response.text), 400)}"
+        except openai.APIConnectionError as error:
+            status, attempts = 500, error.request.extensions["attempts"]
+            cause = self._without_key(f"{type(error.__cause__).__name__}: {error.__cause__}")
+        if status < 500 and status not in _PASSING_STATUSES:
+            raise _Refused(
+                f"{url} refuses the request, {cause}. Check the model's name, the key, and that prompt and completion "
+                "fit what the server takes (max_sequence_length)"
             )
+        raise EndpointError(
+            f"{url} gave no usable answer in {counted(attempts, 'attempt')}, last cause: {cause}. Check that the "
+            "server runs and is reachable, or allow it more time (endpoint_timeout, endpoint_attempts)"
         )
+
+    def _trim(self, request: Any) -> None:
+        """Send neither what the client says of this machine nor what the environment holds for OpenAI's own server."""
+        request.extensions["attempts"] = int(request.headers.get("x-stainless-retry-count", 0)) + 1
+        for name in set(request.headers) - _HEADERS:
+            del request.headers[name]
+        if self._key:
+            request.headers["Authorization"] = f"Bearer {self._key}"
+
+    def _check(self, response: Any) -> None:
+        """Read an answer here, where one of another form counts as an attempt that failed."""
+        if not response.is_success:
+            return
+        response.read()
+        try:
+            answer = response.json()
+            if not isinstance(answer, dict):
+                raise ValueError(f"a JSON object is needed, found {type(answer).__name__}")
+            response.extensions["answer"] = self._read(answer) if response.request.method == "POST" else answer
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise httpx.DecodingError(f"an answer of another form ({type(error).__name__}: {error})") from error
 
     def _without_key(self, text: str) -> str:
         """Servers may quote what they were sent."""
         return text.replace(self._key, "***") if self._key else text
+
+
+def in_order(futures: Sequence[Future[_T]]) -> list[_T]:
+    """The results. The first error, or an interrupt, ends what is not under way yet; what is, is waited for."""
+
+    def end_others(done: Future[_T] | None = None) -> None:
+        if done is None or (not done.cancelled() and done.exception()):
+            for future in futures:
+                future.cancel()
+
+    for future in futures:  # called by the thread that failed, before it takes up another
+        future.add_done_callback(end_others)
+    try:
+        wait(futures)
+    except BaseException:
+        end_others()
+        wait(futures)
+        raise
+    failed = [future for future in futures if not future.cancelled() and future.exception()]
+    return [future.result() for future in failed or futures]
 
 
 def _key(variable: str) -> str:
@@ -222,13 +247,6 @@ def _key(variable: str) -> str:
     return key
 
 
-def _only_choice(answer: dict[str, Any]) -> dict[str, Any]:
-    [choice] = answer["choices"]
-    if not isinstance(choice["text"], str):
-        raise TypeError(f"text is a {type(choice['text']).__name__}")
-    return {**choice, "prompt_tokens": (answer.get("usage") or {}).get("prompt_tokens")}
-
-
 class EndpointModel:
     """A served model behind the interface of `rex_rag.models.language_model.LanguageModel`.
 
@@ -243,12 +261,10 @@ class EndpointModel:
         tokenizer: PreTrainedTokenizerBase,
         *,
         temperature: float,
-        row_seed: Callable[[int], int],
     ) -> None:
         self.tokenizer = tokenizer
         self.client = EndpointClient(options)
         self._temperature = temperature
-        self._row_seed = row_seed
         self._served = self._find()
         self._extensions, self._sends_ids, self._receives_ids = self._try_out()
         self._check_tokenizer()
@@ -270,18 +286,11 @@ class EndpointModel:
             "completions": "token ids" if self._receives_ids else "text, encoded again by the local tokenizer",
         }
 
-    def generate(
-        self, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int, stop_strings: tuple[str, ...]
-    ) -> list[Generation]:
-        """Continue every row; one request a row, so that each has its own seed and limit."""
-        # A server that cuts a stop string off without a word must not be given one that nothing brings back.
-        sent = stop_strings if self._receives_ids else tuple(stop for stop in stop_strings if _opening(stop))
-        bodies = []
-        for row, prompt in enumerate(prompt_ids):
-            room = max_new_tokens if self.max_length is None else self.max_length - len(prompt)
-            bodies.append(self._body(prompt, max(1, min(max_new_tokens, room)), sent, row))
-        choices = self.client.complete_all(bodies)
-        return [self._generation(choice, stop_strings) for choice in choices]
+    def submit(
+        self, prompt: Sequence[int], max_new_tokens: int, stop_strings: tuple[str, ...], seed: int
+    ) -> Future[Generation]:
+        """Continue one row, whatever becomes of others. seed: of its draws, unused at temperature 0."""
+        return self.client.threads.submit(self._continue, prompt, max_new_tokens, stop_strings, seed)
 
     def close(self) -> None:
         self.client.close()
@@ -303,7 +312,7 @@ class EndpointModel:
     def _try_out(self) -> tuple[dict[str, Any], bool, bool]:
         """What the server can do: the extensions it takes, whether it reads ids, whether it returns ids."""
         ids = self._encode(_TRIAL_TEXT)
-        plain = {"model": self.client.options.model, "max_tokens": 1, "temperature": 0}
+        plain = {"max_tokens": 1, "temperature": 0}
         for extensions in (_EXTENSIONS, {}):
             try:
                 choice = self.client.complete({**plain, **extensions, "prompt": ids})
@@ -320,8 +329,7 @@ class EndpointModel:
         """Have the server encode a text; where it does not return ids, their number has to do."""
         if not self._sends_ids:
             return
-        body = {"model": self.client.options.model, "max_tokens": 1, **self._extensions, "prompt": _TRIAL_TEXT}
-        answer = self.client.complete(body)
+        answer = self.client.complete({"max_tokens": 1, **self._extensions, "prompt": _TRIAL_TEXT})
         ours = self._encode(_TRIAL_TEXT)
         theirs, count = answer.get("prompt_token_ids"), answer["prompt_tokens"]
         if theirs is not None:
@@ -335,20 +343,23 @@ class EndpointModel:
                 f"{self.client.options.model!r}"
             )
 
-    def _body(self, prompt: Sequence[int], limit: int, stop_strings: tuple[str, ...], row: int) -> dict[str, Any]:
+    def _continue(
+        self, prompt: Sequence[int], max_new_tokens: int, stop_strings: tuple[str, ...], seed: int
+    ) -> Generation:
+        room = max_new_tokens if self.max_length is None else self.max_length - len(prompt)
         body = {
-            "model": self.client.options.model,
             "prompt": list(prompt) if self._sends_ids else self._prompt_text(prompt),
-            "max_tokens": limit,
+            "max_tokens": max(1, min(max_new_tokens, room)),
             "temperature": self._temperature,
             "top_p": 1.0,
             **self._extensions,
         }
-        if stop_strings:
-            body["stop"] = list(stop_strings)
+        # A server that cuts a stop string off without a word must not be given one that nothing brings back.
+        if sent := [stop for stop in stop_strings if self._receives_ids or _opening(stop)]:
+            body["stop"] = sent
         if self._temperature:
-            body["seed"] = self._row_seed(row)
-        return body
+            body["seed"] = seed
+        return self._generation(self.client.complete(body), stop_strings)
 
     def _prompt_text(self, prompt: Sequence[int]) -> str:
         text = self.tokenizer.decode(list(prompt), skip_special_tokens=False, clean_up_tokenization_spaces=False)

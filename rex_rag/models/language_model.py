@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rex_rag.models.endpoint import EndpointModel, EndpointOptions
+from rex_rag.models.endpoint import EndpointModel, EndpointOptions, in_order
 from rex_rag.models.files import HUB_NAME, adapter_base, check_model, check_tokenizer, is_adapter, load_causal_lm
 from rex_rag.models.identity import TokenizerFiles, model_identity, tokenizer_sha256
 from rex_rag.support.errors import UserError
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from transformers import PreTrainedTokenizerBase
 
     from rex_rag.models.generation import Generation, Generator, Stream
@@ -304,9 +306,7 @@ class ServedModel(_EngineModel):
         if options.endpoint is None:
             raise ModelError(f"the model {options.name!r} is to be asked at an endpoint, but no address is given")
         self.tokenizer = load_tokenizer(options)
-        self._served = EndpointModel(
-            options.endpoint, self.tokenizer, temperature=options.temperature, row_seed=self.row_seed
-        )
+        self._served = EndpointModel(options.endpoint, self.tokenizer, temperature=options.temperature)
 
     @property
     def max_length(self) -> int | None:
@@ -319,7 +319,14 @@ class ServedModel(_EngineModel):
     def _generate(
         self, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int, stop_strings: tuple[str, ...]
     ) -> list[Generation]:
-        return self._served.generate(prompt_ids, max_new_tokens, stop_strings)
+        rows = enumerate(prompt_ids)  # one request a row, so that each has its own seed and limit
+        return in_order([self.submit(ids, max_new_tokens, stop_strings, self.row_seed(row)) for row, ids in rows])
+
+    def submit(
+        self, prompt: Sequence[int], max_new_tokens: int, stop_strings: tuple[str, ...], seed: int
+    ) -> Future[Generation]:
+        """Continue one row, whatever becomes of others."""
+        return self._served.submit(prompt, max_new_tokens, stop_strings, seed)
 
     def _describe(self) -> dict[str, Any]:
         return self._served.describe()

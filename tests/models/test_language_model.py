@@ -12,13 +12,13 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import openai
 import pytest
 from parts import PASSAGES, STOP_STRINGS
 from transformers import GenerationConfig
 
 from rex_rag.evaluation.methods import Toolbox, make_method
 from rex_rag.evaluation.records import Question
-from rex_rag.models import endpoint as endpoint_module
 from rex_rag.models import language_model as models
 from rex_rag.models.endpoint import EndpointError, EndpointOptions, check_endpoint_url, missing_stop
 from rex_rag.models.identity import model_identity, tokenizer_sha256
@@ -162,7 +162,7 @@ def open_endpoint(url: str, world, **options):
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch):
-    monkeypatch.setattr(endpoint_module, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
 
 
 def test_transformers_ends_rows_at_the_strings_asked_for(greedy, prompts):
