@@ -6,15 +6,17 @@ tokenizer encodes it again; `describe` says which, since those ids need not be t
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 
+from rex_rag.support.errors import UserError
 from rex_rag.support.wording import counted, shorten
 
 if TYPE_CHECKING:
@@ -202,7 +204,7 @@ class EndpointClient:
         try:
             answer = response.json()
             if not isinstance(answer, dict):
-                raise ValueError(f"a JSON object is needed, found {type(answer).__name__}")
+                raise UserError(f"a JSON object is needed, found {type(answer).__name__}")
             response.extensions["answer"] = self._read(answer) if response.request.method == "POST" else answer
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise httpx.DecodingError(f"an answer of another form ({type(error).__name__}: {error})") from error
@@ -409,3 +411,36 @@ def _opening(stop: str) -> str | None:
         if stop.startswith(closing):
             return opening + stop.removeprefix(closing)
     return None
+
+
+class EndpointStream:
+    """Requests under way at a served model, each by itself.
+
+    Args:
+        seed: a row's key -> the seed of its draws.
+    """
+
+    def __init__(self, served: EndpointModel, seed: Callable[[tuple[int, ...]], int]) -> None:
+        self._served = served
+        self._seed = seed
+        self._tickets = itertools.count()
+        self._under_way: dict[Future[Generation], int] = {}
+
+    def __enter__(self) -> EndpointStream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for future in self._under_way:
+            future.cancel()
+        self._under_way.clear()
+
+    def submit(
+        self, prompt_ids: Sequence[int], max_new_tokens: int, stop_strings: tuple[str, ...], key: tuple[int, ...]
+    ) -> int:
+        ticket = next(self._tickets)
+        self._under_way[self._served.submit(prompt_ids, max_new_tokens, stop_strings, self._seed(key))] = ticket
+        return ticket
+
+    def step(self, patience: float) -> list[tuple[int, Generation]]:
+        done = wait(self._under_way, timeout=patience, return_when=FIRST_COMPLETED).done
+        return [(self._under_way.pop(future), future.result()) for future in done]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rex_rag.models.endpoint import EndpointModel, EndpointOptions, in_order
+from rex_rag.models.endpoint import EndpointModel, EndpointOptions, EndpointStream, in_order
 from rex_rag.models.files import HUB_NAME, adapter_base, check_model, check_tokenizer, is_adapter, load_causal_lm
 from rex_rag.models.identity import TokenizerFiles, model_identity, tokenizer_sha256
 from rex_rag.support.errors import UserError
@@ -311,6 +311,10 @@ class ServedModel(_EngineModel):
     @property
     def max_length(self) -> int | None:
         return self._served.max_length
+
+    @property
+    def stream(self) -> Stream | None:
+        return None if self.options.schedule == "lock_step" else EndpointStream(self._served, self.key_seed)
 
     def close(self) -> None:
         super().close()

@@ -38,6 +38,8 @@ class Retriever(ABC):
 
     # The most passages that a search gives, None without such a limit.
     max_top_k: int | None = None
+    # Whether several searches at once, from several threads, are worth it.
+    is_concurrent: bool = False
     # How many passages are searched, None where nobody knows.
     passage_count: int | None = None
     # The steps of a search, for whoever times, overlaps and batches them; None where a search is one step.
@@ -77,10 +79,10 @@ class Retriever(ABC):
             "index directory or a server that `rex-rag serve` runs, or leave reading out"
         )
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> None:  # noqa: B027 (may be left as it is)
         """Spare the first search what is done once; costs no request and contacts nobody."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (may be left as it is)
         """Let go of connections and threads; the retriever cannot be used afterwards."""
 
 
@@ -89,7 +91,7 @@ class _Adapted(Retriever):
 
     def __init__(self, own: Any) -> None:
         self._own = own
-        for name in ("read", "close", "max_top_k", "passage_count"):
+        for name in ("read", "close", "max_top_k", "passage_count", "is_concurrent"):
             if hasattr(own, name):
                 setattr(self, name, getattr(own, name))
 

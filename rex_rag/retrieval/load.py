@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from rex_rag.retrieval.base import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_SECONDS, Retriever
+from rex_rag.retrieval.kinds import BM25, BM25S, kind_of
 from rex_rag.support.errors import UserError
 
-BM25 = "bm25"
-BM25S = "bm25s"
-IN_PROCESS = (BM25, BM25S)
-ONLINE = ("google", "serpapi")
 CACHE_MODES = ("record", "replay", "off")
 ENGINES = ("auto", "faiss", "faiss-gpu", "torch")
 # What only the search of an index directory reads, with the value that asks for nothing.
@@ -111,8 +107,8 @@ class RetrieverArguments:
 
     @property
     def kind(self) -> str:
-        """`bm25`, `bm25s`, `remote`, `online` or `index`."""
-        return _kind(self.retriever[0])
+        """The name of its kind, see `rex_rag.retrieval.kinds`."""
+        return kind_of(self.retriever[0]).name
 
     @property
     def name(self) -> str:
@@ -128,35 +124,21 @@ class RetrieverArguments:
         if not self.retriever:
             yield f"retriever is empty; use {BM25!r}, an index directory or a URL such as http://127.0.0.1:8000"
             return
-        if len(self.retriever) > 1 and any(_kind(name) != "remote" for name in self.retriever):
+        if len(self.retriever) > 1 and any(kind_of(name).name != "remote" for name in self.retriever):
             yield f"retriever={self.retriever} names several that are not all URLs; only servers can share the work"
             return
-        if self.kind == "index" and "/" not in self.retriever[0] and not Path(self.retriever[0]).is_dir():
-            yield (
-                f"retriever={self.retriever[0]!r} is neither {BM25!r}, {' nor '.join(ONLINE)}, nor an http(s) URL, "
-                f"nor a directory here ({Path.cwd()}); name an index directory, or write ./{self.retriever[0]} if it "
-                "is to be one"
-            )
-        if self.kind in ("remote", "online") and self.corpus:
+        kind = kind_of(self.retriever[0])
+        if kind.corpus == "none" and self.corpus:
             yield (
                 f"retriever={self.retriever} has its own corpus, but corpus={self.corpus} is set too; leave corpus "
                 f"out (--corpus none where a recipe names it), or use retriever={BM25!r}"
             )
-        if self.kind in IN_PROCESS and not self.corpus:
+        if kind.corpus == "needed" and not self.corpus:
             yield (
                 f"retriever={self.kind!r} searches a corpus in this process, but corpus is empty; name at least one "
                 "JSON lines file of passages"
             )
-        if self.kind == "online" and not self.search_cache:
-            yield (
-                f"retriever={self.retriever[0]!r} needs search_cache, the directory that keeps answers and the count "
-                "of paid searches"
-            )
-        if self.kind == "online" and self.max_paid_searches is None and self.search_cache_mode != "replay":
-            yield (
-                f"retriever={self.retriever[0]!r} costs money; set max_paid_searches to what may be spent, or "
-                "search_cache_mode to replay, which asks nobody"
-            )
+        yield from kind.problems(self)
         yield from self._misplaced()
 
     def _misplaced(self) -> Iterator[str]:
@@ -164,23 +146,18 @@ class RetrieverArguments:
         for name, unset in _BM25S_ONLY.items() if self.kind != BM25S else ():
             if getattr(self, name) != unset:
                 yield f"{name}={getattr(self, name)!r} is for retriever='bm25s', not for {self.kind}; leave it out"
-        if self.kind == "index":
+        reason = kind_of(self.retriever[0]).reason
+        if not reason:
             return
         unread = {name: "leave it out" for name, unset in _INDEX_ONLY.items() if getattr(self, name) != unset}
         if "retriever_engine" in unread:  # a command line cannot leave out what a recipe names
             unread["retriever_engine"] += " or at auto"
         if self.retriever_devices and self.rerank_model is None:
             unread["retriever_devices"] = "leave it out, or set rerank_model, which would run there"
-        reasons = {
-            BM25: "searches in memory on the CPU",
-            BM25S: "searches in memory on the CPU",
-            "remote": "is searched by its server, which has settings of its own",
-            "online": "is an online engine",
-        }
         for name, way_out in unread.items():
             yield (
                 f"{name}={getattr(self, name)!r} is for an index directory, but retriever={' '.join(self.retriever)} "
-                f"{reasons[self.kind]}; {way_out}"
+                f"{reason}; {way_out}"
             )
 
     def _value_problems(self) -> Iterator[str]:
@@ -203,14 +180,6 @@ class RetrieverArguments:
                 yield f"{name}={value!r}; it must be an integer of at least 1"
 
 
-def _kind(name: str) -> str:
-    if name in IN_PROCESS:
-        return name
-    if name in ONLINE:
-        return "online"
-    return "remote" if name.startswith(("http://", "https://")) else "index"
-
-
 def load_retriever(arguments: RetrieverArguments) -> Retriever:
     """Build the retriever that the arguments name. A remote one is not contacted: call its `check()`.
 
@@ -219,51 +188,9 @@ def load_retriever(arguments: RetrieverArguments) -> Retriever:
         RetrievalError: for a malformed URL, a corpus that cannot be indexed, a directory that holds no index, or one
             that does not belong to the encoder or corpus.
     """
-    retriever = _load_engine(arguments)
+    retriever = kind_of(arguments.retriever[0]).load(arguments)
     if arguments.rerank_model is None:
         return retriever
     from rex_rag.retrieval.rerank import rerank
 
     return rerank(retriever, arguments.rerank_model, arguments.rerank_candidates, arguments.retriever_devices)
-
-
-def _load_engine(arguments: RetrieverArguments) -> Retriever:
-    if arguments.kind == BM25:
-        from rex_rag.retrieval.bm25.retriever import BM25Retriever
-
-        return BM25Retriever.from_corpus(arguments.corpus)
-    if arguments.kind == BM25S:
-        from rex_rag.retrieval.bm25.free_parameters import BM25sRetriever
-
-        return BM25sRetriever.from_corpus(arguments.corpus, arguments.bm25s_k1, arguments.bm25s_b)
-    if arguments.kind == "remote":
-        from rex_rag.retrieval.remote.client import RemoteRetriever
-
-        return RemoteRetriever(
-            arguments.retriever,
-            timeout=arguments.retriever_timeout,
-            max_attempts=arguments.retriever_max_attempts,
-            limit_names=("retriever_timeout", "retriever_max_attempts"),
-        )
-    if arguments.kind == "online":
-        from rex_rag.retrieval.online.retriever import OnlineRetriever
-
-        return OnlineRetriever(
-            arguments.retriever[0],
-            arguments.search_cache,
-            max_searches=arguments.max_paid_searches or 0,
-            mode=arguments.search_cache_mode,
-        )
-    from rex_rag.retrieval.index.kinds import SearchOptions, open_index
-
-    return open_index(
-        Path(arguments.retriever[0]),
-        SearchOptions(
-            engine=arguments.retriever_engine,
-            devices=tuple(arguments.retriever_devices),
-            encoder=arguments.retriever_encoder,
-            nprobe=arguments.retriever_nprobe,
-            ef_search=arguments.retriever_ef_search,
-        ),
-        corpus=arguments.corpus,
-    )

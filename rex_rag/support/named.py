@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +56,19 @@ def load_named(name: str, kind: type | None, what: str) -> Any:
     if kind is not None and not (isinstance(found, type) and issubclass(found, kind)) and not isinstance(found, kind):
         raise UserError(f"{what}={name!r} is {found!r}; it must be a {kind.__name__} ({kind.__module__})")
     return found
+
+
+def choose(name: str, known: Mapping[str, Any], kind: type | None, what: str) -> Any:
+    """What a name stands for: one of those that are registered, or an object of a user's own as `module:Name`.
+
+    Raises:
+        ValueError: for a name that is neither, and as `load_named`.
+    """
+    if name in known:
+        return known[name]
+    if not is_named(name):
+        raise UserError(
+            f"{what}={name!r} is unknown; use {', '.join(map(repr, known))}, or your own as module:Name, for example "
+            "my_module:MyClass"
+        )
+    return load_named(name, kind, what)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rex_rag.protocols.base import SEARCH, ToolSpec
-from rex_rag.retrieval.base import Retriever, checked_search
+from rex_rag.retrieval.base import Retriever, as_retriever, checked_search
 from rex_rag.tools.base import Tool, ToolResult
 from rex_rag.types import Passage
 
@@ -37,12 +37,12 @@ class SearchTool(Tool):
     spec = SEARCH
 
     def __init__(self, retriever: Retriever, top_k: int = 3) -> None:
-        self.retriever = retriever
+        self.retriever = as_retriever(retriever)
         self.top_k = top_k
 
     @property
     def is_concurrent(self) -> bool:
-        return getattr(self.retriever, "is_concurrent", False)
+        return self.retriever.is_concurrent
 
     def run(self, calls: Sequence[Mapping[str, Any]]) -> list[ToolResult]:
         queries = list(dict.fromkeys(call["query"] for call in calls))  # a group often asks the same thing
@@ -57,11 +57,11 @@ class ReadTool(Tool):
     spec = READ
 
     def __init__(self, retriever: Retriever, top_k: int = 3) -> None:
-        self.retriever = retriever
+        self.retriever = as_retriever(retriever)
 
     @property
     def is_concurrent(self) -> bool:
-        return getattr(self.retriever, "is_concurrent", False)
+        return self.retriever.is_concurrent
 
     def run(self, calls: Sequence[Mapping[str, Any]]) -> list[ToolResult]:
         names = list(dict.fromkeys(call["document"] for call in calls))

@@ -23,8 +23,14 @@ from rex_rag.answers import exact_match
 from rex_rag.probes import make_explorer
 from rex_rag.probes.filter import KeepRatio
 from rex_rag.probes.mixed_sampling import MixedBatch, MixedSampler
-from rex_rag.protocols.search_r1 import control_tokens
+from rex_rag.protocols import Protocol
+from rex_rag.protocols.chat import carry_settings, encode_chat, policy_tokenizer, template_settings, warn_of_unread
+from rex_rag.protocols.inert import control_tokens
 from rex_rag.retrieval.base import Retriever, as_retriever
+from rex_rag.rollout.agent import Agent
+from rex_rag.rollout.books import end_tokens
+from rex_rag.support.errors import UserError
+from rex_rag.tools import make_tools
 from rex_rag.training.config import REXRAGConfig
 from rex_rag.training.corrected_loss import CorrectedLoss
 from rex_rag.training.dynamic_sampling import DynamicSampler, fresh_questions
@@ -125,8 +131,9 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config.name_or_path
             args = REXRAGConfig(output_dir=f"{name.split('/')[-1]}-REX-RAG")
-        self.retriever = as_retriever(retriever)
-        self.retriever.check()
+        retriever = as_retriever(retriever)
+        retriever.check()
+        self.retriever = retriever
         self.recipe = recipe
         self._keep_ratio = KeepRatio(args.keep_ratio, args.keep_ratio_schedule)
         self._slots: Slots | None = None

@@ -73,6 +73,8 @@ class OnlineRetriever(Retriever):
 
     max_top_k = RESULTS_PER_SEARCH
 
+    is_concurrent = True
+
     def __init__(
         self,
         engine: str,

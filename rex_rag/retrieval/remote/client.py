@@ -108,6 +108,8 @@ class RemoteRetriever(Retriever):
         RetrievalError: for an argument that makes no sense.
     """
 
+    is_concurrent = True
+
     def __init__(
         self,
         urls: str | Sequence[str],

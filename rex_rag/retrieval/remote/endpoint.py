@@ -151,7 +151,7 @@ class Endpoint:
         )
 
     def read(self, keys: Sequence[str]) -> list[list[Passage]]:
-        """Ask once for documents. Raises `PassingTrouble` or `Refusal`, `NotOffered` of a server that has no such page."""
+        """Ask once for documents. Raises as `search`, and `NotOffered` for a server that has no such page."""
         return self._ask(
             self._read_url, encode_keys(keys), lambda body: decode_documents(body, keys, self._tell_left_out)
         )
@@ -165,8 +165,8 @@ class Endpoint:
             said = f"HTTP {status} {response.reason_phrase}: {shorten(body.decode('utf-8', 'replace'), 200)}"
             if url == self._read_url and status in _NOT_OFFERED:
                 raise NotOffered(
-                    f"{said}; the server only searches, as Search-R1's own does: serve the index with `rex-rag serve`, "
-                    "or leave reading documents out"
+                    f"{said}; the server only searches, as Search-R1's own does: serve the index with "
+                    "`rex-rag serve`, or leave reading documents out"
                 )
             if status >= 500 or status in _PASSING_STATUSES:
                 raise PassingTrouble(said, retry_after=_retry_after(response))
