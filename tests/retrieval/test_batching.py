@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from rex_rag.retrieval.base import EngineAway, RetrievalError
+from rex_rag.retrieval.base import EngineAway, RetrievalError, Retriever
 from rex_rag.retrieval.server.batching import MicroBatcher, ResultCache
 from rex_rag.retrieval.server.runner import DirectRunner, Overloaded, QueryFailed
 from rex_rag.types import Passage
@@ -406,7 +406,7 @@ def test_an_error_in_the_batcher_itself_fails_requests_instead_of_losing_them():
     run(test)
 
 
-class Plain:
+class Plain(Retriever):
     """A retriever without an index: passages without scores, and a query that fails."""
 
     description = "plain"

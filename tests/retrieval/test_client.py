@@ -185,7 +185,7 @@ def test_a_dripping_server_cannot_stretch_the_timeout(remote):
         ("empty", "the result of query 'oslo' is empty"),
         ("no-result", 'no list under "result"'),
         ("array", 'no list under "result"'),
-        ("flat", "the result of query 'oslo' is not a list"),
+        ("flat", "result 0 is not a list"),
         ("text-documents", "1 result for query 'oslo' cannot be used: not an object"),
         ("no-text", "1 result for query 'oslo' cannot be used: missing fields"),
         ("odd-score", "its score is not a number: 'high'"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from parts import SearchR1
 
@@ -95,3 +97,52 @@ def test_a_class_of_ones_own_is_named_in_a_recipe(tmp_path, monkeypatch):
     assert load_retriever(arguments).search(["hello"], 1)[0][0].text == "hello"
     with pytest.raises(ValueError, match="retriever_nprobe=3 is for an index directory"):
         RetrieverArguments(retriever=["my_echo:Echo"], retriever_nprobe=3)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    rows = [{"id": passage.id, "title": passage.title, "text": passage.text} for passage in PASSAGES]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_directory_and_the_server_over_it_read_what_the_corpus_reads(corpus, tmp_path):
+    pytest.importorskip("fastapi", reason="the HTTP tests need fastapi: install the dev extra")
+    from rex_rag.cli import main
+    from tests.retrieval.running import Running
+
+    assert main(["index", "--corpus", str(corpus), "--output", str(tmp_path / "index"), "--kind", "bm25"]) == 0
+    keys = ["Owl", "owl", "3", "nothing"]
+    expected = BM25Retriever(PASSAGES).read(keys)
+    arguments = RetrieverArguments(retriever=[str(tmp_path / "index")])
+    assert load_retriever(arguments).read(keys) == expected
+    # As an index of an earlier version has it: no table, and none in its manifest.
+    (tmp_path / "index" / "lookup.u64").unlink()
+    manifest = tmp_path / "index" / "manifest.json"
+    known = json.loads(manifest.read_text())
+    del known["files"]["lookup.u64"]
+    manifest.write_text(json.dumps(known))
+    assert load_retriever(arguments).read(keys) == expected
+    server = Running(lambda: load_retriever(arguments)).ready()
+    try:
+        client = load_retriever(RetrieverArguments(retriever=[server.url]))
+        assert client.read(keys) == expected
+        client.close()
+    finally:
+        server.stop()
+
+
+def test_a_server_that_only_searches_is_named_as_such():
+    pytest.importorskip("fastapi", reason="the HTTP tests need fastapi: install the dev extra")
+    from tests.retrieval.running import AppServer, search_r1_app
+
+    server = AppServer(search_r1_app(BM25Retriever(PASSAGES)))
+    try:
+        client = load_retriever(RetrieverArguments(retriever=[server.url]))
+        assert client.search(["owl"], 1)[0][0].id in ("1", "3", "4")
+        with pytest.raises(CannotRead, match="only searches, as Search-R1's own does"):
+            client.read(["Owl"])
+        client.close()
+    finally:
+        server.stop()

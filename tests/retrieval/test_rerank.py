@@ -54,7 +54,7 @@ class WrittenScores:
         return np.array([self.scores[query][int(text[-1])] for query, text in pairs], dtype=np.float32)
 
 
-class PlainRetriever:
+class PlainRetriever(Retriever):
     """Not an indexed one: what an online engine looks like from here."""
 
     description = "plain"

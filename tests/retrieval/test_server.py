@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from rex_rag.retrieval.base import RetrievalError
+from rex_rag.retrieval.base import RetrievalError, Retriever
 from rex_rag.retrieval.remote.client import RemoteRetriever
 from rex_rag.retrieval.server import app
 from rex_rag.retrieval.server.app import ServerOptions, serve
@@ -309,7 +309,7 @@ def test_64_clients_at_once_lose_and_swap_nothing(start, micro_batching):
 
 
 def test_engines_without_an_index_are_served_too(start):
-    class Plain:
+    class Plain(Retriever):
         description = "plain engine"
         max_top_k = 10
 

@@ -75,7 +75,7 @@ def test_a_score_that_is_not_finite_never_leaves(score, return_scores):
         (b'{"result": []}', "0 results for 1 query"),
         (b'{"result": [[], []]}', "2 results for 1 query"),
         (b'{"result": [[]]}', "the result of query 'q' is empty"),
-        (b'{"result": [{}]}', "the result of query 'q' is not a list"),
+        (b'{"result": [{}]}', "result 0 is not a list"),
         (b'{"result": [["words"]]}', "for query 'q' cannot be used: not an object: 'words'"),
         (b'{"result": [[{"document": "words"}]]}', "its document is not an object: 'words'"),
         (b'{"result": [[{"id": "1"}]]}', "cannot be used: missing fields"),

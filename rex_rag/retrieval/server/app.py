@@ -145,12 +145,12 @@ def create_app(
         413: {"model": Problem, "description": "The body is larger than the limit."},
         422: {"model": Problem, "description": "Malformed, or more than a limit allows."},
         500: {"model": Problem, "description": "A query could not be answered."},
-        501: {"model": Problem, "description": "The retriever behind this server only searches: it reads nothing."},
         503: {"model": Problem, "description": "Loading, or too much waits: come back after Retry-After seconds."},
     }
-    for path, endpoint, summary, asked, answer in (
-        (SEARCH_PATH, service.retrieve, "Search", RetrieveRequest, RetrieveResponse),
-        (READ_PATH, service.read, "Read documents by title or id", ReadRequest, ReadResponse),
+    unread = {501: {"model": Problem, "description": "The retriever behind this server only searches."}}
+    for path, endpoint, summary, asked, answer, more in (
+        (SEARCH_PATH, service.retrieve, "Search", RetrieveRequest, RetrieveResponse, {}),
+        (READ_PATH, service.read, "Read documents by title or id", ReadRequest, ReadResponse, unread),
     ):
         body = {"content": {"application/json": {"schema": asked.model_json_schema()}}, "required": True}
         app.add_api_route(
@@ -158,7 +158,7 @@ def create_app(
             endpoint,
             methods=["POST"],
             summary=summary,
-            responses={200: {"model": answer}, **problems},
+            responses={200: {"model": answer}, **problems, **more},
             openapi_extra={"requestBody": body},
             response_class=Response,
         )
