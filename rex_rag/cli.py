@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     forwarded = options.command in _FORWARDED
     if options.command == "check":
         options.overrides = words
+    elif options.command == "ask" and options.question is None and len(words) == 1 and words[0][:1] != "-":
+        options.question = words[0]  # behind an option, where argparse no longer looks for it
     elif words and not forwarded:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

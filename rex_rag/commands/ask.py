@@ -24,9 +24,11 @@ def add_ask(commands: argparse._SubParsersAction) -> None:
     ask.add_argument("model", metavar="MODEL", help="folder of a trained model, or its name on the Hub")
     ask.add_argument("question", nargs="?", metavar="QUESTION", help="what to ask")
     ask.add_argument(
-        "--retriever", nargs="+", metavar="R", help="an index directory, URLs of servers, or bm25 with --corpus"
+        "--retriever", action="append", metavar="R", help="an index directory, a server's URL; may be given again"
     )
-    ask.add_argument("--corpus", nargs="+", default=[], metavar="FILE", help="JSON lines files that bm25 searches")
+    ask.add_argument(
+        "--corpus", action="append", default=[], metavar="FILE", help="JSON lines file that bm25 searches"
+    )
     ask.add_argument("--revision", help="of the model's repository on the Hub")
     ask.add_argument("--backend", default="transformers", choices=("transformers", "vllm"), help="what runs the model")
     ask.add_argument("--device", help="for transformers: cpu, cuda:0, …; by default a GPU if there is one")

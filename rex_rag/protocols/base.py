@@ -162,9 +162,9 @@ class Protocol(ABC):
     def framing(self, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any] | None = None) -> Framing:
         """The text around results and feedback. settings: `chat_template_kwargs`."""
 
-    @abstractmethod
     def write_call(self, call: ToolCall) -> str:
         """A call as the model would write it, for demonstrations; `parse` reads it back."""
+        raise NotImplementedError(f"the protocol {self.name} does not say how a call is written")
 
     def write_answer(self, answer: str) -> str:
         """An answer as the model would write it, for demonstrations; `parse` reads it back."""

@@ -21,6 +21,7 @@ from rex_rag.protocols import PROTOCOLS, Protocol
 from rex_rag.protocols.chat import read_settings
 from rex_rag.rollout.script import RolloutBudget
 from rex_rag.support.errors import UserError
+from rex_rag.support.named import choose
 from rex_rag.support.secrets import without_secrets
 from rex_rag.training.config_checks import config_warnings, rollout_problems
 from rex_rag.training.dynamic_sampling import signal_problems
@@ -293,7 +294,8 @@ class REXRAGConfig(GRPOConfig):
 
     @property
     def correction_form(self) -> CorrectionForm:
-        return FORMS[self.correction]
+        found = choose(self.correction, FORMS, CorrectionForm, "correction")
+        return found() if isinstance(found, type) else found
 
     def mixed_sampling(self) -> MixedSamplingConfig:
         return MixedSamplingConfig(

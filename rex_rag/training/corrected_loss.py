@@ -18,6 +18,10 @@ from rex_rag.types import SegmentKind
 class CorrectedLoss(EvaluationLog):
     """A GRPOTrainer whose loss takes the mixture that produced a batch into account, by `args.correction_form`."""
 
+    def has_long_rows(self, inputs: dict[str, Any]) -> bool:
+        """Probes are; without them the loss is computed as the parent does, to the last bit."""
+        return float(inputs["mixing_share"]) > 0
+
     def before_loss(self, inputs: dict[str, Any], per_token_logps: torch.Tensor) -> None:
         """pi_theta / mu in the place of pi_theta / pi_old (paper eq. 8), or weights; without probes (a = 0) nothing is
         changed and the loss equals the parent's bit for bit."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rex_rag.correction.forms import FORMS
 from rex_rag.support.errors import UserError
+from rex_rag.support.named import is_named
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,12 +51,16 @@ _ON = {
 }
 
 
+# A class of one's own may stand there too, as `module:Class`.
+_OPEN = ("correction",)
+
+
 def choice_problems(args: GRPOConfig, choices: Mapping[str, Collection]) -> list[str]:
     """Which settings hold none of the values that there are for them."""
     return [
         f"{name} is {getattr(args, name)!r}; choose one of {', '.join(map(str, values))}"
         for name, values in choices.items()
-        if getattr(args, name) not in values
+        if getattr(args, name) not in values and not (name in _OPEN and is_named(getattr(args, name)))
     ]
 
 

@@ -42,7 +42,7 @@ from trl.trainer.utils import RepeatSampler, pad
 from rex_rag.models.generation import TransformersGenerator, VLLMGenerator
 from rex_rag.models.vllm_stream import VLLMStream
 from rex_rag.training.checkpoints import STATE_FILE
-from rex_rag.training.trim import trimmed
+from rex_rag.training.trim import in_two_buckets, trimmed
 
 REFERENCE_ADAPTER = "ref"  # TRL's name for it
 
@@ -103,6 +103,10 @@ class GRPOSeams(GRPOTrainer):
     def scored_batch(self, output: dict[str, Any]) -> dict[str, Any]:
         """The batch as TRL scored it, with whatever is to be there in the loss; rows may be left out."""
         return output
+
+    def has_long_rows(self, inputs: dict[str, Any]) -> bool:
+        """Whether a few rows of a mini-batch are much longer than the others."""
+        return False
 
     def before_loss(self, inputs: dict[str, Any], per_token_logps: torch.Tensor) -> None:
         """Change the loss's inputs in place. per_token_logps: (B, T) log pi_theta, with its gradient."""
@@ -264,9 +268,12 @@ class GRPOSeams(GRPOTrainer):
         """
         # A copy: the buffered batch keeps what it holds.
         own, passed = trimmed(inputs, self.pad_to_multiple_of), []
+        # Two forward passes in one backward are not for wrappers that count them (DDP, FSDP, DeepSpeed).
+        alone = self.accelerator.num_processes == 1 and model is self.accelerator.unwrap_model(model)
+        apart = alone and self.has_long_rows(own) and not (self.aux_loss_enabled or self.pad_to_multiple_of)
 
         def hooked(forward: Callable[..., tuple], *args, **kwargs):
-            output = forward(*args, **kwargs)
+            output = in_two_buckets(forward, *args, **kwargs) if apart else forward(*args, **kwargs)
             self.before_loss(own, output[0])
             passed.append(True)
             return output

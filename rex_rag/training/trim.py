@@ -1,11 +1,15 @@
-"""Padding that no row of a mini-batch needs, cut off: TRL pads all to the longest of the whole generation batch."""
+"""Padding that no row needs, cut off: TRL pads all to the longest of the whole generation batch.
+
+Probes are the longest rows, about twice as long as the dead ends that they leave, and few.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 _PROMPT = ("prompt_ids", "prompt_mask")
 
@@ -32,6 +36,52 @@ def trimmed(inputs: Mapping[str, Any], multiple: int | None = None) -> dict[str,
         for name in _PROMPT:
             output[name] = inputs[name][:, width - kept :]
     return output
+
+
+def in_two_buckets(
+    forward: Callable[..., tuple],
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    logits_to_keep: int,
+    **others: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+    """The forward pass of short rows and of long ones apart, each without the padding that the others need.
+
+    Takes and gives what TRL's `_get_per_token_logps_and_entropies` does. Log-probabilities of padding are 0, which
+    counts in no loss; the others are the same, to the rounding of kernels.
+    """
+    lengths = _lengths(attention_mask[:, -logits_to_keep:])
+    order = lengths.argsort(stable=True)
+    split = _best_split((lengths[order] + attention_mask.size(1) - logits_to_keep).tolist())
+    if split is None:
+        return forward(model, input_ids, attention_mask, logits_to_keep, **others)
+    parts = []
+    for rows in (order[:split], order[split:]):
+        cut = logits_to_keep - max(1, int(lengths[rows].max()))
+        end = input_ids.size(1) - cut
+        logps, entropies, _ = forward(
+            model, input_ids[rows, :end], attention_mask[rows, :end], logits_to_keep - cut, **others
+        )
+        parts.append([None if one is None else functional.pad(one, (0, cut)) for one in (logps, entropies)])
+    back = order.argsort()
+    logps, entropies = (None if None in pair else torch.cat(pair)[back] for pair in zip(*parts, strict=True))
+    return logps, entropies, None
+
+
+def _lengths(mask: torch.Tensor) -> torch.Tensor:
+    """(B,) how many columns from the left hold all that each row has."""
+    return (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).max(dim=1).values
+
+
+def _best_split(lengths: list[int]) -> int | None:
+    """Of ascending lengths, how many to take apart from the longest; `None` where that spares less than a tenth."""
+    whole = len(lengths) * lengths[-1]
+    costs = [
+        (count * lengths[count - 1] + (len(lengths) - count) * lengths[-1], count) for count in range(1, len(lengths))
+    ]
+    cost, count = min(costs, default=(whole, 0))
+    return count if cost < 0.9 * whole else None
 
 
 def _extent(mask: torch.Tensor) -> int:

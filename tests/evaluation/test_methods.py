@@ -67,7 +67,7 @@ def test_the_methods_of_the_table_stand_under_their_names():
     assert [name for name in METHODS if METHODS[name].uses_retriever] == [
         "rag", "ircot", "search_o1", "search_r1", "rex_rag",
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="method is 'react', which is unknown; known methods are direct, cot"):
+    with pytest.raises(ValueError, match="method='react' is unknown; use 'direct', 'cot'"):
         make_method("react")
 
 

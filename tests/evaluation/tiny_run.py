@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def _listed(value: object) -> list[object]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def make_tiny_world(folder: Path) -> TinyWorld:
+def make_tiny_world(folder: Path, further: Sequence[str] = ()) -> TinyWorld:
     """An untrained model that searches and answers now and then: whole actions are tokens, and come up often."""
     world = build_hopworld(HopWorldConfig(people=30, train_questions=(0, 0, 0), test_questions=(20, 20, 0)))
     write_hopworld(world, folder / "world")
@@ -65,6 +66,7 @@ def make_tiny_world(folder: Path) -> TinyWorld:
     names = [passage.title for passage in world.passages]
     actions = [f"<search> {name}</search>" for name in names[:60]]
     actions += [f"<answer> {name}</answer>" for name in names[:30]]
+    actions += further
     # Not normalised, like the tags: otherwise a text with an action would be cut at its tags first.
     tokenizer.add_tokens([AddedToken(action, normalized=False, special=False) for action in actions])
     torch.manual_seed(0)

@@ -260,22 +260,20 @@ def test_loss_mask_is_policy_and_probe(probed):
 
 
 def token_gradients(trainer, inputs):
-    """d loss / d log pi_theta of every token."""
+    """log pi_theta and d loss / d log pi_theta of every token."""
     seen = {}
-    forward = GRPOTrainer._get_per_token_logps_and_entropies
+    before_loss = trainer.before_loss
 
-    def keep(self, *args, **kwargs):
-        output = forward(self, *args, **kwargs)
-        if output[0].requires_grad:
-            output[0].retain_grad()
-            seen["logps"] = output[0]
-        return output
+    def keep(inputs, per_token_logps):
+        per_token_logps.retain_grad()
+        seen["logps"] = per_token_logps
+        before_loss(inputs, per_token_logps)
 
-    GRPOTrainer._get_per_token_logps_and_entropies = keep
+    trainer.before_loss = keep
     try:
         trainer.compute_loss(trainer.model, inputs).backward()
     finally:
-        GRPOTrainer._get_per_token_logps_and_entropies = forward
+        del trainer.before_loss
     return seen["logps"].detach(), seen["logps"].grad
 
 

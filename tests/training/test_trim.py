@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rex_rag.training.trim import trimmed
+from rex_rag.training.trim import in_two_buckets, trimmed
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -44,3 +44,28 @@ def test_lengths_stay_multiples(multiple, lengths):
 def test_rows_without_a_token_leave_one_column():
     empty = batch() | {"completion_mask": torch.zeros(2, 4, dtype=torch.long)}
     assert trimmed(empty)["completion_ids"].size(1) == 1
+
+
+def test_two_buckets_give_what_one_pass_gives():
+    """A pass whose log-probabilities tell id and position, so that a row or a column in the wrong place shows."""
+    shapes = []
+
+    def forward(model, input_ids, attention_mask, logits_to_keep, compute_entropy):
+        shapes.append(tuple(input_ids.shape))
+        logps = (input_ids * 10 + torch.arange(input_ids.size(1)))[:, -logits_to_keep:].float()
+        return logps, logps / 2 if compute_entropy else None, None
+
+    mask = torch.zeros(6, 9, dtype=torch.long)
+    mask[:, :3] = 1  # prompts
+    for row, length in enumerate((2, 6, 1, 2, 2, 1)):
+        mask[row, 3 : 3 + length] = 1
+    ids = torch.arange(54).view(6, 9) * mask
+    logps, entropies, _ = in_two_buckets(forward, None, ids, mask, 6, compute_entropy=True)
+    assert shapes == [(5, 5), (1, 9)]  # five rows of at most two tokens, and the one of six
+    kept = mask[:, 3:].bool()
+    whole, _, _ = forward(None, ids, mask, 6, compute_entropy=False)
+    assert torch.equal(logps[kept], whole[kept]) and torch.equal(entropies[kept], whole[kept] / 2)
+    assert not logps[~kept][-4:].any()
+    shapes.clear()
+    in_two_buckets(forward, None, ids[:1], mask[:1], 6, compute_entropy=False)
+    assert shapes == [(1, 9)]  # nothing to take apart

@@ -11,6 +11,7 @@ from rex_rag.evaluation.methods.ircot import IRCoT
 from rex_rag.evaluation.methods.search_o1 import SearchO1
 from rex_rag.evaluation.methods.single import R1, ChainOfThought, Direct, RetrieveOnce
 from rex_rag.support.errors import UserError
+from rex_rag.support.named import choose
 
 # In the order of the comparison's table.
 METHODS: dict[str, type[Method]] = {
@@ -34,8 +35,10 @@ def make_method(
     Raises:
         ValueError: for an unknown name, a template that lacks a placeholder, and texts that the method has not.
     """
-    if name not in METHODS:
-        raise UserError(f"method is {name!r}, which is unknown; known methods are {', '.join(METHODS)}")
-    if agent and not issubclass(METHODS[name], SearchR1):
+    kind = choose(name, METHODS, Method, "method")
+    if agent and not issubclass(kind, SearchR1):
         raise UserError(f"the method {name} has a protocol of its own; leave {' and '.join(agent)} out")
-    return METHODS[name](template, further, **agent)
+    method = kind(template, further, **agent)
+    if name not in METHODS:
+        method.name = name  # cards tell it from the built-in ones, and find it again
+    return method
