@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from parts import PASSAGES, ScriptedGenerator
+from parts import PASSAGES, ScriptedGenerator, make_word_tokenizer
 
 from rex_rag.protocols import SEARCH, ToolCalls, ToolSpec
 from rex_rag.quickstart.warm_start import build_tokenizer
@@ -66,12 +66,13 @@ def test_the_framing_is_read_off_the_chat_template(tokenizer):
     assert framing.feedback == "\n<|im_start|>user\nAgain.<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_a_template_without_tool_turns_is_refused(word_tokenizer):
-    word_tokenizer.chat_template = (
+def test_a_template_without_tool_turns_is_refused():
+    tokenizer = make_word_tokenizer()  # its own: others share the fixture
+    tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role != 'tool' %}{{ m.role + m.content }}{% endif %}{% endfor %}"
     )
     with pytest.raises(ValueError, match="does not show results of tools"):
-        ToolCalls().framing(word_tokenizer)
+        ToolCalls().framing(tokenizer)
 
 
 def agent(tokenizer, turns, passages=PASSAGES, tools=None, specs=(SEARCH,)) -> Agent:
