@@ -77,7 +77,7 @@ class Benchmark:
         return digest.hexdigest()
 
     def as_row(self) -> dict[str, Any]:
-        """What a protocol card says of a benchmark; JSON-able."""
+        """What a run card says of a benchmark; JSON-able."""
         return {
             "name": self.name,
             "kind": self.kind,

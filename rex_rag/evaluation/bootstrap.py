@@ -31,7 +31,8 @@ def bootstrap_means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 
     """Means of `resamples` samples drawn with replacement from `values` (n,), each of size n; shape (resamples,).
 
     How often each distinct value is drawn follows a multinomial distribution: drawing these counts gives the same
-    means as drawing n questions each time, at a cost that grows with the distinct values (two, for exact match).
+    means as drawing n questions each time, as scipy does, at a cost that grows with the distinct values (two, for
+    exact match) and not with 51,713 questions.
 
     Raises:
         ValueError: for no value or values that are not finite.

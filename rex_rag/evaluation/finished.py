@@ -1,4 +1,4 @@
-"""Runs as reports read them: the protocol card, the scores of every benchmark, and what is missing.
+"""Runs as reports read them: the run card, the scores of every benchmark, and what is missing.
 
 Invariant: scores come from predictions whose questions hash to what the card says; a run that answered fewer questions
 than its card names says how many.

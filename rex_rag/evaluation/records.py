@@ -1,6 +1,6 @@
 """What an evaluation run reads and leaves behind, as plain data: questions, and what a method wrote for each.
 
-A run's directory holds `run.json` (the protocol card) and, for each benchmark, a folder with `predictions.jsonl` (one
+A run's directory holds `run.json` (the run card) and, for each benchmark, a folder with `predictions.jsonl` (one
 `Prediction` a line, in the order of the questions) and `timings.jsonl`; until a benchmark is finished, a folder of
 chunks, each the predictions of a batch. Predictions hold nothing that depends on the
 clock or the machine, so that equal runs give equal bytes; scores are worked out from them and never stored in them.

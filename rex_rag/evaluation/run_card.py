@@ -1,4 +1,4 @@
-"""The protocol card of a run: everything its figures depend on, so that runs are compared that can be.
+"""The run card of a run: everything its figures depend on, so that runs are compared that can be.
 
 `run.json` holds it. Nothing in it depends on the clock, and of folders it names the last two parts alone.
 """
@@ -217,7 +217,7 @@ def _counts(name: str, card: Mapping[str, Any]) -> bool:
 
 
 def read_card(directory: str | Path) -> dict[str, Any]:
-    """The protocol card of a run's directory.
+    """The run card of a run's directory.
 
     Raises:
         ValueError: for a card that is missing, broken or of another format.
@@ -241,7 +241,7 @@ def check_card(card: Mapping[str, Any]) -> None:
     found = card.get("format") if isinstance(card, Mapping) else None
     if found != FORMAT:
         raise UserError(
-            f"the protocol card has format {found!r}, this version reads {FORMAT}; use the version that wrote it, or "
+            f"the run card has format {found!r}, this version reads {FORMAT}; use the version that wrote it, or "
             "run the evaluation again"
         )
 

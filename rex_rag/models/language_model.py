@@ -105,7 +105,7 @@ class LanguageModel(ABC):
         self._calls = 0
 
     def describe(self) -> dict[str, Any]:
-        """What the protocol card says of the model; JSON-able, and without a path or address of this machine."""
+        """What the run card says of the model; JSON-able, and without a path or address of this machine."""
         return {
             "backend": self.options.backend,
             "tokenizer_sha256": tokenizer_sha256(self.tokenizer),

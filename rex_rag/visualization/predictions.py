@@ -135,7 +135,7 @@ def _judged(judge: Judge | None, prediction: Prediction, answer: str | None) -> 
 def run_facts(
     path: str | os.PathLike, benchmark: str | None = None, judge_of: JudgeNamer | None = None
 ) -> list[tuple[str, str]]:
-    """What the protocol card says of an evaluation run, as (name, text); nothing where there is no card.
+    """What the run card says of an evaluation run, as (name, text); nothing where there is no card.
 
     Args:
         path, benchmark: as `read_predictions` takes them, or a folder of which nothing is known yet. What is not

@@ -1,4 +1,4 @@
-"""The protocol card: what is in it, what two runs must share, and what makes a directory another run's."""
+"""The run card: what is in it, what two runs must share, and what makes a directory another run's."""
 
 from __future__ import annotations
 
