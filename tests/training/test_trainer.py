@@ -244,6 +244,57 @@ def test_padding_to_a_multiple_changes_no_gradient(probed):
     assert max(value.abs().max() for value in plain.values()) > 1e-2
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"loss_type": "vespo"},
+        {"loss_type": "cispo", "epsilon_high": 5.0},
+        {"importance_sampling_level": "sequence"},
+        {"top_entropy_quantile": 0.5, "entropy_coef": 0.01},
+        {"correction": "decoupled", "kl_token_max": 0.01},
+    ],
+    ids=str,
+)
+def test_padding_that_is_cut_changes_no_loss(probed, monkeypatch, settings):
+    """The parent's loss on inputs as TRL pads them, and ours on trimmed ones with the long rows apart."""
+    trainer = probed(**{"correction": "none", "epsilon": 0.9, **settings})
+    check_trimming(trainer, monkeypatch)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "luspo", "sapo"])
+def test_padding_that_is_cut_changes_no_loss_over_rows(probed, monkeypatch, loss_type):
+    """These are refused beside probes, so they are set behind the settings' back."""
+    trainer = probed(correction="none", epsilon=0.9)
+    trainer.loss_type = loss_type
+    check_trimming(trainer, monkeypatch)
+
+
+def check_trimming(trainer, monkeypatch):
+    batch = scored(trainer)
+    width = batch["completion_ids"].size(1)
+    for name, value in batch.items():  # as if another mini-batch of the generation batch held longer rows
+        if value.dim() == 2:
+            columns = value.new_full((value.size(0), 5), -1 if name == "segment_kinds" else 0)
+            batch[name] = torch.cat([columns, value] if name.startswith("prompt") else [value, columns], dim=1)
+    leave_reference(trainer)
+    shapes = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    found = [gradients(trainer, batch)]
+    assert len(shapes) == 2 and shapes[0][1] < shapes[1][1] == width + batch["prompt_ids"].size(1) - 5
+    monkeypatch.setattr("rex_rag.training.grpo_seams.trimmed", lambda inputs, multiple: dict(inputs))
+    monkeypatch.setattr(trainer, "has_long_rows", lambda inputs: False)
+    found.append(gradients(trainer, batch))
+    assert shapes[2:] == [(6, width + batch["prompt_ids"].size(1) + 5)]
+    (loss, ours), (parents, theirs) = found
+    assert torch.allclose(loss, parents, rtol=1e-4, atol=1e-6)
+    for name, value in theirs.items():
+        assert torch.allclose(value, ours[name], rtol=1e-3, atol=1e-6), name
+    assert max(value.abs().max() for value in theirs.values()) > 1e-3
+
+
 def test_loss_mask_is_policy_and_probe(probed):
     trainer = probed()
     output = scored(trainer)
