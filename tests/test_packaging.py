@@ -6,8 +6,10 @@ import ast
 import configparser
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -201,6 +203,24 @@ def test_the_command_is_the_one_that_setup_cfg_names(setup_cfg: configparser.Con
 
     assert setup_cfg["options.entry_points"]["console_scripts"].strip() == "rex-rag = rex_rag.cli:main"
     assert callable(main)
+
+
+@pytest.mark.slow
+def test_a_wheel_carries_the_recipes_and_trains_and_checks_without_the_repository(tmp_path: Path):
+    source, wheels, home = tmp_path / "source", tmp_path / "wheels", tmp_path / "home"
+    shutil.copytree(PACKAGE, source / "rex_rag", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "recipes", source / "recipes")
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = ["pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(wheels)]
+    subprocess.run([sys.executable, "-m", *build, str(source)], check=True, cwd=tmp_path)
+    [wheel] = wheels.iterdir()
+    zipfile.ZipFile(wheel).extractall(home)
+    held = {str(path.relative_to(home / "rex_rag/recipes")) for path in home.glob("rex_rag/recipes/**/*.yaml")}
+    assert held == {str(path.relative_to(ROOT / "recipes")) for path in ROOT.glob("recipes/**/*.yaml")}
+    for words in (["rex_rag.cli", "check", "Qwen2.5-3B/rex_rag"], ["rex_rag.train", "--help"]):
+        done = subprocess.run([sys.executable, "-m", *words], cwd=home, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
