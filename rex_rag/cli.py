@@ -222,7 +222,7 @@ def _refuse_other_recipes(recipe: Path) -> None:
 
 def _retriever_lines(retriever: RetrieverArguments, top_k: int) -> dict[str, str]:
     from rex_rag.retrieval.base import RetrievalError
-    from rex_rag.retrieval.index.manifest import Manifest
+    from rex_rag.retrieval.manifest import Manifest
 
     said = f"{retriever.name}, top {top_k}"
     if retriever.kind == "index":

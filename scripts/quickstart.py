@@ -2,4 +2,5 @@
 
 from rex_rag.quickstart.run import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -4,4 +4,5 @@ import sys
 
 from rex_rag.quickstart.tiny_model import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

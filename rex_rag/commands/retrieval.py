@@ -24,7 +24,7 @@ def index(words: Sequence[str]) -> None:
     """Build an index directory, or check one."""
     from rex_rag.retrieval.index.arguments import IndexArguments
     from rex_rag.retrieval.index.builder import build_index
-    from rex_rag.retrieval.index.manifest import verify
+    from rex_rag.retrieval.manifest import verify
 
     def switches(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--dry-run", action="store_true", help="say what the build would take, and stop")

@@ -12,9 +12,9 @@ from typing import Any
 from rex_rag.data.corpus import read_corpus
 from rex_rag.retrieval.base import RetrievalError, Retriever
 from rex_rag.retrieval.bm25.text import BM25Options
-from rex_rag.retrieval.index.manifest import Manifest
 from rex_rag.retrieval.indexed import IndexedRetriever
 from rex_rag.retrieval.load import BM25, BM25S, RetrieverArguments
+from rex_rag.retrieval.manifest import Manifest
 from rex_rag.retrieval.passages import passage_json
 from rex_rag.support.tables import one_line
 from rex_rag.types import Passage

@@ -91,7 +91,8 @@ def _load_own(arguments: RetrieverArguments) -> Retriever:
 
 
 def _load_index(arguments: RetrieverArguments) -> Retriever:
-    from rex_rag.retrieval.index.kinds import SearchOptions, open_index
+    from rex_rag.retrieval.index.kinds import open_index
+    from rex_rag.retrieval.index_kind import SearchOptions
 
     return open_index(
         Path(arguments.retriever[0]),

@@ -265,7 +265,7 @@ def test_a_corpus_in_process_is_known_by_its_contents(tmp_path: Path):
 def test_an_index_is_known_by_its_manifest_and_by_how_it_is_searched(tmp_path: Path):
     from rex_rag.retrieval.index.arguments import IndexArguments
     from rex_rag.retrieval.index.builder import build_index
-    from rex_rag.retrieval.index.manifest import Manifest
+    from rex_rag.retrieval.manifest import Manifest
 
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(json.dumps({"id": "0", "title": "Fox", "text": "red"}) + "\n")

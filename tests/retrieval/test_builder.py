@@ -21,14 +21,16 @@ from rex_rag.data.corpus import write_corpus
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.retrieval.dense import encode_corpus, faiss_index
+from rex_rag.retrieval.dense.kind import _encoding_devices
 from rex_rag.retrieval.dense.qdrant_load import QdrantOptions
+from rex_rag.retrieval.estimate import NotEnoughRoom, Room
 from rex_rag.retrieval.index import builder
 from rex_rag.retrieval.index.arguments import IndexArguments
 from rex_rag.retrieval.index.builder import build_index
-from rex_rag.retrieval.index.estimate import NotEnoughRoom, Room
-from rex_rag.retrieval.index.kinds import SearchOptions, _encoding_devices, open_index
-from rex_rag.retrieval.index.manifest import verify
+from rex_rag.retrieval.index.kinds import open_index
+from rex_rag.retrieval.index_kind import SearchOptions
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+from rex_rag.retrieval.manifest import verify
 from rex_rag.support.durable import locked
 from rex_rag.types import Passage
 from tests.retrieval.dense_parts import save_word_encoder, word_passages
@@ -306,10 +308,10 @@ def test_an_index_is_checked_against_the_corpus_that_a_recipe_names(corpus: Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "torch"}, "is a bm25 index, which only its own engine searches, not torch"),
-        ({"nprobe": 3}, "is a bm25 index and has no lists to probe"),
-        ({"ef_search": 3}, "has no graph"),
-        ({"encoder": "x"}, "has no encoder"),
+        ({"engine": "torch"}, "is a bm25 index, which does not take retriever_engine='torch'; leave it out"),
+        ({"nprobe": 3}, "does not take retriever_nprobe=3"),
+        ({"ef_search": 3}, "does not take retriever_ef_search=3"),
+        ({"encoder": "x"}, "does not take retriever_encoder='x'"),
     ],
 )
 def test_options_that_an_index_does_not_take_are_refused(corpus: Path, tmp_path: Path, options: dict, message: str):
@@ -336,7 +338,7 @@ def test_options_that_an_index_does_not_take_are_refused(corpus: Path, tmp_path:
         ({"kind": "dense", "model": "m", "devices": 0}, r"devices=\[0\] holds 0"),
         ({"kind": "dense", "model": "m", "revision": 1234567}, "revision=1234567 is no text"),
         ({"pooling": "cls"}, "pooling='cls' is for kind='dense', but kind is 'bm25'"),
-        ({"nlist": 4}, "nlist=4 is for index='ivf', but kind is 'bm25'"),
+        ({"nlist": 4}, "nlist=4 is for kind='dense', but kind is 'bm25'; set kind to dense, or drop nlist"),
         ({"kind": "dense", "model": "m", "nprobe": 4}, "nprobe=4 is for index='ivf', but index is 'flat'"),
         ({"kind": "dense", "model": "m", "index": "ivf", "hnsw_m": 4}, "is for index='hnsw' or 'qdrant', but index"),
         (
@@ -348,7 +350,10 @@ def test_options_that_an_index_does_not_take_are_refused(corpus: Path, tmp_path:
             "build_threads=0; it must be an integer",
         ),
         ({"kind": "dense", "model": "m", "workers": 2, "devices": ["cpu"]}, "both say how many processes encode"),
-        ({"qdrant_url": "http://q"}, "are for index='qdrant'"),
+        (
+            {"kind": "dense", "model": "m", "qdrant_url": "http://q"},
+            "qdrant_url='http://q' is for index='qdrant', but",
+        ),
         ({"kind": "dense", "model": "m", "index": "qdrant", "qdrant_url": "http://q"}, "needs qdrant_collection"),
     ],
 )

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rex_rag.retrieval.index import estimate
-from rex_rag.retrieval.index.estimate import (
+from rex_rag.retrieval import estimate
+from rex_rag.retrieval.estimate import (
     Estimate,
     NotEnoughRoom,
     Room,

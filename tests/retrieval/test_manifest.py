@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.index.manifest import Manifest, hash_files, library_versions, verify
+from rex_rag.retrieval.manifest import Manifest, hash_files, library_versions, verify
 
 
 @pytest.fixture

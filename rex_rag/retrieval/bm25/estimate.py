@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rex_rag.retrieval.bm25.segments import PART_BYTES, make_index, part_borders, write_parts
 from rex_rag.retrieval.bm25.text import BM25Options, TermSplitter
-from rex_rag.retrieval.index.estimate import Estimate
+from rex_rag.retrieval.estimate import Estimate
 from rex_rag.retrieval.passages import PassageList, passage_json
 from rex_rag.types import Passage
 

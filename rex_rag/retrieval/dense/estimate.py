@@ -13,7 +13,7 @@ from rex_rag.retrieval.dense.encode_corpus import DTYPES as DTYPE_BYTES
 from rex_rag.retrieval.dense.encoder import Encoder
 from rex_rag.retrieval.dense.faiss_index import ADD_ROWS, TRAINING_PER_LIST, FaissOptions
 from rex_rag.retrieval.dense.flat_file import import_faiss
-from rex_rag.retrieval.index.estimate import Estimate
+from rex_rag.retrieval.estimate import Estimate
 from rex_rag.support.wording import counted
 from rex_rag.types import Passage
 

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
+from rex_rag.retrieval.index.kinds import KINDS
 from rex_rag.support.errors import UserError
 
-KINDS = ("bm25", "dense")
 INDEX_TYPES = ("flat", "flat-fp16", "ivf", "hnsw", "qdrant")
 DTYPES = ("float32", "bfloat16", "float16")
-# Arguments that say where and how fast to work, and so leave the index what it is.
-_NOT_IDENTITY = ("corpus", "output", "workers", "devices", "qdrant_url")
 _COUNTS = (
     *("workers", "max_tokens", "batch_size", "nlist", "nprobe", "hnsw_m", "ef_construction", "ef_search"),
     "build_threads",
 )
 _LISTS = ("corpus", "devices")
-_BM25_ONLY = ("stemmer", "stopwords")
-# What only a dense index has, unset by default; and of that, what only some types of it have.
-_DENSE_ONLY = (
-    *("model", "revision", "encoder_family", "query_prefix", "passage_prefix", "passage_format", "pooling"),
-    *("normalize", "max_tokens", "dtype", "devices", "workers"),
-)
-_TYPES_OF = {
-    "nlist": ("ivf",),
-    "nprobe": ("ivf",),
-    "hnsw_m": ("hnsw", "qdrant"),
-    "ef_construction": ("hnsw", "qdrant"),
-    "ef_search": ("hnsw",),
-    "build_threads": ("hnsw",),
-}
 _TEXTS = (
     *("stemmer", "stopwords", "model", "revision", "encoder_family", "query_prefix", "passage_prefix"),
     *("passage_format", "pooling", "qdrant_url", "qdrant_collection"),
@@ -145,9 +128,9 @@ class IndexArguments:
             yield f"kind={self.kind!r}; it must be one of {', '.join(KINDS)}"
         if self.index not in INDEX_TYPES:
             yield f"index={self.index!r}; it must be one of {', '.join(INDEX_TYPES)}"
-        if self.kind == "dense" and not self.model:
-            yield "kind='dense' needs an encoder; set model, for example intfloat/e5-base-v2"
-        yield from self._misplaced()
+        if self.kind in KINDS:
+            yield from self._misplaced()
+            yield from KINDS[self.kind].problems(self)
         if self.dtype is not None and self.dtype not in DTYPES:
             yield f"dtype={self.dtype!r}; it must be one of {', '.join(DTYPES)}"
         whole = True
@@ -158,41 +141,22 @@ class IndexArguments:
                 yield f"{name}={value!r}; it must be an integer of at least 1"
         if whole and self.nlist and self.nprobe and self.nprobe > self.nlist:
             yield f"nprobe={self.nprobe} is more than nlist={self.nlist}; search at most all lists"
-        if (self.qdrant_url or self.qdrant_collection) and self.index != "qdrant":
-            yield f"qdrant_url and qdrant_collection are for index='qdrant', but index is {self.index!r}"
-        if self.qdrant_url and not self.qdrant_collection:
-            yield f"qdrant_url={self.qdrant_url!r} needs qdrant_collection, the name to load the passages under"
 
     def _misplaced(self):
-        """Settings of another kind or type of index: taking them and doing nothing with them would mislead."""
-        if self.kind == "bm25":
-            for name in _DENSE_ONLY:
+        """Settings of another kind of index: taking them and doing nothing with them would mislead."""
+        for kind in KINDS.values():
+            for name in kind.settings if kind.name != self.kind else ():
                 if getattr(self, name) not in (None, []):
-                    given = f"{name}={getattr(self, name)!r}"
-                    yield f"{given} is for kind='dense', but kind is 'bm25'; set kind to dense, or drop {name}"
-        for name, types in _TYPES_OF.items():
-            if getattr(self, name) is not None and (self.kind == "bm25" or self.index not in types):
-                given = "kind is 'bm25'" if self.kind == "bm25" else f"index is {self.index!r}"
-                yield f"{name}={getattr(self, name)!r} is for index={' or '.join(map(repr, types))}, but {given}"
-        if self.kind == "dense" and self.workers and self.devices:
-            yield (
-                f"workers={self.workers} and devices={self.devices} both say how many processes encode; name a device "
-                "as often as it is to work, or drop one of the two"
-            )
+                    yield (
+                        f"{name}={getattr(self, name)!r} is for kind={kind.name!r}, but kind is {self.kind!r}; set "
+                        f"kind to {kind.name}, or drop {name}"
+                    )
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The arguments that make the index what it is; of a local encoder its content, wherever it lies.
+        """The arguments that make the index what it is.
 
         Raises:
             RetrievalError: for a local folder that holds no encoder.
         """
-        values = {name: value for name, value in asdict(self).items() if name not in _NOT_IDENTITY}
-        if self.kind == "bm25":
-            return {"kind": self.kind, **{name: values[name] for name in _BM25_ONLY}}
-        if Path(self.model).expanduser().is_dir():
-            from rex_rag.retrieval.dense.checkpoints import find_checkpoint, public_name
-
-            revision = find_checkpoint(self.model).revision
-            values |= {"model": public_name(self.model, revision), "revision": revision}
-        return {name: value for name, value in values.items() if name not in _BM25_ONLY}
+        return KINDS[self.kind].identity(self)

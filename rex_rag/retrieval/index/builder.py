@@ -18,11 +18,12 @@ from typing import Any
 
 from rex_rag.data.corpus import CorpusError, corpus_files
 from rex_rag.retrieval.base import RetrievalError
+from rex_rag.retrieval.estimate import Estimate, Room, check_room, human_bytes, human_seconds, measure_room
 from rex_rag.retrieval.index.arguments import IndexArguments
-from rex_rag.retrieval.index.estimate import Estimate, Room, check_room, human_bytes, human_seconds, measure_room
-from rex_rag.retrieval.index.kinds import IndexKind, index_kind
-from rex_rag.retrieval.index.manifest import MANIFEST_FILE, Manifest, hash_files, library_versions
+from rex_rag.retrieval.index.kinds import KINDS
 from rex_rag.retrieval.index.passage_writer import CorpusFile, sample_passages, scan_corpus, write_store
+from rex_rag.retrieval.index_kind import IndexKind
+from rex_rag.retrieval.manifest import MANIFEST_FILE, Manifest, hash_files, library_versions
 from rex_rag.retrieval.passages import OFFSET_BYTES, PASSAGES_FILE, PassageStore, passage_json
 from rex_rag.support.durable import locked, remove_partial, sync_folder, write_json
 from rex_rag.support.wording import counted, shorten
@@ -64,7 +65,7 @@ def build_index(
         return output
     if output.is_mount():
         raise RetrievalError(f"{output} is a mount point, which no rename replaces; name a directory inside it")
-    kind = index_kind(arguments)
+    kind = KINDS[arguments.kind](arguments)
     total = sum(file.lines for file in scanned)
     sample = sample_passages(files, SAMPLE_SIZE)
     estimate = _store_estimate(sample, total).then(kind.estimate(sample, total))
