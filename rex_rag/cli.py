@@ -222,14 +222,12 @@ def _refuse_other_recipes(recipe: Path) -> None:
 
 def _retriever_lines(retriever: RetrieverArguments, top_k: int) -> dict[str, str]:
     from rex_rag.retrieval.base import RetrievalError
-    from rex_rag.retrieval.manifest import Manifest
 
     said = f"{retriever.name}, top {top_k}"
-    if retriever.kind == "index":
-        try:
-            Manifest.read(retriever.retriever[0])
-        except RetrievalError as error:
-            said += f": NO INDEX: {error}"
+    try:
+        retriever.kind.check(retriever)
+    except RetrievalError as error:
+        said += f": NO {retriever.kind.name.upper()}: {error}"
     if retriever.rerank_model is None:
         return {"retriever": said}
     return {

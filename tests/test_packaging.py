@@ -88,6 +88,17 @@ LAYERS = (
     ("quickstart", "commands"),
     ("cli", "train", "evaluate"),
 )
+# The same inside the largest part.
+RETRIEVAL_LAYERS = (
+    ("base", "lookup"),
+    ("passages",),
+    ("indexed", "estimate", "manifest", "index_kind"),
+    ("bm25", "dense", "online", "remote"),
+    ("index", "rerank", "identity"),
+    ("kinds",),
+    ("load",),
+    ("server",),
+)
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 
@@ -106,6 +117,16 @@ def test_imports_point_down(module: str):
     others = {part_of(found) for found in IMPORTS[module]} - {None, own}
     assert not {other for other in others if LEVEL[other] >= LEVEL[own]}, f"{module} imports what is not below it"
     assert module not in reachable(module), f"{module} imports itself in a circle"
+
+
+def test_imports_point_down_inside_retrieval():
+    level = {part: number for number, parts in enumerate(RETRIEVAL_LAYERS) for part in parts}
+    inside = [name for name in MODULES if name.startswith("rex_rag.retrieval.")]
+    assert {name.split(".")[2] for name in inside} == set(level)
+    for module in inside:
+        own = module.split(".")[2]
+        others = {found.split(".")[2] for found in IMPORTS[module] if found.startswith("rex_rag.retrieval.")} - {own}
+        assert not {other for other in others if level[other] >= level[own]}, f"{module} imports what is not below it"
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

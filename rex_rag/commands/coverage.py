@@ -105,7 +105,7 @@ def coverage(words: Sequence[str]) -> None:
     benchmarks = [load_benchmark(spec, revision=arguments.benchmark_revision) for spec in arguments.benchmarks]
     if arguments.subset is not None:
         benchmarks = [subset(one, arguments.subset, arguments.subset_seed) for one in benchmarks]
-    sources = arguments.passages or retrieval.corpus or (retrieval.retriever if retrieval.kind == "index" else [])
+    sources = arguments.passages or retrieval.kind.passages(retrieval)
     if not sources and not arguments.search:
         raise UserError("there is nothing to look through; name --corpus, --passages or an index, or search")
     if arguments.write_answerable is not None:

@@ -233,7 +233,7 @@ def _finished_card(
     if finished and found["retriever"] is not None and card["method"]["uses_retriever"]:
         said = describe_retriever(search, found["retriever"]["description"])
         # A server that is away now says nothing, and a finished run does not need it.
-        if said["fingerprint"] is not None or said["kind"] != "remote":
+        if said["fingerprint"] is not None or not search.kind.is_served:
             card["retriever"] = said
     check_same_run(output, card)
     return found if finished else None
@@ -364,9 +364,8 @@ def _may_go_first(search: SearchArguments, options: ModelOptions) -> bool:
     chosen before torch has looked at them.
     """
     from rex_rag.models.language_model import VLLM
-    from rex_rag.retrieval.load import BM25
 
-    return options.backend != VLLM or (search.kind in (BM25, "remote", "online") and search.rerank_model is None)
+    return options.backend != VLLM or not (search.kind.loads_engine or search.rerank_model)
 
 
 def _checked_retriever(search: SearchArguments) -> Retriever:

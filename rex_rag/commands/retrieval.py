@@ -58,8 +58,7 @@ def index(words: Sequence[str]) -> None:
 
 def serve(words: Sequence[str]) -> None:
     """Answer searches over HTTP until told to stop."""
-    from rex_rag.retrieval.identity import retriever_identity
-    from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+    from rex_rag.retrieval.load import RetrieverArguments, load_retriever, retriever_identity
     from rex_rag.retrieval.server.options import ServerOptions
 
     description = (

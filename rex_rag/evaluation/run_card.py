@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rex_rag import __version__, answers
 from rex_rag.evaluation import choices
 from rex_rag.evaluation.records import RUN_FILE
-from rex_rag.retrieval.identity import retriever_identity
+from rex_rag.retrieval.load import retriever_identity
 from rex_rag.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -121,9 +121,9 @@ def describe_retriever(
     """
     identity = retriever_identity(arguments, loaded)
     served = identity.pop("served", None)
-    if arguments.kind == "remote":
+    if arguments.kind.is_served:
         description = served or _SILENT_SERVER
-    return {"kind": arguments.kind, "description": description, "fingerprint": None, **identity}
+    return {"kind": arguments.kind.name, "description": description, "fingerprint": None, **identity}
 
 
 def comparable(

@@ -7,17 +7,18 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rex_rag.data.corpus import read_corpus
 from rex_rag.retrieval.base import RetrievalError, Retriever
 from rex_rag.retrieval.bm25.text import BM25Options
-from rex_rag.retrieval.indexed import IndexedRetriever
-from rex_rag.retrieval.load import BM25, BM25S, RetrieverArguments
 from rex_rag.retrieval.manifest import Manifest
 from rex_rag.retrieval.passages import passage_json
 from rex_rag.support.tables import one_line
 from rex_rag.types import Passage
+
+if TYPE_CHECKING:
+    from rex_rag.retrieval.load import RetrieverArguments
 
 logger = logging.getLogger(__name__)
 
@@ -40,51 +41,36 @@ _MOST_CHARACTERS = 200
 _NOT_TOLD = ("kind", "description", "served")
 
 
-def retriever_identity(arguments: RetrieverArguments, loaded: Retriever | None = None) -> dict[str, Any]:
-    """`fingerprint` and `corpus_sha256`, where they can be known, and the settings that change what is found.
+def of_bm25(arguments: RetrieverArguments, loaded: Retriever | None, **parameters: Any) -> dict[str, Any]:
+    """That of the index which `rex-rag index --kind bm25` would make of the corpus, with further parameters."""
+    passages = loaded.passages if loaded is not None else read_corpus(arguments.corpus)
+    return _in_process(passages, BM25Options().index_parameters | parameters)
 
-    fingerprint: of an index's manifest. BM25 over a corpus in this process has that of the index which `rex-rag index
-    --kind bm25` would make of it, and finds the same. A server tells its own; `served` is what it says it searches.
 
-    answers_sha256: of a server that tells no fingerprint (Search-R1's own): the hash of the passages' texts, in order,
-    that it finds for `FIXED_QUERIES`. One other passage among them and it counts as another retriever; a change that
-    none of them shows goes unseen. An online engine has nothing of the kind: what it finds changes by the day.
+def of_index(arguments: RetrieverArguments, loaded: Retriever | None) -> dict[str, Any]:
+    manifest = Manifest.read(arguments.retriever[0])
+    return {"fingerprint": manifest.fingerprint, "corpus_sha256": manifest.corpus_sha256}
 
-    Args:
-        loaded: the retriever that the arguments name, where it is loaded: spares reading its corpus again. Without
-            it, a server is not asked to search.
 
-    Raises:
-        CorpusError, RetrievalError: for a corpus or index that cannot be read, a re-ranker that is not there, and
-            servers that search different things.
-    """
+def of_servers(arguments: RetrieverArguments, loaded: Retriever | None) -> dict[str, Any]:
+    """What servers tell; where they tell no fingerprint, and may be asked, by what they find."""
+    told = _served(arguments.retriever)
+    if loaded is not None and "fingerprint" not in told:
+        told |= _answers(arguments)
+    return told
+
+
+def of_settings(arguments: RetrieverArguments) -> dict[str, Any]:
+    """What is done here with an index or with what a retriever finds."""
     settings = {
         "nprobe": arguments.retriever_nprobe,
         "ef_search": arguments.retriever_ef_search,
         "engine": None if arguments.retriever_engine == "auto" else arguments.retriever_engine,
-        "rerank_model": None,
-        "rerank_candidates": None,
     }
     if arguments.rerank_model is not None:
         settings["rerank_model"] = _checkpoint(arguments.rerank_model)
         settings["rerank_candidates"] = arguments.rerank_candidates
-    known = {name: value for name, value in settings.items() if value is not None}
-    if arguments.kind == "remote":
-        # What the server does comes first; what is done here with its passages may come on top.
-        told = _served(arguments.retriever)
-        if loaded is not None and "fingerprint" not in told:
-            told |= _answers(arguments)
-        return {**told, **known}
-    if arguments.kind in (BM25, BM25S):
-        passages = loaded.passages if isinstance(loaded, IndexedRetriever) else read_corpus(arguments.corpus)
-        index = BM25Options().index_parameters
-        if arguments.kind == BM25S:
-            index |= {"engine": BM25S, "k1": arguments.bm25s_k1, "b": arguments.bm25s_b}
-        return {**_in_process(passages, index), **known}
-    if arguments.kind == "index":
-        manifest = Manifest.read(arguments.retriever[0])
-        return {"fingerprint": manifest.fingerprint, "corpus_sha256": manifest.corpus_sha256, **known}
-    return known
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _in_process(passages: Iterable[Passage], index: dict[str, Any]) -> dict[str, str]:

@@ -6,12 +6,14 @@ To add one, write a `RetrieverKind` and put it into `KINDS`. A class of your own
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rex_rag.retrieval.base import Retriever, as_retriever
+from rex_rag.retrieval.identity import of_bm25, of_index, of_servers
+from rex_rag.retrieval.manifest import Manifest
 from rex_rag.support.named import is_named, load_named
 
 if TYPE_CHECKING:
@@ -20,23 +22,35 @@ if TYPE_CHECKING:
 BM25 = "bm25"
 BM25S = "bm25s"
 ONLINE = ("google", "serpapi")
+# Pyserini's, with which most published BM25 baselines were made.
+BM25S_DEFAULTS = {"bm25s_k1": 0.9, "bm25s_b": 0.4}
 
 
 @dataclass(frozen=True, slots=True)
 class RetrieverKind:
     """One kind.
 
-    matches: whether an entry of the setting `retriever` names it. load: opens it. corpus: whether it searches the
-    setting `corpus` ("needed"), checks its own by it ("checked") or has nothing to do with it ("none"). reason: why it
-    does not read the settings of an index directory; empty where it does. problems: what else is wrong with settings.
+    matches: whether an entry of the setting `retriever` names it. load: opens it. identity: what decides what it
+    finds, see `retriever_identity`. corpus: whether it searches the setting `corpus` ("needed"), checks its own by it
+    ("checked") or has nothing to do with it ("none"). reason: why it does not read the settings of an index directory;
+    empty where it does. settings: what it alone reads, with the value that asks for nothing. problems: what else is
+    wrong with settings. check: raises where what is named is not there. passages: files in which to look its passages
+    through. is_served: other processes search, several of which can share the work. loads_engine: whether opening it
+    loads libraries that vLLM cannot start beside.
     """
 
     name: str
     matches: Callable[[str], bool]
     load: Callable[[RetrieverArguments], Retriever]
+    identity: Callable[[RetrieverArguments, Retriever | None], dict[str, Any]] = lambda arguments, loaded: {}
     corpus: str = "none"
     reason: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
     problems: Callable[[RetrieverArguments], Iterator[str]] = lambda arguments: iter(())
+    check: Callable[[RetrieverArguments], object] = lambda arguments: None
+    passages: Callable[[RetrieverArguments], list[str]] = lambda arguments: arguments.corpus
+    is_served: bool = False
+    loads_engine: bool = True
 
 
 def _load_bm25(arguments: RetrieverArguments) -> Retriever:
@@ -119,18 +133,52 @@ def _index_problems(arguments: RetrieverArguments) -> Iterator[str]:
 _IN_MEMORY = "searches in memory on the CPU"
 # The first that matches; an index directory is what is nothing else.
 KINDS = (
-    RetrieverKind(BM25, BM25.__eq__, _load_bm25, "needed", _IN_MEMORY),
-    RetrieverKind(BM25S, BM25S.__eq__, _load_bm25s, "needed", _IN_MEMORY),
-    RetrieverKind("online", ONLINE.__contains__, _load_online, "none", "is an online engine", _online_problems),
+    RetrieverKind(
+        BM25,
+        BM25.__eq__,
+        _load_bm25,
+        of_bm25,
+        corpus="needed",
+        reason=_IN_MEMORY,
+        loads_engine=False,
+    ),
+    RetrieverKind(
+        BM25S,
+        BM25S.__eq__,
+        _load_bm25s,
+        lambda arguments, loaded: of_bm25(arguments, loaded, engine=BM25S, k1=arguments.bm25s_k1, b=arguments.bm25s_b),
+        corpus="needed",
+        reason=_IN_MEMORY,
+        settings=BM25S_DEFAULTS,
+    ),
+    RetrieverKind(
+        "online",
+        ONLINE.__contains__,
+        _load_online,
+        reason="is an online engine",
+        problems=_online_problems,
+        loads_engine=False,
+    ),
     RetrieverKind(
         "remote",
         lambda name: name.startswith(("http://", "https://")),
         _load_remote,
-        "none",
-        "is searched by its server, which has settings of its own",
+        of_servers,
+        reason="is searched by its server, which has settings of its own",
+        is_served=True,
+        loads_engine=False,
     ),
-    RetrieverKind("own", is_named, _load_own, "none", "is a class of your own"),
-    RetrieverKind("index", lambda name: True, _load_index, "checked", problems=_index_problems),
+    RetrieverKind("own", is_named, _load_own, reason="is a class of your own"),
+    RetrieverKind(
+        "index",
+        lambda name: True,
+        _load_index,
+        of_index,
+        corpus="checked",
+        problems=_index_problems,
+        check=lambda arguments: Manifest.read(arguments.retriever[0]),
+        passages=lambda arguments: arguments.corpus or arguments.retriever,
+    ),
 )
 
 

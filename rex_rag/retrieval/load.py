@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from rex_rag.retrieval.base import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_SECONDS, Retriever
-from rex_rag.retrieval.kinds import BM25, BM25S, kind_of
+from rex_rag.retrieval.identity import of_settings
+from rex_rag.retrieval.kinds import BM25, BM25S_DEFAULTS, KINDS, RetrieverKind, kind_of
 from rex_rag.support.errors import UserError
 
 CACHE_MODES = ("record", "replay", "off")
@@ -18,8 +20,6 @@ _INDEX_ONLY = {
     "retriever_nprobe": None,
     "retriever_ef_search": None,
 }
-# What only `bm25s` reads. The defaults are Pyserini's, with which most published BM25 baselines were made.
-_BM25S_ONLY = {"bm25s_k1": 0.9, "bm25s_b": 0.4}
 
 
 @dataclass
@@ -71,11 +71,11 @@ class RetrieverArguments:
         default=None, metadata={"help": "hnsw and qdrant: candidates of a search, instead of built-in."}
     )
     bm25s_k1: float = field(
-        default=_BM25S_ONLY["bm25s_k1"],
+        default=BM25S_DEFAULTS["bm25s_k1"],
         metadata={"help": "bm25s: term frequency saturation, Pyserini's. bm25 has 1.2."},
     )
     bm25s_b: float = field(
-        default=_BM25S_ONLY["bm25s_b"], metadata={"help": "bm25s: length normalisation, Pyserini's. bm25 has 0.75."}
+        default=BM25S_DEFAULTS["bm25s_b"], metadata={"help": "bm25s: length normalisation, Pyserini's. bm25 has 0.75."}
     )
     rerank_model: str | None = field(
         default=None, metadata={"help": "Cross-encoder (sentence-transformers) that orders the candidates anew."}
@@ -106,9 +106,8 @@ class RetrieverArguments:
             raise UserError("; ".join(problems))
 
     @property
-    def kind(self) -> str:
-        """The name of its kind, see `rex_rag.retrieval.kinds`."""
-        return kind_of(self.retriever[0]).name
+    def kind(self) -> RetrieverKind:
+        return kind_of(self.retriever[0])
 
     @property
     def name(self) -> str:
@@ -124,10 +123,10 @@ class RetrieverArguments:
         if not self.retriever:
             yield f"retriever is empty; use {BM25!r}, an index directory or a URL such as http://127.0.0.1:8000"
             return
-        if len(self.retriever) > 1 and any(kind_of(name).name != "remote" for name in self.retriever):
+        if len(self.retriever) > 1 and not all(kind_of(name).is_served for name in self.retriever):
             yield f"retriever={self.retriever} names several that are not all URLs; only servers can share the work"
             return
-        kind = kind_of(self.retriever[0])
+        kind = self.kind
         if kind.corpus == "none" and self.corpus:
             yield (
                 f"retriever={self.retriever} has its own corpus, but corpus={self.corpus} is set too; leave corpus "
@@ -135,7 +134,7 @@ class RetrieverArguments:
             )
         if kind.corpus == "needed" and not self.corpus:
             yield (
-                f"retriever={self.kind!r} searches a corpus in this process, but corpus is empty; name at least one "
+                f"retriever={kind.name!r} searches a corpus in this process, but corpus is empty; name at least one "
                 "JSON lines file of passages"
             )
         yield from kind.problems(self)
@@ -143,10 +142,14 @@ class RetrieverArguments:
 
     def _misplaced(self) -> Iterator[str]:
         """Settings that this kind of retriever does not read: taking them and doing nothing would mislead."""
-        for name, unset in _BM25S_ONLY.items() if self.kind != BM25S else ():
-            if getattr(self, name) != unset:
-                yield f"{name}={getattr(self, name)!r} is for retriever='bm25s', not for {self.kind}; leave it out"
-        reason = kind_of(self.retriever[0]).reason
+        for other in KINDS:
+            for name, unset in other.settings.items() if other is not self.kind else ():
+                if getattr(self, name) != unset:
+                    yield (
+                        f"{name}={getattr(self, name)!r} is for retriever={other.name!r}, not for {self.kind.name}; "
+                        "leave it out"
+                    )
+        reason = self.kind.reason
         if not reason:
             return
         unread = {name: "leave it out" for name, unset in _INDEX_ONLY.items() if getattr(self, name) != unset}
@@ -194,3 +197,24 @@ def load_retriever(arguments: RetrieverArguments) -> Retriever:
     from rex_rag.retrieval.rerank import rerank
 
     return rerank(retriever, arguments.rerank_model, arguments.rerank_candidates, arguments.retriever_devices)
+
+
+def retriever_identity(arguments: RetrieverArguments, loaded: Retriever | None = None) -> dict[str, Any]:
+    """`fingerprint` and `corpus_sha256`, where they can be known, and the settings that change what is found.
+
+    fingerprint: of an index's manifest. BM25 over a corpus in this process has that of the index which `rex-rag index
+    --kind bm25` would make of it, and finds the same. A server tells its own; `served` is what it says it searches.
+
+    answers_sha256: of a server that tells no fingerprint (Search-R1's own): the hash of the passages' texts, in order,
+    that it finds for `FIXED_QUERIES`. One other passage among them and it counts as another retriever; a change that
+    none of them shows goes unseen. An online engine has nothing of the kind: what it finds changes by the day.
+
+    Args:
+        loaded: the retriever that the arguments name, where it is loaded: spares reading its corpus again. Without
+            it, a server is not asked to search.
+
+    Raises:
+        CorpusError, RetrievalError: for a corpus or index that cannot be read, a re-ranker that is not there, and
+            servers that search different things.
+    """
+    return arguments.kind.identity(arguments, loaded) | of_settings(arguments)

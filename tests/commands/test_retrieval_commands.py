@@ -149,7 +149,7 @@ def test_retrieval_recipes_parse_strictly_and_serve_what_they_build(recipe: str,
         "serve", "", "serve", (RetrieverArguments, ServerOptions), ["--config", recipe]
     )
     assert retrieval.retriever == [built.output]
-    assert retrieval.kind == "index"
+    assert retrieval.kind.name == "index"
     assert options.is_loopback
     text = Path(recipe).read_text()
     for command in ("rex-rag index", "rex-rag serve"):

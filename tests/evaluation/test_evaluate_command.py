@@ -22,8 +22,7 @@ from rex_rag.evaluation.methods import METHODS
 from rex_rag.evaluation.run import RunError, Shard
 from rex_rag.models import language_model as models
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.identity import retriever_identity
-from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+from rex_rag.retrieval.load import RetrieverArguments, load_retriever, retriever_identity
 from tests.evaluation.test_judge import JudgeServer
 from tests.evaluation.tiny_run import ROOT, make_tiny_world
 from tests.retrieval.running import Running

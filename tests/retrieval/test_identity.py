@@ -9,10 +9,10 @@ import pytest
 
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
-from rex_rag.retrieval.identity import FIXED_QUERIES, read_identity, retriever_identity
+from rex_rag.retrieval.identity import FIXED_QUERIES, read_identity
 from rex_rag.retrieval.index.arguments import IndexArguments
 from rex_rag.retrieval.index.builder import build_index
-from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+from rex_rag.retrieval.load import RetrieverArguments, load_retriever, retriever_identity
 from rex_rag.retrieval.manifest import Manifest
 from tests.retrieval.running import AppServer, Running, search_r1_app
 

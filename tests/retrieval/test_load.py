@@ -10,8 +10,7 @@ from trl import TrlParser
 from rex_rag.data.corpus import CorpusError, write_corpus
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
-from rex_rag.retrieval.identity import retriever_identity
-from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+from rex_rag.retrieval.load import RetrieverArguments, load_retriever, retriever_identity
 from rex_rag.retrieval.remote.client import RemoteRetriever
 from rex_rag.training.recipe import RECIPE_PARTS
 from rex_rag.types import Passage
@@ -103,8 +102,8 @@ def test_values_that_do_not_go_together_are_refused(values, message):
 
 
 def test_what_an_index_or_a_reranker_reads_is_taken(tmp_path):
-    assert RetrieverArguments(retriever=str(tmp_path), retriever_nprobe=8, retriever_engine="torch").kind == "index"
-    assert RetrieverArguments(retriever="http://x", retriever_devices="cuda:0", rerank_model="m").kind == "remote"
+    assert RetrieverArguments(retriever=str(tmp_path), retriever_nprobe=8, retriever_engine="torch").kind.name == "index"
+    assert RetrieverArguments(retriever="http://x", retriever_devices="cuda:0", rerank_model="m").kind.name == "remote"
     assert RetrieverArguments(retriever="http://x", retriever_engine="auto", retriever_devices=[]).kind == "remote"
 
 
@@ -142,4 +141,4 @@ def test_a_corpus_that_a_recipe_names_can_be_left_out_on_the_command_line(tmp_pa
     with pytest.raises(ValueError, match="--corpus none where a recipe names it"):
         TrlParser(RetrieverArguments).parse_args_and_config(words)
     [arguments] = TrlParser(RetrieverArguments).parse_args_and_config([*words, "--corpus", "none"])
-    assert (arguments.corpus, arguments.kind) == ([], "remote")
+    assert (arguments.corpus, arguments.kind.name) == ([], "remote")

@@ -93,7 +93,7 @@ def test_a_class_of_ones_own_is_named_in_a_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     arguments = RetrieverArguments(retriever=["my_echo:Echo"])
-    assert arguments.kind == "own"
+    assert arguments.kind.name == "own"
     assert load_retriever(arguments).search(["hello"], 1)[0][0].text == "hello"
     with pytest.raises(ValueError, match="retriever_nprobe=3 is for an index directory"):
         RetrieverArguments(retriever=["my_echo:Echo"], retriever_nprobe=3)
