@@ -102,9 +102,12 @@ def test_values_that_do_not_go_together_are_refused(values, message):
 
 
 def test_what_an_index_or_a_reranker_reads_is_taken(tmp_path):
-    assert RetrieverArguments(retriever=str(tmp_path), retriever_nprobe=8, retriever_engine="torch").kind.name == "index"
+    index = RetrieverArguments(retriever=str(tmp_path), retriever_nprobe=8, retriever_engine="torch")
+    assert index.kind.name == "index"
     assert RetrieverArguments(retriever="http://x", retriever_devices="cuda:0", rerank_model="m").kind.name == "remote"
-    assert RetrieverArguments(retriever="http://x", retriever_engine="auto", retriever_devices=[]).kind == "remote"
+    assert (
+        RetrieverArguments(retriever="http://x", retriever_engine="auto", retriever_devices=[]).kind.name == "remote"
+    )
 
 
 def test_recipe_and_command_line(tmp_path):
