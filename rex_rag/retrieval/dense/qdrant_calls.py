@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import random
-import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rex_rag.retrieval.base import EngineAway, RetrievalError
+from rex_rag.support.politeness import PassingTrouble, persist
+from rex_rag.support.wording import counted
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -78,39 +78,54 @@ class QdrantCalls:
             raise RetrievalError(f"max_attempts={max_attempts}, backoff={backoff}; at least 1 attempt and 0 seconds")
         self.client, self.collection = client, collection
         self._max_attempts, self._backoff = max_attempts, backoff
-        self._jitter = random.Random()  # own generator: waiting must not advance the seeded global one
 
     def __call__(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
         from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
-        for attempt in range(1, self._max_attempts + 1):
+        made = 0
+
+        def attempt() -> T:
+            nonlocal made
+            made += 1
             try:
                 return call(*args, **kwargs)
             except ResourceExhaustedResponse as error:
-                cause, passing, wait = error, True, float(error.retry_after_s)
+                raise PassingTrouble(_said(error), retry_after=float(error.retry_after_s)) from error
             except ResponseHandlingException as error:
-                cause, passing, wait = error.source, True, 0.0
-            except UnexpectedResponse as error:
-                cause, passing, wait = error, error.status_code == 429 or (error.status_code or 500) >= 500, 0.0
+                raise PassingTrouble(_said(error.source)) from error.source
             except NotApplied as error:
-                cause, passing, wait = error, True, 0.0
-            except ValueError as error:
-                cause, passing, wait = error, False, 0.0
-            said = " ".join(f"{type(cause).__name__}: {cause}".split())
-            if not passing or attempt == self._max_attempts:
-                way_out = "is the cluster up and reachable from here?" if passing else "the request was refused"
-                if isinstance(cause, UnexpectedResponse) and cause.status_code in (401, 403):
-                    way_out = f"set the environment variable {API_KEY_VARIABLE} to a key that may do this"
-                raise (EngineAway if passing else RetrievalError)(
-                    f"Qdrant collection {self.collection!r}: {getattr(call, '__name__', call)} failed after {attempt} "
-                    f"attempt{'s' * (attempt > 1)} ({said}); {way_out}"
-                ) from cause
-            delay = min(MAX_BACKOFF_SECONDS, max(wait, self._backoff * 2 ** (attempt - 1)))
-            delay *= self._jitter.uniform(0.5, 1.0) if not wait else 1.0
-            logger.warning("Qdrant: attempt %d of %d failed (%s)", attempt, self._max_attempts, said)
-            time.sleep(delay)
-        raise AssertionError("unreachable")
+                raise PassingTrouble(_said(error)) from error
+            except UnexpectedResponse as error:
+                if error.status_code == 429 or (error.status_code or 500) >= 500:
+                    raise PassingTrouble(_said(error)) from error
+                raise
+
+        def say(number: int, trouble: PassingTrouble, delay: float) -> None:
+            logger.warning("Qdrant: attempt %d of %d failed (%s)", number, self._max_attempts, trouble)
+
+        def failed(said: str, way_out: str) -> str:
+            return (
+                f"Qdrant collection {self.collection!r}: {getattr(call, '__name__', call)} failed after "
+                f"{counted(made, 'attempt')} ({said}); {way_out}"
+            )
+
+        try:
+            return persist(
+                attempt, attempts=self._max_attempts, backoff=self._backoff, longest=MAX_BACKOFF_SECONDS, say=say
+            )
+        except PassingTrouble as trouble:
+            way_out = "is the cluster up and reachable from here?"
+            raise EngineAway(failed(str(trouble), way_out)) from trouble.__cause__
+        except (UnexpectedResponse, ValueError) as error:
+            way_out = "the request was refused"
+            if isinstance(error, UnexpectedResponse) and error.status_code in (401, 403):
+                way_out = f"set the environment variable {API_KEY_VARIABLE} to a key that may do this"
+            raise RetrievalError(failed(_said(error), way_out)) from error
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def check_reachable(url: str, collection: str, max_attempts: int = 3, backoff: float = 0.5) -> None:

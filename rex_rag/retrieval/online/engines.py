@@ -12,17 +12,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from rex_rag.retrieval.online.cache import Hit
+from rex_rag.support.politeness import PassingTrouble
 from rex_rag.support.wording import shorten
 
 RESULTS_PER_SEARCH = 10  # both engines' default page, and the most that Google's gives
 
 
-class PassingTrouble(Exception):
-    """A failed attempt that is worth another one, `wait` seconds from now at the earliest."""
-
-    def __init__(self, said: str, wait: float = 0.0, quota: bool = False) -> None:
-        super().__init__(said)
-        self.wait, self.quota = wait, quota
+class TooManySearches(PassingTrouble):
+    """The engine was asked more often than it allows at once."""
 
 
 class UnusableAnswer(Exception):

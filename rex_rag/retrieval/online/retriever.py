@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import os
-import random
 import threading
 import time
 from collections.abc import Sequence
@@ -29,7 +28,8 @@ import httpx
 
 from rex_rag.retrieval.base import DEFAULT_MAX_ATTEMPTS, RetrievalError, Retriever, check_request
 from rex_rag.retrieval.online.cache import CacheMode, Hit, OnlineCache, normalize_query
-from rex_rag.retrieval.online.engines import ENGINES, RESULTS_PER_SEARCH, PassingTrouble, SearchEngine, UnusableAnswer
+from rex_rag.retrieval.online.engines import ENGINES, RESULTS_PER_SEARCH, SearchEngine, TooManySearches, UnusableAnswer
+from rex_rag.support.politeness import PassingTrouble, persist, retry_after
 from rex_rag.support.wording import shorten
 from rex_rag.types import Passage
 
@@ -104,7 +104,6 @@ class OnlineRetriever(Retriever):
         self.cache = OnlineCache(directory, engine, mode, self._engine.parameters(), source)
         self._max_searches = max_searches
         self._timeout, self._max_attempts, self._backoff = timeout, max_attempts, backoff
-        self._jitter = random.Random()  # own generator: waiting must not advance the seeded global one
         self._url = httpx.URL((address or self._engine.address).rstrip("/") + self._engine.path)
         self._http = httpx.Client(timeout=timeout, trust_env=self._url.host not in _LOOPBACK_HOSTS)
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix=f"search-{engine}")
@@ -180,38 +179,44 @@ class OnlineRetriever(Retriever):
         return hits
 
     def _ask(self, query: str, stop: threading.Event) -> list[Hit]:
-        for attempt in range(1, self._max_attempts + 1):
+        made = 0
+
+        def attempt() -> list[Hit]:
+            nonlocal made
             if stop.is_set():
                 raise RetrievalError(
                     f"the {self._engine.title} search for {query!r} was stopped: another query of its batch failed, "
                     "or the retriever was closed"
                 )
             self.cache.spend(self._max_searches)
-            try:
-                hits = self._attempt(query)
-                if not hits:
-                    logger.info("%s found nothing for %r", self._engine.title, query)
-                return hits
-            except UnusableAnswer as error:
-                raise self._error(RetrievalError, query, attempt, f"{error}; not the documented format") from None
-            except PassingTrouble as trouble:
-                said = self._without_keys(str(trouble))
-                if attempt == self._max_attempts:
-                    kind = QuotaExceeded if trouble.quota else RetrievalError
-                    way_out = "lower concurrency" if trouble.quota else "is the engine reachable from here?"
-                    raise self._error(kind, query, attempt, f"{said}; {way_out}") from None
-                longest = min(MAX_BACKOFF_SECONDS, self._backoff * 2 ** (attempt - 1))
-                delay = min(MAX_BACKOFF_SECONDS, max(trouble.wait, longest * self._jitter.uniform(0.5, 1.0)))
-                logger.warning(
-                    "%s: attempt %d of %d failed (%s); trying again in %.2f s",
-                    self._engine.title,
-                    attempt,
-                    self._max_attempts,
-                    said,
-                    delay,
-                )
-                stop.wait(delay)
-        raise AssertionError("unreachable")
+            made += 1
+            return self._attempt(query)
+
+        def say(number: int, trouble: PassingTrouble, delay: float) -> None:
+            logger.warning(
+                "%s: attempt %d of %d failed (%s); trying again in %.2f s",
+                *(self._engine.title, number, self._max_attempts, self._without_keys(str(trouble)), delay),
+            )
+
+        try:
+            hits = persist(
+                attempt,
+                attempts=self._max_attempts,
+                backoff=self._backoff,
+                longest=MAX_BACKOFF_SECONDS,
+                say=say,
+                sleep=stop.wait,
+            )
+        except UnusableAnswer as error:
+            raise self._error(RetrievalError, query, made, f"{error}; not the documented format") from None
+        except PassingTrouble as trouble:
+            spent = isinstance(trouble, TooManySearches)
+            way_out = "lower concurrency" if spent else "is the engine reachable from here?"
+            kind = QuotaExceeded if spent else RetrievalError
+            raise self._error(kind, query, made, f"{self._without_keys(str(trouble))}; {way_out}") from None
+        if not hits:
+            logger.info("%s found nothing for %r", self._engine.title, query)
+        return hits
 
     def _attempt(self, query: str) -> list[Hit]:
         status, reason, headers, body = self._get(query)
@@ -233,7 +238,8 @@ class OnlineRetriever(Retriever):
                 f"{said}; the account's quota is used up: wait for the next period or raise it",
             )
         if status == 429 or status >= 500:
-            raise PassingTrouble(said, wait=_retry_after(headers), quota=status == 429)
+            kind = TooManySearches if status == 429 else PassingTrouble
+            raise kind(said, retry_after=retry_after(headers, MAX_BACKOFF_SECONDS))
         way_out = "the engine refuses this request"
         if status in (401, 403) or "key" in said.lower():
             way_out = f"check the environment variable{'s' * (len(self._engine.variables) > 1)} " + " and ".join(
@@ -297,14 +303,6 @@ def _sendable(query: str) -> str:
 
 def _passages(hits: Sequence[Hit]) -> list[Passage]:
     return [Passage(id=hit.link, title=hit.title, text=hit.snippet) for hit in hits] or [NOTHING_FOUND]
-
-
-def _retry_after(headers: httpx.Headers) -> float:
-    try:
-        wait = float(headers.get("retry-after", "0"))
-    except ValueError:
-        return 0.0
-    return wait if math.isfinite(wait) and wait > 0 else 0.0
 
 
 class _WithoutKeys(logging.Filter):

@@ -6,6 +6,8 @@ aside and another is asked at once; only when all have failed does a search wait
 
 A server set aside is looked after in the background. Once its health is good again (a server without a health page
 counts as up) it is given one request on trial, and with that answered its full share. None is given up for good.
+
+These rounds are our own: libraries for retries repeat one call, and know of no servers with a state each.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import random
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -30,6 +31,7 @@ from rex_rag.retrieval.base import (
     check_texts,
 )
 from rex_rag.retrieval.remote.endpoint import Endpoint, NotOffered, PassingTrouble, Refusal, Trouble
+from rex_rag.support.politeness import pause
 from rex_rag.support.wording import shorten
 from rex_rag.types import Passage
 
@@ -138,8 +140,6 @@ class RemoteRetriever(Retriever):
         self._backoff = backoff
         self._max_queries_per_request = max_queries_per_request
         self._limit_names = limit_names
-        # Own generator: waiting must not advance the seeded global one that a run draws from.
-        self._jitter = random.Random()
         self._turns = 0
         # How often a server has come back: waiting searches watch this number.
         self._returns = 0
@@ -336,9 +336,9 @@ class RemoteRetriever(Retriever):
                 return
             now = time.monotonic()
             server.failures += 1
-            pause = self._delay(server.failures)
-            server.rest_until = now + max(pause, trouble.retry_after)
-            server.probe_at = now + min(pause, PROBE_SECONDS)
+            spared = self._delay(server.failures)
+            server.rest_until = now + max(spared, trouble.retry_after)
+            server.probe_at = now + min(spared, PROBE_SECONDS)
             server.aside_since = now if server.aside_since is None else server.aside_since
             server.changed, server.on_trial, server.away = now, False, server.away or trouble.away
             self._warn(server, trouble)
@@ -414,9 +414,9 @@ class RemoteRetriever(Retriever):
         hopeful = [tally.last for tally in tallies.values() if isinstance(tally.last, PassingTrouble)]
         if round_number == self._max_attempts or not hopeful:
             raise self._error(tallies) from hopeful[-1] if hopeful else None
-        pause = max(self._delay(round_number), min(trouble.retry_after for trouble in hopeful))
-        logger.debug("no server answered in round %d; the next is in %.2f s at most", round_number, pause)
-        deadline = time.monotonic() + pause
+        seconds = max(self._delay(round_number), min(trouble.retry_after for trouble in hopeful))
+        logger.debug("no server answered in round %d; the next is in %.2f s at most", round_number, seconds)
+        deadline = time.monotonic() + seconds
         with self._lock:
             while self._returns == returns and not self._closed and not (stop is not None and stop.is_set()):
                 remaining = deadline - time.monotonic()
@@ -426,9 +426,7 @@ class RemoteRetriever(Retriever):
                 self._lock.wait(min(remaining, PROBE_SECONDS))
 
     def _delay(self, attempt: int) -> float:
-        # Beyond 2**60 a float would only overflow.
-        longest = min(MAX_BACKOFF_SECONDS, self._backoff * 2 ** min(attempt - 1, 60))
-        return longest * self._jitter.uniform(0.5, 1.0)
+        return pause(attempt, self._backoff, MAX_BACKOFF_SECONDS)
 
     def _error(self, tallies: Mapping[_Server, _Tally]) -> RetrievalError:
         said = [

@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
@@ -31,6 +29,7 @@ from rex_rag.retrieval.remote.wire import (
     encode_keys,
     encode_request,
 )
+from rex_rag.support.politeness import retry_after
 from rex_rag.support.wording import shorten
 from rex_rag.types import Passage
 
@@ -169,7 +168,7 @@ class Endpoint:
                     "`rex-rag serve`, or leave reading documents out"
                 )
             if status >= 500 or status in _PASSING_STATUSES:
-                raise PassingTrouble(said, retry_after=_retry_after(response))
+                raise PassingTrouble(said, retry_after=retry_after(response.headers, MAX_RETRY_AFTER_SECONDS))
             raise Refusal(f"{said}; the server refuses this request, so it was not repeated: check the URL")
         try:
             return decode(body)
@@ -201,7 +200,7 @@ class Endpoint:
             raise PassingTrouble(f"no sign of life ({type(error).__name__}: {error})", away=True) from error
         if status >= 500 or status in _PASSING_STATUSES:
             said = f"not ready: HTTP {status} {response.reason_phrase} from {HEALTH_PATH}"
-            raise PassingTrouble(said, away=True, retry_after=_retry_after(response))
+            raise PassingTrouble(said, away=True, retry_after=retry_after(response.headers, MAX_RETRY_AFTER_SECONDS))
 
     def health(self) -> dict[str, Any]:
         """What the server says of itself; empty for one that is away or says nothing that can be read."""
@@ -250,16 +249,6 @@ def _check_size(size: int) -> None:
             f"an answer of at least {size:,} bytes, beyond the {MAX_RESPONSE_BYTES:,} that are read: ask for fewer "
             "passages, or for fewer queries a request"
         )
-
-
-def _retry_after(response: httpx.Response) -> float:
-    """Seconds the server asks to be spared, 0 to `MAX_RETRY_AFTER_SECONDS`; it may name a number or a date."""
-    value = response.headers.get("retry-after", "").strip()
-    try:
-        seconds = float(value) if value.isdecimal() else parsedate_to_datetime(value).timestamp() - time.time()
-    except (ValueError, OverflowError):
-        return 0.0
-    return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS) if math.isfinite(seconds) else 0.0
 
 
 def without_password(url: str) -> str:
