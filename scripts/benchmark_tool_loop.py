@@ -49,6 +49,9 @@ class DelayedRetriever(Retriever):
 
     description = "delayed"
 
+    def check(self):
+        self._own.check()
+
     def search(self, queries, top_k):
         time.sleep(self.delay)
         return self._own.search(queries, top_k)
@@ -80,12 +83,13 @@ def main() -> None:
     parser.add_argument("--latency", type=float, nargs="+", default=[0, 50], help="milliseconds a search")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--vllm", action="store_true", help="colocated vLLM in the place of transformers")
+    parser.add_argument("--schedule", default="auto", help="rollout_schedule of ours")
     options = parser.parse_args()
     if options.vllm and not torch.cuda.is_available():
         import vllm._custom_ops as ops
 
         ops._supports_onednn = False  # repacked weights could not be synchronised
-    retriever = DelayedRetriever(BM25Retriever.from_corpus(options.start / "world" / "corpus.jsonl"))
+    retriever = DelayedRetriever(BM25Retriever.from_corpus([options.start / "world" / "corpus.jsonl"]))
     rows = load_questions(QuestionArguments(datasets=[str(options.start / "world" / "train.jsonl")]))
     rows = rows.select(range(options.questions))
     policy = str(options.start / "warm_start")
@@ -119,6 +123,11 @@ def main() -> None:
     asked = [protocol.messages(row["question"], ()) for row in rows]
     of_trl = tokenizer()
     of_trl.response_template = qwen3_template
+    # TRL asks that a template shows calls; it is not shown any.
+    said = "message['content']"
+    of_trl.chat_template = of_trl.chat_template.replace(
+        f"{said} +", f"{said} + (message.tool_calls | tojson if message.tool_calls else '') +"
+    )
     trainers = {
         "trl": GRPOTrainer(
             policy,
@@ -134,10 +143,12 @@ def main() -> None:
             REXRAGConfig(
                 **common,
                 protocol="tool_calls",
+                rollout_schedule=options.schedule,
                 prompt_template=str(PROMPT),
                 num_probe_slots=0,
                 retrieval_top_k=TOP_K,
                 max_turns=4,
+                max_prompt_length=64,
                 max_turn_tokens=64,
                 max_observation_tokens=80,
                 max_sequence_length=512,

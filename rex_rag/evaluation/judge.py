@@ -20,7 +20,7 @@ from typing import Any
 
 from rex_rag.evaluation.records import Prediction
 from rex_rag.evaluation.scores import Judge, read_predictions
-from rex_rag.models.endpoint import EndpointClient, EndpointError, EndpointOptions, in_order
+from rex_rag.models.endpoint import EndpointClient, EndpointError, EndpointOptions, chat_reply, in_order
 from rex_rag.support.durable import locked, write_json
 from rex_rag.support.errors import UserError
 from rex_rag.support.progress_bars import progress_bar
@@ -76,17 +76,6 @@ class Case:
         return PROMPT.replace("{case}", written.encode("utf-8", errors="backslashreplace").decode())
 
 
-def _reply(answer: dict[str, Any]) -> dict[str, Any]:
-    """Of a chat completion, which every such server has: `text`, and whether it `is_cut` by the limit."""
-    choice = answer["choices"][0]
-    text = choice["message"]["content"]
-    if text is None:  # a refusal, or thoughts that took all tokens: asked again, it would be the same
-        text = ""
-    if not isinstance(text, str):
-        raise TypeError(f"the reply is a {type(text).__name__}")
-    return {"text": text, "is_cut": choice.get("finish_reason") == "length"}
-
-
 def judge_run(output: Path, benchmarks: Sequence[str], options: EndpointOptions, show_progress: bool = True) -> int:
     """Judge every answer to the open questions of a finished run; returns how many verdicts could not be read.
 
@@ -97,7 +86,7 @@ def judge_run(output: Path, benchmarks: Sequence[str], options: EndpointOptions,
     with locked(output / LOCK_FILE) as ours:
         if not ours:
             raise JudgeError(f"another process is judging the answers in {output}; wait for it, then start this again")
-        client = EndpointClient(options, "/chat/completions", _reply)
+        client = EndpointClient(options, "/chat/completions", chat_reply)
         try:
             _judge_all(output, benchmarks, client, show_progress)
         finally:

@@ -100,6 +100,17 @@ def _only_choice(answer: dict[str, Any]) -> dict[str, Any]:
     return {**choice, "prompt_tokens": (answer.get("usage") or {}).get("prompt_tokens")}
 
 
+def chat_reply(answer: dict[str, Any]) -> dict[str, Any]:
+    """Of a chat completion, which every such server has: `text`, and whether it `is_cut` by the limit."""
+    choice = answer["choices"][0]
+    text = choice["message"]["content"]
+    if text is None:  # a refusal, or thoughts that took all tokens: asked again, it would be the same
+        text = ""
+    if not isinstance(text, str):
+        raise TypeError(f"the reply is a {type(text).__name__}")
+    return {"text": text, "is_cut": choice.get("finish_reason") == "length"}
+
+
 class EndpointClient:
     """The `openai` client for a server that the user named, asked by `concurrency` threads at once.
 

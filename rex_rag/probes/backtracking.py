@@ -9,11 +9,13 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rex_rag.probes.explorer import Explorer, Failed, Proposal
+from rex_rag.probes.explorer import Explorer, Failed, Proposal, Score
+from rex_rag.probes.pool import ExplorationPool
 from rex_rag.types import SegmentKind
 
 if TYPE_CHECKING:
-    from rex_rag.probes.pool import ExplorationPool
+    from rex_rag.rollout.agent import Agent
+    from rex_rag.training.config import REXRAGConfig
 
 
 class BacktrackingExplorer(Explorer):
@@ -30,6 +32,10 @@ class BacktrackingExplorer(Explorer):
 
     def __init__(self, pool: ExplorationPool) -> None:
         self.pool = pool
+
+    @classmethod
+    def make(cls, agent: Agent, args: REXRAGConfig, score: Score | None) -> BacktrackingExplorer:
+        return cls(ExplorationPool.of(agent, args))
 
     def propose(self, failed: Sequence[Failed]) -> list[Proposal | None]:
         return [self._propose(one) for one in failed]

@@ -9,13 +9,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from rex_rag.types import Segment, SegmentKind, Trajectory
+
+if TYPE_CHECKING:
+    from rex_rag.rollout.agent import Agent
+    from rex_rag.training.config import REXRAGConfig
+
+# Log-probabilities of ids behind contexts, row by row: (contexts, ids) -> one a token. A collective.
+Score = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], list[list[float]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +62,17 @@ class Explorer(ABC):
 
     name: ClassVar[str]
     has_density: ClassVar[bool] = True
+
+    @classmethod
+    def make(cls, agent: Agent, args: REXRAGConfig, score: Score | None) -> Explorer:
+        """The explorer of a run: of its agent, its settings, and what scores ids; of one's own class `cls(agent, args,
+        score)`."""
+        return cls(agent, args, score)
+
+    @staticmethod
+    def problems(args: REXRAGConfig) -> list[str]:
+        """What is wrong with the settings, where probes are on: value, reason, way out."""
+        return []
 
     @abstractmethod
     def propose(self, failed: Sequence[Failed]) -> list[Proposal | None]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rex_rag.probes.explorer import Explorer, Failed, Proposal
+from rex_rag.probes.explorer import Explorer, Failed, Proposal, Score
 from rex_rag.protocols.inert import ANSWER_TAGS, INFORMATION_TAGS, SEARCH_TAGS, THINK_TAGS
 from rex_rag.rollout.cuts import tokens_before
 from rex_rag.support.errors import UserError
@@ -23,7 +23,8 @@ from rex_rag.support.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rex_rag.rollout.agent import AgentScript
+    from rex_rag.rollout.agent import Agent, AgentScript
+    from rex_rag.training.config import REXRAGConfig
 
 DEFAULT_POOL: tuple[str, ...] = (
     "<think> Wait, I may have overlooked part of the question.",
@@ -93,6 +94,11 @@ class ExplorationPool:
         self.density = density
         self._encoded: dict[str, EncodedPool] = {}
         self._refuse_shared_ids(self.encode(""))
+
+    @classmethod
+    def of(cls, agent: Agent, args: REXRAGConfig) -> ExplorationPool:
+        """The pool of a run."""
+        return cls(args.exploration_pool(), agent.script.tokenizer, args.probe_density)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -186,6 +192,10 @@ class PoolExplorer(Explorer):
     """
 
     name = "pool"
+
+    @classmethod
+    def make(cls, agent: Agent, args: REXRAGConfig, score: Score | None) -> PoolExplorer:
+        return cls(ExplorationPool.of(agent, args), agent.script)
 
     def __init__(self, pool: ExplorationPool, script: AgentScript) -> None:
         self.pool = pool

@@ -29,7 +29,7 @@ from trl import ModelConfig, TrlParser
 from rex_rag.data.qa import QuestionArguments
 from rex_rag.evaluation.dead_ends import EvaluatedQuestion, evaluate_questions, probe_dead_ends
 from rex_rag.models.generation import TransformersGenerator
-from rex_rag.probes import make_explorer
+from rex_rag.probes import explorer_kind
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
 from rex_rag.rollout.agent import Agent
 from rex_rag.support.recipes import FOLDER
@@ -118,7 +118,7 @@ class Examiner:
                     chat_template_kwargs=self.config.chat_template_kwargs,
                 )
                 runs[mode] = evaluate_questions(agent, self.questions, samples=samples, progress=bar.update)
-            explorer = make_explorer(self.config.explorer, agent, self.config)
+            explorer = explorer_kind(self.config.explorer).make(agent, self.config, None)
             probe_dead_ends(agent, runs["sampled"], explorer, seed=self.seed)
         return summarize(runs["greedy"], runs["sampled"], time.perf_counter() - started), runs["sampled"]
 

@@ -108,6 +108,8 @@ class REXRAGConfig(GRPOConfig):
             What the model may call: `search`, `read`, or a function of your own as `module:function`.
         explorer (`str`, *optional*, defaults to `"pool"`):
             What proposes probes, see [`~rex_rag.probes.EXPLORERS`]; or a class of your own as `module:Class`.
+        explorer_url, explorer_model (`str` or `None`, *optional*):
+            For `explorer` `"endpoint"`: address of an OpenAI-format server, and the model's name there.
         rollout_schedule (`str`, *optional*, defaults to `"auto"`):
             `"auto"` streams where the engine is this process's own (colocated vLLM): a trajectory goes on as soon as
             its own search is back. `"lock_step"` runs all trajectories turn by turn, as engines that are shared by
@@ -219,6 +221,12 @@ class REXRAGConfig(GRPOConfig):
     )
     explorer: str = field(
         default="pool", metadata={"help": f"What proposes probes: {', '.join(EXPLORERS)}, or module:Class."}
+    )
+    explorer_url: str | None = field(
+        default=None, metadata={"help": "explorer endpoint: address of the server, http://host:port/v1."}
+    )
+    explorer_model: str | None = field(
+        default=None, metadata={"help": "explorer endpoint: the name that its model is served under."}
     )
     rollout_schedule: str = field(
         default="auto",

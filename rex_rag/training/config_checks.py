@@ -6,10 +6,9 @@ import math
 from typing import TYPE_CHECKING
 
 from rex_rag.correction.densities import CLIPPED_LOSSES, clip_bound
-from rex_rag.probes import EXPLORERS
-from rex_rag.probes.explorer import Explorer
+from rex_rag.probes import EndpointExplorer, explorer_kind
 from rex_rag.probes.filter import keep_count
-from rex_rag.support.named import choose
+from rex_rag.support.errors import UserError
 from rex_rag.training.grpo_options import option_warnings
 
 if TYPE_CHECKING:
@@ -57,15 +56,22 @@ def rollout_problems(args: REXRAGConfig) -> list[str]:
             f"max_sequence_length ({args.max_sequence_length}, prompt included); set that one and leave "
             "max_completion_length unset"
         )
-    if args.num_probe_slots and args.explorer not in EXPLORERS and "probe_density" in args.correction_form.reads:
+    if args.num_probe_slots:
         try:
-            if not choose(args.explorer, EXPLORERS, Explorer, "explorer").has_density:
+            kind = explorer_kind(args.explorer)
+            problems += kind.problems(args)
+            if not kind.has_density and "probe_density" in args.correction_form.reads:
                 problems.append(
                     f"explorer is {args.explorer!r}, whose proposals have no log-probabilities, but correction "
                     f"{args.correction!r} reads them; use a form that does not, such as 'continuation' or 'none'"
                 )
-        except ValueError as error:
+        except UserError as error:
             problems.append(str(error))
+    if (args.explorer_url or args.explorer_model) and args.explorer != EndpointExplorer.name:
+        problems.append(
+            f"explorer_url {args.explorer_url!r} and explorer_model {args.explorer_model!r} are for explorer "
+            f"'endpoint', but explorer is {args.explorer!r}; leave them out, or set explorer to endpoint"
+        )
     if args.num_probe_slots and args.loss_type in _ROW_MEAN_LOSSES:
         problems.append(
             f"loss_type is {args.loss_type!r}, which averages over rows, so the rows that level the ranks' counts "

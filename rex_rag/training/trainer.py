@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 
 from rex_rag.answers import exact_match
-from rex_rag.probes import make_explorer
+from rex_rag.probes import explorer_kind
 from rex_rag.probes.filter import KeepRatio
 from rex_rag.probes.mixed_sampling import MixedBatch, MixedSampler
 from rex_rag.protocols import Protocol
@@ -211,7 +211,7 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
             refuse_short_server(self.vllm_generation.vllm_client, args)
         return MixedSampler(
             agent,
-            make_explorer(args.explorer, agent, args, self.log_probs),
+            explorer_kind(args.explorer).make(agent, args, self.log_probs),
             args.mixed_sampling(),
             score_probes=self._score_probes,
             trained=lambda probe: args.correction_form.trained(probe, agent.script),

@@ -8,9 +8,11 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 import yaml
+from fastapi import FastAPI
 
 from rex_rag.cli import main
 from tests.evaluation.tiny_run import make_tiny_world
+from tests.retrieval.running import AppServer
 
 HERE = Path(__file__).parent
 NAMES = ("own_tool", "own_protocol", "own_form", "own_retriever", "own_method", "own_explorer")
@@ -132,6 +134,23 @@ def test_an_explorer(world, tmp_path):
     assert all(row["parent"] and row["cut"] is not None for row in probes)
     evaluated(world, run, tmp_path)
     assert "pale: copied from it" in shown(run, tmp_path)
+
+
+def test_doubts_that_an_endpoint_writes(world, tmp_path):
+    app = FastAPI()
+
+    @app.post("/v1/chat/completions")
+    def answer():
+        return {"choices": [{"message": {"role": "assistant", "content": "Wait, look again."}}]}
+
+    server = AppServer(app)
+    try:
+        settings = {"explorer": "endpoint", "explorer_url": server.url, "explorer_model": "m", "correction": "none"}
+        run = trained(world, tmp_path, **settings)
+    finally:
+        server.stop()
+    probes = [row for row in table(run) if row["is_probe"]]
+    assert probes and all("<think> Wait, look again." in row["segments"] for row in probes)
 
 
 def test_an_evaluation_method(world, tmp_path):

@@ -7,15 +7,19 @@ from itertools import product
 
 import pytest
 import torch
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
 from parts import BUDGET, PROBE_POOL, Drawn, ScriptedGenerator, agent_for
 
 from rex_rag.correction.densities import probe_log_density, sequence_log_weights
+from rex_rag.models.endpoint import EndpointClient, EndpointError, EndpointOptions, chat_reply
 from rex_rag.models.generation import Generation
 from rex_rag.probes.backtracking import BacktrackingExplorer
 from rex_rag.probes.explorer import Failed, reopen
-from rex_rag.probes.model_written import ModelWrittenExplorer
+from rex_rag.probes.model_written import EndpointExplorer, ModelWrittenExplorer
 from rex_rag.probes.pool import ExplorationPool
 from rex_rag.types import SegmentKind
+from tests.retrieval.running import AppServer
 
 SEARCH, WRONG = "<think> so </think> <search> owl </search>", "<think> so </think> <answer> red </answer>"
 ROOMY = BUDGET.__class__(max_turns=3, max_turn_tokens=60, max_observation_tokens=60, max_sequence_length=400, top_k=1)
@@ -152,3 +156,52 @@ def test_a_generation_without_log_probabilities_gives_none(word_tokenizer, retri
     agent = agent_for(Silent(word_tokenizer, [["Wait the oak ."]]), retriever, word_tokenizer, ROOMY)
     [proposal] = ModelWrittenExplorer(agent).propose([Failed(original, 0, Drawn(0))])
     assert proposal.logprobs is None
+
+
+class DoubtServer:
+    """A chat endpoint over real HTTP that says what it is told to."""
+
+    def __init__(self, *replies: str) -> None:
+        self.asked: list[dict] = []
+        self._replies = iter(replies)
+        app = FastAPI()
+        app.post("/v1/chat/completions")(self.answer)
+        self.server = AppServer(app)
+
+    async def answer(self, request: Request):
+        self.asked.append(await request.json())
+        reply = next(self._replies, None)
+        if reply is None:
+            return JSONResponse({"error": "over quota"}, 403)
+        return {"choices": [{"message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}]}
+
+
+def test_an_endpoint_writes_a_doubt_and_what_cannot_be_one_is_no_proposal(word_tokenizer, retriever):
+    original = failed_original(word_tokenizer, retriever, searches=1)
+    replies = [
+        "<think> Is the oak red? </think>\n Wait the oak . And more .",
+        "Wait <search> fox .",
+        "Wait the",
+        "red " * 41 + ".",
+    ]
+    asked = DoubtServer(*replies)
+    agent = agent_for(ScriptedGenerator(word_tokenizer, []), retriever, word_tokenizer, ROOMY)
+    client = EndpointClient(
+        EndpointOptions(asked.server.url, "big", attempts=1, concurrency=1), "/chat/completions", chat_reply
+    )
+    try:
+        explorer = EndpointExplorer(agent.script, client)
+        drawn = [Failed(original, row, Drawn(7)) for row in range(4)]
+        first, *others = explorer.propose(drawn)
+        assert others == [None] * 3  # a mark, no end, too long
+        assert first.text == " <think> Wait the oak ." and first.logprobs is None
+        assert first.ids == word_tokenizer(first.text, add_special_tokens=False)["input_ids"]
+        assert reopen(original, first, 400).pool_logprobs is None
+        [message] = asked.asked[0]["messages"]
+        assert (asked.asked[0]["model"], asked.asked[0]["seed"]) == ("big", 7)
+        assert "Wrong answer: red" in message["content"] and "<search>" not in message["content"]
+        with pytest.raises(EndpointError, match="over quota"):
+            explorer.propose(drawn[:1])
+    finally:
+        client.close()
+        asked.server.stop()

@@ -95,6 +95,17 @@ def test_defaults_are_the_papers(tmp_path):
             {"reward_weights": [0.0, 1.0], "dynamic_sampling_rounds": 1},
             r"does not count, but dynamic_sampling_rounds 1 judges by it.*set it to 0",
         ),
+        (
+            {"explorer": "endpoint"},
+            r"(?s)explorer_url None and explorer_model None; name the address.*reads them; use",
+        ),
+        ({"explorer_url": "http://h:1"}, r"are for explorer 'endpoint', but explorer is 'pool'"),
+        (
+            {"explorer": "endpoint", "explorer_url": "h:1", "explorer_model": "m", "correction": "none"},
+            r"the endpoint 'h:1' is not a plain http",
+        ),
+        ({"explorer": "endpoint", "explorer_url": "http://h", "explorer_model": "m", "correction": "none"}, None),
+        ({"explorer": "lucky"}, r"explorer='lucky' is unknown; use 'pool', 'backtracking', 'model', 'endpoint'"),
         ({"use_vllm": True, "vllm_max_model_length": 1024}, r"vllm_max_model_length is 1024, less than"),
     ],
 )
