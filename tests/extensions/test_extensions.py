@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow.parquet
@@ -159,4 +160,5 @@ def test_an_evaluation_method(world, tmp_path):
     assert all(row["samples"][0]["answer"] for row in predictions)
     card = json.loads((tmp_path / "evaluation" / "run.json").read_text())
     assert card["method"]["name"] == "own_method:FirstTitle"
+    assert re.fullmatch("1, source [0-9a-f]{12}", card["method"]["revision"])  # a changed module is another method
     assert predictions[0]["samples"][0]["answer"] in shown(tmp_path / "evaluation", tmp_path)

@@ -124,7 +124,7 @@ class Method(ABC):
     title: ClassVar[str]
     source: ClassVar[str]
     uses_retriever: ClassVar[bool]
-    revision: ClassVar[int] = 1
+    revision: int | str = 1
     default_template: str
     further_prompts: Mapping[str, str] = {}
     stop_strings: tuple[tuple[str, ...], ...]
