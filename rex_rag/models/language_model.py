@@ -227,6 +227,7 @@ class VLLMModel(_EngineModel):
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         # In one process the engine's batches follow from the requests alone, not from when they arrive.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        import torch
         from vllm import LLM
 
         self._engine = LLM(
@@ -241,6 +242,8 @@ class VLLMModel(_EngineModel):
             enforce_eager=options.enforce_eager,
             seed=options.seed % 2**_SEED_BITS,
             disable_log_stats=True,
+            # vLLM 0.31 on CPU cannot take back the draw of a seeded row whose prompt it cut into chunks.
+            enable_chunked_prefill=None if torch.cuda.is_available() else False,
         )
         config = self._engine.llm_engine.model_config
         self._longest = config.max_model_len
