@@ -181,8 +181,8 @@ class REXRAGConfig(GRPOConfig):
         default="token",
         metadata={
             "help": "How probes enter the loss. "
-            + "; ".join(f"{name}: {form.summary}" for name, form in FORMS.items()),
-            "choices": FORMS,
+            + "; ".join(f"{name}: {form.summary}" for name, form in FORMS.items())
+            + "; or module:Class."
         },
     )
     correction_weight_max: float | None = field(

@@ -10,8 +10,10 @@ import pyarrow.parquet
 import pytest
 import yaml
 from fastapi import FastAPI
+from trl import TrlParser
 
 from rex_rag.cli import main
+from rex_rag.training.recipe import RECIPE_PARTS
 from tests.evaluation.tiny_run import make_tiny_world
 from tests.retrieval.running import AppServer
 
@@ -111,6 +113,9 @@ def test_a_protocol(world, tmp_path):
 
 def test_a_correction_form(world, tmp_path):
     run = trained(world, tmp_path, correction="own_form:Half")
+    words = ["--config", str(tmp_path / "recipe.yaml"), "--correction", "own_form:Half"]
+    *_, config, _ = TrlParser(RECIPE_PARTS).parse_args_and_config(words)
+    assert config.correction == "own_form:Half"  # as on a command line
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
     weights = [row["importance_weight/mean"] for row in history if "importance_weight/mean" in row]
     assert weights and all(0.5 < weight < 1.0 for weight in weights)
