@@ -170,6 +170,12 @@ class Trajectory:
         return sum(len(segment.ids) for segment in self.segments if segment.kind.is_trained)
 
     @property
+    def generated_length(self) -> int:
+        """Tokens that the engine sampled for it: of a probe its continuation alone."""
+        own = self.segments[self.probe_segment + 1 :] if self.is_probe else self.segments
+        return sum(len(segment.ids) for segment in own if segment.kind is SegmentKind.POLICY)
+
+    @property
     def model_text(self) -> str:
         """Model-written text alone: what rewards may read."""
         return "".join(segment.text for segment in self.segments if segment.kind.is_trained)

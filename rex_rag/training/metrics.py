@@ -18,6 +18,7 @@ def rollout_counts(trajectories: Sequence[Trajectory]) -> Counter:
     """Sums over trajectories, to be added up over processes."""
     counts: Counter = Counter(rollouts=len(trajectories))
     for trajectory in trajectories:
+        counts["generated"] += trajectory.generated_length
         counts["searches"] += len(trajectory.searches)
         counts["invalid_actions"] += trajectory.invalid_actions
         counts["unanswered"] += trajectory.answer is None
@@ -85,6 +86,7 @@ def summarize(counts: Iterable[Counter]) -> dict[str, float]:
             "em/probes": _rate(total["probes_correct"], total["probes_kept"]),
             "dead_end/rate": _rate(total["dead_ends"], total["questions"]),
             "dead_end/rescue_rate": _rate(total["dead_ends_rescued"], total["dead_ends_probed"]),
+            "tokens/generated": float(total["generated"]),
             "probes/made": float(total["probes_made"]),
             "probes/kept": float(total["probes_kept"]),
             "probes/dropped": float(total["probes_dropped"]),

@@ -540,6 +540,7 @@ def test_metrics_of_a_known_batch(probed):
         "probes/kept": 2.0,
         "probes/mixing_share": 1 / 3,
         "probes/failure_rate": 3 / 4,
+        "tokens/generated": 38.0,  # 4 turns of 6 tokens, 1 more behind the search, 2 continuations of 4
         "searches/mean": 1 / 6,  # one original of six rows searched once
         "invalid_actions/mean": 0.0,
         "truncations/turn": 0.0,
