@@ -60,6 +60,7 @@ def test_all_recipes_are_there():
         ),
         "recipes/hotpotqa_sample/rex_rag.yaml",
         "recipes/quickstart/grpo.yaml",
+        "recipes/quickstart/rescue_replay.yaml",
         "recipes/quickstart/rex_rag.yaml",
     ] == RECIPES
 

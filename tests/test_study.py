@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from trl import TrlParser
+
+from rex_rag.training.recipe import RECIPE_PARTS
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("study", ROOT / "scripts" / "study.py")
@@ -18,7 +21,7 @@ spec.loader.exec_module(study)
 LINE = {
     "columns": ["step", *study.LOGGED],
     "steps": [[1, 0.1, 1.0, None, 1.0, 0.0, 200.0], [2, 0.2, 0.9, 0.5, 1.1, 0.1, 300.0]],
-    "evaluated": [[0, 0.95, 0.0], [5, 0.9, 0.5], [10, 0.92, 0.4]],
+    "evaluated": [[0, 0.95, 0.0], [1, 0.9, 0.5], [2, 0.92, 0.4]],
 }
 
 
@@ -27,10 +30,14 @@ def test_a_runs_figures():
         "two_hop_last": 0.4,
         "two_hop_mean": pytest.approx(0.3),
         "one_hop_lowest": 0.9,
-        "left_at": 5,
+        "left_at": 1,
+        "step": 2,
         "tokens": 500.0,
     }
-    stuck = {**LINE, "evaluated": [[0, 0.95, 0.0], [5, 0.9, 0.49]]}
+    # 200 tokens at the first step, 500 at the second
+    assert study.spent(LINE) == {0: 0.0, 1: 200.0, 2: 500.0}
+    assert study.summary(LINE, budget=499)["two_hop_last"] == 0.5
+    stuck = {**LINE, "evaluated": [[0, 0.95, 0.0], [1, 0.9, 0.49]]}
     assert study.summary(stuck)["left_at"] == math.inf
 
 
@@ -41,11 +48,11 @@ def test_an_interval_is_students():
 
 
 def test_a_column_counts_those_that_left_and_pairs_by_seed():
-    base = {"two_hop_mean": 0.2, "one_hop_lowest": 0.9, "tokens": 1000}
+    base = {"two_hop_mean": 0.2, "one_hop_lowest": 0.9, "tokens": 1000, "step": 50}
     first = {0: {**base, "two_hop_last": 0.1, "left_at": math.inf}, 1: {**base, "two_hop_last": 0.2, "left_at": 30}}
     own = {0: {**base, "two_hop_last": 0.6, "left_at": 10}, 1: {**base, "two_hop_last": 0.7, "left_at": 20}}
     found = study.columns(own, first)
-    assert found[:2] == ["2", "2 of 2, median step 15"] and found[4:] == ["0.90", "0.50 ± 0.00", "1,000"]
+    assert found[:2] == ["2", "2 of 2, median step 15"] and found[4:] == ["0.90 to 0.90", "0.50 ± 0.00", "50", "1,000"]
     assert study.columns(first, {})[1] == "1 of 2, median step 30"
 
 
@@ -72,3 +79,14 @@ def test_options_become_words():
         *("--log_completions", "false", "--datasets", "a", "b")
     ]
     assert study.words({"wrong-rate": 1.0, "max_steps": 2}, "-") == ["--wrong-rate", "1.0", "--max-steps", "2"]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes" / "reproduction").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_studies_are_parsed_as_training_parses_them(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    own = study.Study(path)
+    for run in own.runs(None, None, [0]):
+        options = study.words({"config": f"recipes/{run.config['recipe']}.yaml", **run.config["overrides"]})
+        TrlParser(RECIPE_PARTS).parse_args_and_config(options)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rex_rag.training.config import REXRAGConfig
 
 # Settings that only some forms read.
-FORM_SETTINGS = ("probe_density", "correction_weight_min", "correction_weight_max")
+FORM_SETTINGS = ("probe_density", "correction_weight_min", "correction_weight_max", "hold_weight")
 
 FORMS: dict[str, CorrectionForm] = {}
 
@@ -39,6 +39,8 @@ class CorrectionForm:
         in_ratio: whether the weights divide the clipped ratio (pi_theta / mu in the place of pi_theta / pi_old), where
             originals start at 1/(1-a). Otherwise they multiply the advantages, detached.
         reads: those of `FORM_SETTINGS` that it reads.
+        replays: whether probes stay out of loss and group, and rescues are imitated from a replay
+            (`rex_rag.training.rescue_replay`).
     """
 
     name: ClassVar[str]
@@ -46,6 +48,7 @@ class CorrectionForm:
     expectation: ClassVar[str]
     in_ratio: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ()
+    replays: ClassVar[bool] = False
 
     def trained(self, probe: Trajectory, script: AgentScript) -> Trajectory | str:
         """The trajectory that enters the loss in the place of a probe, or one word on why the probe is dropped.
@@ -212,6 +215,29 @@ class Unprompted(CorrectionForm):
         return without_thought(probe, script)
 
 
+class ImitatedRescues(Unprompted):
+    name = "rescue_replay"
+    summary = (
+        "GRPO on originals alone; beside it rescues, without the inserted thought, and right originals are imitated, "
+        "drawn from a replay of the newest steps (ours)"
+    )
+    expectation = (
+        "the policy's own objective, and the log-likelihood of rescues and of right originals; plain GRPO while there "
+        "are no rescues"
+    )
+    reads = ("hold_weight",)
+    replays = True
+
+    def problems(self, args: REXRAGConfig) -> list[str]:
+        problems = super().problems(args)
+        if args.hold_weight < 0:
+            problems.append(
+                f"hold_weight is {args.hold_weight}, which would drive right answers away; give 0 or more (10 by "
+                "default)"
+            )
+        return problems
+
+
 def _truncated(log_weights: torch.Tensor, args: REXRAGConfig) -> torch.Tensor:
     return (
         log_weights
@@ -220,5 +246,14 @@ def _truncated(log_weights: torch.Tensor, args: REXRAGConfig) -> torch.Tensor:
     )
 
 
-for _form in (Token(), Decoupled(), Sequence(), Uncorrected(), Floor(), Continuation(), Unprompted()):
+for _form in (
+    Token(),
+    Decoupled(),
+    Sequence(),
+    Uncorrected(),
+    Floor(),
+    Continuation(),
+    Unprompted(),
+    ImitatedRescues(),
+):
     register(_form)

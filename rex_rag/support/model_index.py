@@ -109,12 +109,13 @@ def read_results(path: str | Path) -> list[CardResult]:
     return [_from_eval_result(result) for result in results if _is_ours(result)]
 
 
-def training_results(log_history: Sequence[Mapping[str, Any]]) -> list[CardResult]:
+def training_results(log_history: Sequence[Mapping[str, Any]], decoded: str) -> list[CardResult]:
     """What training's own evaluation says of the model in the end: the last exact match of every evaluation set.
 
     Args:
-        log_history: of the trainer's state; exact match of sampled rollouts stands under `eval_em/originals`, or
+        log_history: of the trainer's state; exact match stands under `eval_em/originals`, or
             `eval_<set>_em/originals` where there are several sets.
+        decoded: how the rollouts were made, "greedy" or "sampled".
     """
     last: dict[str, tuple[Any, float]] = {}
     for row in log_history:
@@ -128,7 +129,7 @@ def training_results(log_history: Sequence[Mapping[str, Any]]) -> list[CardResul
                 dataset_name=name,
                 dataset_type=name,
                 metric_type="exact_match",
-                metric_name="Exact match, % (sampled, during training)",
+                metric_name=f"Exact match, % ({decoded}, during training)",
                 value=round(100 * value, 2),
                 details={"step": step},
             )

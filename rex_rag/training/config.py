@@ -75,6 +75,9 @@ class REXRAGConfig(GRPOConfig):
             Truncates the weights of a form that multiplies advantages by them from above.
         correction_weight_min (`float`, *optional*, defaults to `0.1`):
             Lower bound on the weights of the form `"floor"`.
+        hold_weight (`float`, *optional*, defaults to `10.0`):
+            Under the form `"rescue_replay"`, the weight of the mean NLL of right originals, which holds what the
+            policy can; that of rescues counts 1.
         probe_density (`str`, *optional*, defaults to `"exact"`):
             `"exact"` takes the prompt's next-token frequencies in the tokenised pool; `"coarse"` 1/n on its first
             token and 1 on the rest (ablation).
@@ -138,7 +141,7 @@ class REXRAGConfig(GRPOConfig):
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
     > - `num_generations`: Defaults to `10` instead of `8`.
-    > - `num_generations_eval`: Defaults to `1`.
+    > - `num_generations_eval`: Defaults to `1`, decoded greedily; several are sampled.
     > - `max_completion_length`: Defaults to `max_sequence_length`.
     > - `beta`: Defaults to `0.001` instead of `0.0` (paper section 4.1).
     > - `use_bias_correction_kl`: Defaults to `False` instead of `True` (the plain k3 estimator, as in the paper).
@@ -149,7 +152,10 @@ class REXRAGConfig(GRPOConfig):
         default=10, metadata={"help": "Rows per question: originals and probe slots together."}
     )
     num_generations_eval: int | None = field(
-        default=1, metadata={"help": "Rollouts per question in evaluation. Evaluation never probes."}
+        default=1,
+        metadata={
+            "help": "Rollouts per question in evaluation, which never probes; one is greedy, several are sampled."
+        },
     )
     per_device_train_batch_size: int = field(
         default=10, metadata={"help": "Rows per device and micro-batch, probe slots included."}
@@ -187,6 +193,9 @@ class REXRAGConfig(GRPOConfig):
     )
     correction_weight_max: float | None = field(
         default=None, metadata={"help": "Upper truncation of weights that multiply advantages."}
+    )
+    hold_weight: float = field(
+        default=10.0, metadata={"help": "Weight of imitating right originals, under form rescue_replay."}
     )
     correction_weight_min: float = field(default=0.1, metadata={"help": "Lower bound on the weights of form floor."})
     probe_density: str = field(

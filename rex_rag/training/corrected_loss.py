@@ -12,6 +12,7 @@ from rex_rag.correction.realignment import Realignment, loss_mask, realign
 from rex_rag.training.evaluation_log import EvaluationLog
 from rex_rag.training.grpo_seams import timed
 from rex_rag.training.metrics import segment_metrics, segment_sums, weight_metrics
+from rex_rag.training.rescue_replay import nll_sums, without_ratio
 from rex_rag.types import SegmentKind
 
 
@@ -26,6 +27,8 @@ class CorrectedLoss(EvaluationLog):
         """pi_theta / mu in the place of pi_theta / pi_old (paper eq. 8), or weights; without probes (a = 0) nothing is
         changed and the loss equals the parent's bit for bit."""
         self._bound_kl(inputs, per_token_logps)
+        if "roles" in inputs:
+            self._let_imitate(inputs, per_token_logps)
         with timed(self.log_metric, "realignment"):
             detached = per_token_logps.detach()
             realignment = realign(inputs, detached, self.args.correction_form, self.args)
@@ -50,6 +53,17 @@ class CorrectedLoss(EvaluationLog):
                 inputs["ref_per_token_logps"] = torch.where(inserted, per_token_logps, inputs["ref_per_token_logps"])
                 if "kl_bounded" in inputs:
                     inputs["kl_bounded"] = inputs["kl_bounded"] & ~inserted
+
+    def _let_imitate(self, inputs: dict[str, Any], per_token_logps: torch.Tensor) -> None:
+        roles = inputs["roles"]
+        if "old_per_token_logps" in inputs:
+            inputs["old_per_token_logps"] = without_ratio(inputs["old_per_token_logps"], per_token_logps, roles)
+        sums = nll_sums(per_token_logps.detach(), loss_mask(inputs), roles)
+        rescue, rescue_tokens, right, right_tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
+        if rescue_tokens:
+            self.log_metric("replay/rescue_nll", rescue / rescue_tokens)
+        if right_tokens:
+            self.log_metric("replay/right_nll", right / right_tokens)
 
     def _log_loss(self, inputs: dict[str, Any], realignment: Realignment, per_token_logps: torch.Tensor) -> None:
         """Importance weights; clip fraction and KL of sampled and of inserted tokens apart."""

@@ -11,6 +11,7 @@ import torch
 
 from rex_rag.correction.densities import PADDING_KIND
 from rex_rag.probes.mixed_sampling import MixedBatch
+from rex_rag.training.rescue_replay import Imitated, Role
 from rex_rag.types import SegmentKind, Trajectory
 
 
@@ -18,12 +19,14 @@ from rex_rag.types import SegmentKind, Trajectory
 class Slots:
     """One process's generation batch: a rollout per row, `None` in a probe slot that no probe filled.
 
+    `replayed` holds what is imitated, by row of a probe slot, where the correction form keeps probes out of the loss.
     `live` holds the indices of the rows to score and optimise, equally many on every process; `None` means all.
     `discarded` holds what was sampled for it and replaced by dynamic sampling.
     """
 
     rows: list[Trajectory | None]
     batch: MixedBatch
+    replayed: dict[int, Imitated] | None = None
     live: torch.Tensor | None = None
     discarded: MixedBatch | None = None
 
@@ -33,8 +36,21 @@ class Slots:
 
     @property
     def trained(self) -> list[Trajectory | None]:
-        """What enters the loss in the rows' places."""
-        return [row and (row.trained or row) for row in self.rows]
+        """What enters the loss in the rows' places, `None` where nothing does."""
+        if self.replayed is None:
+            return [row and (row.trained or row) for row in self.rows]
+        originals = [None if row is None or row.is_probe else row for row in self.rows]
+        return [
+            self.replayed[index].trajectory if index in self.replayed else row for index, row in enumerate(originals)
+        ]
+
+    @property
+    def roles(self) -> torch.Tensor:
+        """(B,) what every row is to the loss."""
+        replayed = self.replayed or {}
+        return torch.tensor(
+            [replayed[index].role if index in replayed else Role.SAMPLED for index in range(len(self.rows))]
+        )
 
     @property
     def sampled(self) -> list[Trajectory]:

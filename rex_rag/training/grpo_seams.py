@@ -136,13 +136,15 @@ class GRPOSeams(GRPOTrainer):
         """Whether generate calls are collective: every process must send equally many rows."""
         return self.use_vllm and (self.vllm_mode == "server" or self.vllm_tensor_parallel_size > 1)
 
-    def make_generator(self, stop: tuple[str, ...], end_ids: Sequence[int]) -> TransformersGenerator | VLLMGenerator:
-        """The backend that ends a row behind one of these strings, or with one of these ids."""
+    def make_generator(
+        self, stop: tuple[str, ...], end_ids: Sequence[int], temperature: float
+    ) -> TransformersGenerator | VLLMGenerator:
+        """The backend that ends a row behind one of these strings, or with one of these ids; greedy at 0."""
         if not self.use_vllm:
             return TransformersGenerator(
                 None,
                 self._tokenizer,
-                temperature=self.temperature,
+                temperature=temperature,
                 eos_token_ids=end_ids,
                 model_context=self.generation_model,
                 stop_strings=stop,
@@ -150,6 +152,7 @@ class GRPOSeams(GRPOTrainer):
 
         def set_limits(count: int) -> None:
             self.vllm_generation.max_completion_length = count
+            self.vllm_generation.temperature = temperature
             ending = {"stop": list(stop), "include_stop_str_in_output": True}
             self.vllm_generation.generation_kwargs = ending if stop else {"stop_token_ids": list(end_ids)}
 
@@ -159,13 +162,13 @@ class GRPOSeams(GRPOTrainer):
             equal_rows=self.shares_engine,
         )
 
-    def make_stream(self, end_ids: Sequence[int]) -> VLLMStream | None:
+    def make_stream(self, end_ids: Sequence[int], temperature: float) -> VLLMStream | None:
         """The engine to stream through, where it is this process's own; `None` for lock-step."""
         if not self.use_vllm or self.shares_engine:
             return None
         return VLLMStream(
             self.vllm_engine,
-            temperature=self.temperature,
+            temperature=temperature,
             max_length=self.args.vllm_max_model_length,
             end_ids=end_ids,
             with_logprobs=True,

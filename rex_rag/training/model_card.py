@@ -80,6 +80,7 @@ def write_card(
     }
     if not args.num_probe_slots:
         del settings["Probes"], settings["Correction"]
+    decoded = "greedy" if args.num_generations_eval == 1 else "sampled"
     lines = [
         f"# {markdown_text(name)}",
         "",
@@ -106,7 +107,7 @@ def write_card(
         *(f"- {setting}: {markdown_text(value)}" for setting, value in settings.items()),
         f"- Versions: {', '.join(_versions())}",
         "",
-        *_result_lines(log_history, evaluation_sets),
+        *_result_lines(log_history, evaluation_sets, decoded),
         "## Citation",
         "",
         "```bibtex",
@@ -114,7 +115,7 @@ def write_card(
         "```",
     ]
     path.write_text(f"---\n{card.data}\n---\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
-    if results := training_results(log_history):
+    if results := training_results(log_history, decoded):
         asked = {set_name or UNNAMED_SET: known for set_name, known in evaluation_sets.items()}
         write_results(path, [_with_size(one, asked.get(one.dataset_name)) for one in results], model_name=name)
 
@@ -128,7 +129,7 @@ def _with_size(result: CardResult, known: tuple[int, str] | None) -> CardResult:
     return replace(result, n=questions, metric_name=name)
 
 
-def _result_lines(log_history: list[dict], evaluation_sets: Mapping[str, tuple[int, str]]) -> list[str]:
+def _result_lines(log_history: list[dict], evaluation_sets: Mapping[str, tuple[int, str]], decoded: str) -> list[str]:
     """The last logged values of each headline metric, of training questions and of each evaluation set."""
     last: dict[str, tuple[str, dict]] = {}
     for row in log_history:
@@ -140,7 +141,8 @@ def _result_lines(log_history: list[dict], evaluation_sets: Mapping[str, tuple[i
             last[(name or UNNAMED_SET) + size] = prefix, row
     lines = []
     for where, (prefix, row) in sorted(last.items()):
-        lines += [f"Last logged of {markdown_text(where)}, sampled, at step {row.get('step')}:", ""]
+        how = decoded if prefix else "sampled"
+        lines += [f"Last logged of {markdown_text(where)}, {how}, at step {row.get('step')}:", ""]
         lines += ["| metric | value |", "|---|---|"]
         values = {name: row.get(prefix + name) for name in _RESULTS}
         lines += [

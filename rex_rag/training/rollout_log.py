@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from rex_rag.correction.densities import CLIPPED_LOSSES, clip_bound
 from rex_rag.probes.filter import KeepRatio
 from rex_rag.probes.mixed_sampling import MixedBatch, MixedSampler
+from rex_rag.rollout.agent import Agent
 from rex_rag.training.evaluation_log import EvaluationLog
 from rex_rag.training.group_rows import Slots
 from rex_rag.training.metrics import mixed_counts, rollout_counts, summarize, training_counts
@@ -18,9 +19,10 @@ logger = get_logger(__name__)
 
 
 class RolloutLog(EvaluationLog):
-    """A GRPOTrainer that logs search rollouts. Subclasses set `sampler`."""
+    """A GRPOTrainer that logs search rollouts. Subclasses set `sampler` and `agent`, what has made them."""
 
     sampler: MixedSampler
+    agent: Agent
     _keep_ratio: KeepRatio
 
     def __init__(self, *args, **kwargs) -> None:
@@ -37,7 +39,7 @@ class RolloutLog(EvaluationLog):
             counts = rollout_counts(batch.originals) + mixed_counts(batch, self.num_generations_eval)
         lengths = [row.model_length for row in filled]
         tokens = sum(len(row.prompt_ids) + row.model_length for row in slots.sampled)
-        seconds = self.sampler.agent.seconds
+        seconds = self.agent.seconds
         gathered = gather_object([(counts, lengths, tokens, (seconds.generation, seconds.tools, seconds.driver))])
         lengths = [length for part in gathered for length in part[1]]
         summary = summarize(part[0] for part in gathered)

@@ -50,6 +50,7 @@ from rex_rag.training.metrics import (
 )
 from rex_rag.training.model_card import PAPER, write_card
 from rex_rag.training.questions import add_prompts, checked_questions, refuse_long_prompt, refuse_long_prompts
+from rex_rag.training.rescue_replay import Imitated, RescueReplay, Role, imitation_advantages
 from rex_rag.training.resuming import ResumableTrainer
 from rex_rag.training.reward_shaping import gate_shaping, log_given_rewards
 from rex_rag.training.rewards import compose_rewards
@@ -92,7 +93,8 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
             Questions: columns `question` (`str`) and `golden_answers` (`list[str]`, or `str` for one). A `prompt`
             column is added.
         eval_dataset ([`~datasets.Dataset`], *optional*):
-            The same; evaluation samples `num_generations_eval` rollouts per question and never probes.
+            The same; evaluation never probes. One rollout per question (`num_generations_eval`) is decoded greedily,
+            several are sampled.
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
             Further TRL reward functions, added to exact match. They receive model-written text as `completions`, and
             `predicted_answer`, `golden_answers` and `trajectory` beside TRL's arguments. `args.reward_weights` counts
@@ -137,6 +139,8 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
         self.recipe = recipe
         self._keep_ratio = KeepRatio(args.keep_ratio, args.keep_ratio_schedule)
         self._slots: Slots | None = None
+        self._replay: RescueReplay | None = None
+        self._drawn: list[Imitated] = []
         protocol = args.agent_protocol()
         train_dataset = checked_questions(train_dataset, "train_dataset")
         eval_dataset = checked_questions(eval_dataset, "eval_dataset")
@@ -166,9 +170,14 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
         warn_of_unread(self.tokenizer, args.chat_template_kwargs)
         carry_settings(self.tokenizer, args.chat_template_kwargs)
         self.sampler = self._make_sampler(protocol, retriever)
+        greedy = args.num_generations_eval == 1  # as benchmarks are decoded; several of a question have to differ
+        self.evaluator = self._make_agent(protocol, retriever, 0.0) if greedy else self.sampler.agent
         self._refuse_long_prompts()
         for warning in training_warnings(args, self.train_dataset, self.model):
             logger.warning(warning)
+        if args.num_probe_slots and args.correction_form.replays:
+            slots = args.generation_batch_size // self.num_generations * args.num_probe_slots
+            self._replay = RescueReplay(slots, args.seed, lambda item: gather_object([item]))
         ranks = {"gather": lambda item: gather_object([item]), "rank": self.accelerator.process_index}
         self.dynamic_sampler = DynamicSampler(
             self.sampler,
@@ -188,25 +197,28 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
 
     # Generation
 
-    def _make_sampler(self, protocol: Protocol, retriever: Retriever) -> MixedSampler:
-        """The agent, what explores its failures, and the sampler over both."""
+    def _make_agent(self, protocol: Protocol, retriever: Retriever, temperature: float) -> Agent:
         args, end_ids = self.args, list(self.eos_token_ids)
         if (
             not protocol.stop_strings
         ):  # a message's end is all that ends a turn, and a template may have one of its own
             of_template = self.tokenizer.convert_tokens_to_ids(end_tokens(self.tokenizer))
             end_ids = list(dict.fromkeys([*end_ids, *of_template]))
-        agent = Agent(
-            cache(lambda stop: self.make_generator(stop, end_ids)),
+        return Agent(
+            cache(lambda stop: self.make_generator(stop, end_ids, temperature)),
             make_tools(args.agent_tools, retriever, args.retrieval_top_k),
             self.tokenizer,
             protocol,
             args.rollout_budget(),
-            stream=self.make_stream(end_ids) if args.rollout_schedule == "auto" else None,
+            stream=self.make_stream(end_ids, temperature) if args.rollout_schedule == "auto" else None,
             chat_template_kwargs=args.chat_template_kwargs,
             max_over_ranks=self.max_over_ranks,
             context_length=args.vllm_max_model_length,
         )
+
+    def _make_sampler(self, protocol: Protocol, retriever: Retriever) -> MixedSampler:
+        """The agent, what explores its failures, and the sampler over both."""
+        args, agent = self.args, self._make_agent(protocol, retriever, self.temperature)
         if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
             refuse_short_server(self.vllm_generation.vllm_client, args)
         return MixedSampler(
@@ -219,6 +231,11 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
             rank=self.accelerator.process_index,
         )
 
+    @property
+    def agent(self) -> Agent:
+        """What samples now: the training agent, or the evaluating one."""
+        return self.sampler.agent if self.model.training else self.evaluator
+
     def _encode_prompt(self, prompt: list[dict[str, str]]) -> list[int]:
         schemas = self.sampler.agent.protocol.schemas
         return encode_chat(self.tokenizer, prompt, self.args.chat_template_kwargs, schemas)
@@ -229,13 +246,15 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
         Texts hold what the model wrote alone. Ids and mask are those that the correction form trains, everything else
         is of the rollout.
         """
-        prompt_ids = []
+        prompt_ids: list[list[int]] = []
         for row, prompt in enumerate(prompts):  # the rows of a question are adjacent
             same = row and prompt == prompts[row - 1]
             prompt_ids.append(prompt_ids[-1] if same else self._encode_prompt(prompt))
             refuse_long_prompt(len(prompt_ids[-1]), prompt, self.args)
-        self.sampler.agent.seconds.reset()
+        self.agent.seconds.reset()
         slots = self._slots = self._sample(examples, prompt_ids)
+        for row, imitated in (slots.replayed or {}).items():
+            prompt_ids[row] = imitated.trajectory.prompt_ids
         self.live = slots.live
         self._log_rollouts(slots)
         return SampledRows(
@@ -250,7 +269,7 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
     def _sample(self, examples: list[dict], prompt_ids: list[list[int]]) -> Slots:
         """Run the rollouts of this process's rows and lay the trajectories into the rows."""
         if not self.model.training:
-            rows = self.sampler.agent.rollout(prompt_ids)
+            rows = self.agent.rollout(prompt_ids)
             asked = zip(rows, examples, strict=True)
             correct = [exact_match(row.answer, example["golden_answers"]) for row, example in asked]
             return Slots(rows, MixedBatch(rows, correct, [], [], 0, len(rows), 0, 0, 0))
@@ -260,9 +279,22 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
         self.log_metrics(sampled.metrics)
         rows = lay_out(sampled.batch, len(prompt_ids), self.num_generations, self.args.num_originals)
         slots = Slots(rows, sampled.batch, discarded=sampled.discarded)
-        largest = self.max_over_ranks(len(slots.filled))
-        slots.live = live_rows(slots.rows, largest, self.args.steps_per_generation)
+        if self._replay is not None:
+            slots.replayed = self._replayed(slots)
+        largest = self.max_over_ranks(sum(row is not None for row in slots.trained))
+        slots.live = live_rows(slots.trained, largest, self.args.steps_per_generation)
         return slots
+
+    def _replayed(self, slots: Slots) -> dict[int, Imitated]:
+        """This process's share of the rows to imitate, laid into its probe slots. A collective."""
+        batches = [batch for batch in (slots.batch, slots.discarded) if batch is not None]
+        self._replay.add(batches, self.args.num_originals, self.state.global_step)
+        self._drawn = self._replay.draw(self.state.global_step)
+        for role in (Role.RESCUE, Role.RIGHT):
+            self.log_metric(f"replay/{role.name.lower()}", float(sum(row.role is role for row in self._drawn)))
+        own = self._drawn[self.accelerator.process_index :: self.accelerator.num_processes]
+        places = [row for row in range(len(slots.rows)) if row % self.num_generations >= self.args.num_originals]
+        return dict(zip(places, own, strict=False))
 
     def _score_probes(self, probes: Sequence[Trajectory]) -> list[float]:
         """Mean log pi_old over the `PROBE` tokens of started probes. A collective: see `log_probs`."""
@@ -295,8 +327,12 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
         self.log_metric("reward/originals", rewards[~all_empty & ~all_probe].mean().item())
         self.log_metric("reward/probes", rewards[all_probe].mean().item())
         gated = self.model.training and self.args.shaping_needs_right_answer and any(self._is_shaping)
-        self._given_rewards = rewards_per_func if gated else None
-        return gate_shaping(rewards_per_func, self._is_shaping, self.num_generations) if gated else rewards_per_func
+        apart = self.model.training and self._replay is not None
+        self._given_rewards = rewards_per_func if gated or apart else None
+        if gated:
+            rewards_per_func = gate_shaping(rewards_per_func, self._is_shaping, self.num_generations)
+        # Groups of originals alone: a probe that is not trained as one has no part in their mean.
+        return rewards_per_func.masked_fill(all_probe.unsqueeze(1), torch.nan) if apart else rewards_per_func
 
     # Correction
 
@@ -314,6 +350,8 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
         with timed(self.log_metric, "correction"):
             output |= describe_rows(slots, output["completion_ids"].shape, self.accelerator.device)
             self._count_no_empty_slots(output.get("importance_sampling_ratio"))
+            if slots.replayed:
+                self._imitate(slots, output)
             if slots.live is not None:
                 height = len(slots.rows)
                 output = {
@@ -326,11 +364,19 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
                 drop_empty_rows(self.table_columns, gather_object([row is None for row in slots.rows]))
         return output
 
+    def _imitate(self, slots: Slots, output: dict[str, Any]) -> None:
+        output["roles"] = slots.roles.to(output["advantages"].device)
+        by_role = imitation_advantages(self._drawn, float(output["num_items_in_batch"]), self.args.hold_weight)
+        advantages = output["advantages"].clone()
+        for role, advantage in by_role.items():
+            advantages[output["roles"] == role] = advantage
+        output["advantages"] = advantages
+
     def _count_no_empty_slots(self, ratio: torch.Tensor | None) -> None:
         """Log the ratios between trainer and engine anew: of whole sequences, TRL counts empty slots too, as 1."""
         if ratio is None or not self.vllm_importance_sampling_mode.startswith("sequence"):
             return
-        filled = torch.tensor([row is not None for row in self._slots.rows], device=ratio.device)
+        filled = torch.tensor([row is not None for row in self._slots.trained], device=ratio.device)
         statistics = self.accelerator.gather(ratio_statistics(ratio[filled]).unsqueeze(0))
         for name, value in ratio_metrics(statistics).items():
             self.metric_lists["train" if self.model.training else "eval"][name][-1] = value
@@ -338,12 +384,15 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
     # Checkpoints and cards
 
     def own_state(self) -> dict[str, Any]:
-        """Keep ratio and difficulty buffer."""
-        return {"keep_ratio": self._keep_ratio.state_dict(), **self.dynamic_sampler.state_dict()}
+        """Keep ratio, difficulty buffer and what is replayed."""
+        state = {"keep_ratio": self._keep_ratio.state_dict(), **self.dynamic_sampler.state_dict()}
+        return state if self._replay is None else {**state, "replay": self._replay.state_dict()}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         self._keep_ratio.load_state_dict(state["keep_ratio"])
         self.dynamic_sampler.load_state_dict(state)
+        if self._replay is not None and "replay" in state:  # else another form was trained so far
+            self._replay.load_state_dict(state["replay"])
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
         """The parent's metadata; the text says how a search agent is used, how it was trained, with what result."""

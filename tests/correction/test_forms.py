@@ -210,7 +210,7 @@ BIAS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [name for name, form in FORMS.items() if not form.replays])
 def test_bias_in_the_enumerated_policy(name):
     exact, gradient = exactly(policy_objective), expected_gradient(name)
     distance = ((gradient - exact).norm() / exact.norm()).item()

@@ -210,9 +210,9 @@ def test_trainings_own_evaluation():
         {"step": 20, "train_runtime": 3.0},
         {"step": 30, "eval_em/originals": float("nan"), "eval_two_em/originals": 1},
     ]
-    found = [(one.dataset_name, one.value, one.details) for one in training_results(log)]
+    found = [(one.dataset_name, one.value, one.details) for one in training_results(log, "greedy")]
     assert found == [("evaluation questions", 37.5, {"step": 20}), ("two", 100.0, {"step": 30})]
-    assert training_results([{"step": 5, "em/originals": 0.9}]) == []
+    assert training_results([{"step": 5, "em/originals": 0.9}], "greedy") == []
 
 
 def test_a_card_of_training_holds_its_last_evaluation_as_the_hub_reads_it(card: Path, tmp_path: Path):
@@ -241,9 +241,9 @@ def test_a_card_of_training_holds_its_last_evaluation_as_the_hub_reads_it(card: 
     assert (hotpotqa.dataset_name, hotpotqa.metric_type, hotpotqa.value, hotpotqa.n) == (
         *("hotpotqa", "exact_match", 75.0, 7405),
     )
-    assert hotpotqa.metric_name == "Exact match, % (sampled, during training)"
+    assert hotpotqa.metric_name == "Exact match, % (greedy, during training)"
     assert (nq.value, nq.n) == (25.0, 20)
-    assert nq.metric_name == "Exact match, % (sampled, during training; 20 of 3610 questions, seed 0)"
+    assert nq.metric_name == "Exact match, % (greedy, during training; 20 of 3610 questions, seed 0)"
     data, text = ModelCard.load(card).data, card.read_text(encoding="utf-8")
     assert (data.license, data.base_model) == ("apache-2.0", "Qwen/Qwen2.5-3B")  # TRL's metadata stays
     assert (
@@ -256,9 +256,9 @@ def test_a_card_of_training_holds_its_last_evaluation_as_the_hub_reads_it(card: 
     assert "- Rollouts per question: 5 originals, up to 5 probes\n" in text and "- Budgets: 1 search, 500 " in text
     assert "- Recipe: rex_rag.yaml\n" in text and "somewhere" not in text
     assert "Last logged of training questions, sampled, at step 5:" in text and "| dead_end/rate | 0.1250 |" in text
-    assert "Last logged of hotpotqa (7,405 questions), sampled, at step 6:" in text
+    assert "Last logged of hotpotqa (7,405 questions), greedy, at step 6:" in text
     assert (
-        "Last logged of nq (20 of 3610 questions, seed 0), sampled, at step 6:" in text
+        "Last logged of nq (20 of 3610 questions, seed 0), greedy, at step 6:" in text
         and "| searches/mean | 1.5000 |" in text
     )
 
@@ -292,7 +292,7 @@ def test_a_card_of_training_names_no_machine_and_its_command_can_be_copied(card,
     assert f"- Retriever: {shown} 3\n" in text and "://a" not in text and "corp" not in text
     assert "- Recipe: rex_rag.yaml\n" in text and "of-mine" not in text
     assert "SearchAgent.load('my agent', retriever=" in text
-    assert "Last logged of &lt;b&gt;, sampled, at step 6:" in text
+    assert "Last logged of &lt;b&gt;, greedy, at step 6:" in text
 
 
 def test_a_byte_order_mark_does_not_hide_the_metadata(tmp_path: Path):

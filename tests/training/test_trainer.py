@@ -744,7 +744,7 @@ def test_evaluation_sets_keep_their_names_and_every_question_its_weight(model_pa
         processing_class=make_word_tokenizer(),
     )
     turns = [[RIGHT] * 4, [RIGHT], [RIGHT] * 3]  # oak: of `mixed` in batches of 4 and 1, of `wrong` in one of 3
-    play(trainer.sampler.agent, ScriptedGenerator(trainer._tokenizer, turns))
+    play(trainer.evaluator, ScriptedGenerator(trainer._tokenizer, turns))
     trainer._logs["prompt"].append("a rollout of training")
     metrics = trainer.evaluate()
     assert metrics["eval_mixed_em/originals"] == pytest.approx(2 / 5)  # the mean over batches would be 0.625
@@ -774,7 +774,7 @@ def test_the_card_of_the_best_weights_tells_their_figures_not_the_last_ones(mode
     assert trainer.state.best_global_step == 1
     trainer.create_model_card()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Last logged of own (4 questions), sampled, at step 1:" in card and "step: 1\n" in card
+    assert "Last logged of own (4 questions), greedy, at step 1:" in card and "step: 1\n" in card
     assert "at step 2" not in card and "step: 2\n" not in card
 
 
