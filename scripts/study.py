@@ -31,7 +31,7 @@ import yaml
 from scipy.stats import t as student
 
 ROOT = Path(__file__).resolve().parents[1]
-HOPS = ("one_hop", "two_hop")
+HOPS = {"one_hop": "test_1_hop.jsonl", "two_hop": "test_2_hop.jsonl"}
 # What of the log stands in a line: of training, step by step, and of the evaluation of each hop count.
 LOGGED = {
     "em": "em/originals",
@@ -126,19 +126,15 @@ def call(arguments: list[str], log: Path) -> None:
 
 
 def make_start(options: dict, folder: Path) -> Path:
-    """The warm start of these options, made where it is not there, with its test questions by hop count."""
+    """The warm start of these options, made where it is not there."""
     known = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
     place = folder / known
-    if not (place / "two_hop.jsonl").is_file():
+    if not (place / "warm_start").is_dir():  # written whole, behind the world
         place.mkdir(parents=True, exist_ok=True)
         call(
             ["rex_rag.quickstart.warm_start", "--output", str(place / "warm_start"), *words(options, "-")],
             place / "log.txt",
         )
-        rows = [json.loads(line) for line in (place / "world" / "test.jsonl").read_text(encoding="utf-8").splitlines()]
-        for number, name in enumerate(HOPS, start=1):
-            asked = [json.dumps(row) + "\n" for row in rows if row["metadata"]["hops"] == number]
-            (place / f"{name}.jsonl").write_text("".join(asked), encoding="utf-8")
     return place
 
 
@@ -152,7 +148,7 @@ def train(run: Run, start: Path, log: Path) -> dict:
             "datasets": start / "world" / "train.jsonl",
             "corpus": start / "world" / "corpus.jsonl",
             "output_dir": f"{scratch}/run",
-            "eval_benchmarks": [f"{name}={start / name}.jsonl" for name in HOPS],
+            "eval_benchmarks": [f"{name}={start / 'world' / file}" for name, file in HOPS.items()],
             **{
                 "eval_strategy": "steps",
                 "eval_on_start": True,

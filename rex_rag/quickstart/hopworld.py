@@ -186,11 +186,14 @@ def build_hopworld(config: HopWorldConfig | None = None) -> HopWorld:
     return HopWorld(config=config, passages=passages, train=train, test=test, facts=facts)
 
 
-WORLD_FILES = ("corpus.jsonl", "train.jsonl", "test.jsonl")
+TEST_FILES = {hops: f"test_{hops}_hop.jsonl" for hops in range(1, MAX_HOPS + 1)}
+WORLD_FILES = ("corpus.jsonl", "train.jsonl", "test.jsonl", *TEST_FILES.values())
 
 
 def write_hopworld(world: HopWorld, directory: str | os.PathLike) -> Path:
     """Write `corpus.jsonl`, `train.jsonl` and `test.jsonl` in the FlashRAG layout and return the directory.
+
+    The test questions of a hop count stand once more in a file of their own (`TEST_FILES`).
 
     Each file is written aside and renamed, so a reader never sees half of one.
     """
@@ -200,9 +203,10 @@ def write_hopworld(world: HopWorld, directory: str | os.PathLike) -> Path:
         directory / "corpus.jsonl",
         ({"id": passage.id, "contents": f'"{passage.title}"\n{passage.text}'} for passage in world.passages),
     )
-    for split, questions in (("train", world.train), ("test", world.test)):
+    of_hops = {name: [one for one in world.test if one.hops == hops] for hops, name in TEST_FILES.items()}
+    for name, questions in {"train.jsonl": world.train, "test.jsonl": world.test, **of_hops}.items():
         _write_jsonl(
-            directory / f"{split}.jsonl",
+            directory / name,
             (
                 {
                     "id": question.id,

@@ -27,11 +27,10 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-import torch
 from tokenizers import AddedToken
 from tqdm.auto import tqdm
 from transformers import Qwen2ForCausalLM, Qwen2Tokenizer, TrainerCallback, set_seed
-from trl import ModelConfig, SFTTrainer, TrlParser
+from trl import ModelConfig, TrlParser
 
 from rex_rag.data.corpus import read_corpus
 from rex_rag.data.qa import QuestionArguments, load_questions
@@ -149,17 +148,6 @@ def _opening(trajectory: Trajectory, search_id: int) -> dict[str, list[int]]:
     return {"input_ids": context + turn, "labels": [-100] * (len(context) + query) + turn[query:]}
 
 
-class DemonstrationTrainer(SFTTrainer):
-    """TRL's trainer, with logits at the labelled tokens alone: passages are most of a row, the vocabulary is wide."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        hidden = model.model(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"))[0]
-        targets = inputs["labels"][:, 1:]
-        labelled = targets != -100
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][labelled]), targets[labelled])
-        return (loss, None) if return_outputs else loss
-
-
 class ProgressBar(TrainerCallback):
     """One bar with the loss, in the place of the trainer's dictionaries."""
 
@@ -206,7 +194,6 @@ def train(args: argparse.Namespace, model: Qwen2ForCausalLM, tokenizer, rows: li
         decay_steps=phase.steps,
         logging_steps=min(10, phase.steps),
         seed=args.seed,
-        trainer_class=DemonstrationTrainer,
     )
     return progress.loss
 

@@ -193,6 +193,17 @@ class Examination:
             model.train(was_training)
 
 
+class DemonstrationTrainer(SFTTrainer):
+    """TRL's trainer, with logits at the labelled tokens alone: prompts and passages are most of a row."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        hidden = model.model(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"))[0]
+        targets = inputs["labels"][:, 1:]
+        labelled = targets != -100
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][labelled]), targets[labelled])
+        return (loss, None) if return_outputs else loss
+
+
 class StopWhenGood(TrainerCallback):
     """Draws the progress bar and ends training at the first check in which one-hop questions are answered."""
 
@@ -240,13 +251,12 @@ def supervise(
     decay_steps: int,
     logging_steps: int,
     seed: int,
-    trainer_class: type[SFTTrainer] = SFTTrainer,
 ) -> int:
     """Train on rows of `input_ids` and `labels` on the CPU; returns the steps taken."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, decay_steps))
     with tempfile.TemporaryDirectory() as scratch:  # nothing is saved there, but the trainer makes it
-        trainer = trainer_class(
+        trainer = DemonstrationTrainer(
             model=model,
             args=SFTConfig(
                 output_dir=scratch,

@@ -14,6 +14,8 @@ from rex_rag.quickstart.hopworld import (
     FIRST_NAMES,
     LAST_NAMES,
     RELATIONS,
+    TEST_FILES,
+    WORLD_FILES,
     HopWorldConfig,
     build_hopworld,
     hopworld_words,
@@ -130,7 +132,10 @@ def test_train_and_test_questions_are_disjoint():
 def test_files_are_in_the_flashrag_layout(tmp_path):
     world = build_hopworld(HopWorldConfig(**SMALL))
     directory = write_hopworld(world, tmp_path / "world")
-    assert sorted(path.name for path in directory.iterdir()) == ["corpus.jsonl", "test.jsonl", "train.jsonl"]
+    assert sorted(path.name for path in directory.iterdir()) == sorted(WORLD_FILES)
+    parts = [(directory / name).read_text() for name in TEST_FILES.values()]
+    assert [len(part.splitlines()) for part in parts] == list(world.config.test_questions)
+    assert sorted("".join(parts).splitlines()) == sorted((directory / "test.jsonl").read_text().splitlines())
     rows = [json.loads(line) for line in (directory / "corpus.jsonl").read_text().splitlines()]
     first = world.passages[0]
     assert rows[0] == {"id": "0", "contents": f'"{first.title}"\n{first.text}'}
@@ -153,7 +158,7 @@ def test_a_world_can_be_written_over_an_older_one(tmp_path):
     write_hopworld(build_hopworld(HopWorldConfig(seed=1, **SMALL)), tmp_path)
     write_hopworld(build_hopworld(HopWorldConfig(seed=2, **SMALL)), tmp_path)
     write_hopworld(build_hopworld(HopWorldConfig(seed=2, **SMALL)), tmp_path / "fresh")
-    for name in ("corpus.jsonl", "train.jsonl", "test.jsonl"):
+    for name in WORLD_FILES:
         assert (tmp_path / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
 
 
