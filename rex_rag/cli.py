@@ -285,8 +285,9 @@ def _batch_lines(config: REXRAGConfig, processes: int) -> dict[str, str]:
     originals = questions * config.num_originals
     kept = _most_probes(config, questions)
     trajectories = f"{originals * config.num_iterations / updates:,.0f}"
-    if kept:
-        trajectories += f" to {(originals + kept) * config.num_iterations / updates:,.0f}"
+    beside = questions * config.num_probe_slots if config.correction_form.replays else kept
+    if beside:
+        trajectories += f" to {(originals + beside) * config.num_iterations / updates:,.0f}"
     dropping = " (fewer once empty probe slots are dropped)" if config.num_probe_slots else ""
     lines = {
         "generation": f"{counted(questions, 'question')} x {counted(config.num_generations, 'row')} = "

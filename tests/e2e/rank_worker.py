@@ -1,11 +1,11 @@
 """Trains a few steps under `accelerate launch` and writes down what each rank saw.
 
-    accelerate launch --config_file ... tests/e2e/rank_worker.py MODEL_DIRECTORY OUTPUT_DIRECTORY
+    accelerate launch --config_file ... tests/e2e/rank_worker.py MODEL_DIRECTORY OUTPUT_DIRECTORY [CORRECTION]
 
 Rank 1 answers in its first turn, rightly and wrongly in turns (its sampled ids are replaced behind the real generate
 call), rank 0 samples freely: the ranks finish their rollouts after different numbers of turns, and dynamic sampling
 replaces rank 0's groups alone. Afterwards they evaluate on five questions, two each at a time, of which rank 1's
-answers are right.
+answers are right. Under another correction than `token` rank 1's originals are all wrong and its probes right.
 """
 
 import itertools
@@ -25,6 +25,8 @@ from rex_rag.types import Passage
 
 def main() -> None:
     model, output = sys.argv[1], Path(sys.argv[2])
+    correction = sys.argv[3] if len(sys.argv) > 3 else "token"
+    rescues = correction != "token"
     trainer = REXRAGTrainer(
         model=model,
         args=REXRAGConfig(
@@ -44,9 +46,11 @@ def main() -> None:
             gradient_accumulation_steps=2,
             probe_probability=0.6,
             keep_ratio=0.25,
-            dynamic_sampling_rounds=1,
+            probe_filter="none" if rescues else "likelihood",
+            correction=correction,
+            dynamic_sampling_rounds=0 if rescues else 1,
             max_prompt_length=200,
-            max_turn_tokens=16,
+            max_turn_tokens=40 if rescues else 16,
             max_observation_tokens=60,
             max_sequence_length=400,
             max_turns=3,
@@ -65,9 +69,10 @@ def main() -> None:
     )
     rank = trainer.accelerator.process_index
     agent, sampler = trainer.sampler.agent, trainer.sampler
-    answers = ["nobody", "somebody"]
+    answers = ["somebody"] if rescues else ["nobody", "somebody"]
     if rank == 1:
-        answer_at_once(agent, answers)
+        answer_at_once(agent, answers, "nobody" if rescues else None)
+        answer_at_once(trainer.evaluator, ["somebody"])
     records = []
     score_probes, sample = sampler._score_probes, sampler.sample
 
@@ -97,7 +102,6 @@ def main() -> None:
     checksum = sum(float(value.double().abs().sum()) for value in weights.values()) if weights else None
     log = [row for row in trainer.state.log_history if "em/originals" in row]
     result = {"records": list(records), "checksum": checksum, "log": log}
-    answers[:] = ["somebody"]
     result["evaluated"] = trainer.evaluate()["eval_em/originals"]
     (output / f"rank{rank}.json").write_text(json.dumps(result))
 
@@ -106,13 +110,16 @@ def brevity(completions, **_):
     return [-0.01 * len(completion[0]["content"]) for completion in completions]
 
 
-def answer_at_once(agent, answers) -> None:
+def answer_at_once(agent, answers, of_probes=None) -> None:
+    """Rows, of which there are six where they are originals, answer in turns; probes, if told to, all the same."""
     generator = agent.driver.generator(agent.protocol.stop_strings)
     generate = generator.generate
 
     def replaced(prompt_ids, max_new_tokens):
         texts = itertools.cycle(f"<answer> {answer} </answer>" for answer in answers)
         rows = generate(prompt_ids, max_new_tokens)
+        if of_probes and len(rows) < 6:
+            texts = itertools.repeat(f"</think> <answer> {of_probes} </answer>")
         return [
             Generation(agent.script.tokenizer(text, add_special_tokens=False)["input_ids"])
             for text, _ in zip(texts, rows, strict=False)

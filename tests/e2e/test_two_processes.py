@@ -24,12 +24,11 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["ddp_cpu", "zero3_cpu"])
-def test_ranks_finish_together_and_agree(name, model, tmp_path):
+def run_ranks(name: str, model: Path, folder: Path, *arguments: str) -> list[dict]:
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     launch += ["--config_file", f"recipes/accelerate_configs/{name}.yaml"]
     result = subprocess.run(
-        [*launch, "tests/e2e/rank_worker.py", str(model), str(tmp_path)],
+        [*launch, "tests/e2e/rank_worker.py", str(model), str(folder), *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -37,7 +36,24 @@ def test_ranks_finish_together_and_agree(name, model, tmp_path):
         timeout=400,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    checksums = [rank["checksum"] for rank in ranks if rank["checksum"] is not None]
+    assert checksums and len(set(checksums)) == 1
+    return ranks
+
+
+@pytest.mark.parametrize("name", ["ddp_cpu", "zero3_cpu"])
+def test_one_ranks_rescues_are_imitated_on_both(name, model, tmp_path):
+    ranks = run_ranks(name, model, tmp_path, "rescue_replay")
+    log = ranks[0]["log"]
+    assert len(log) == 3 and log[-1]["replay/rescue"] > 0 and log[-1]["grad_norm"] > 0
+    nll = [row["replay/rescue_nll"] for row in log if "replay/rescue_nll" in row]
+    assert nll[-1] < nll[0]
+
+
+@pytest.mark.parametrize("name", ["ddp_cpu", "zero3_cpu"])
+def test_ranks_finish_together_and_agree(name, model, tmp_path):
+    ranks = run_ranks(name, model, tmp_path)
     first, second = (rank["records"] for rank in ranks)
     assert len(first) == len(second) == 3 * 2  # every step asks once more for groups without signal
     for call, (one, two) in enumerate(zip(first, second, strict=True)):
@@ -59,8 +75,6 @@ def test_ranks_finish_together_and_agree(name, model, tmp_path):
         best = sorted((rank, parent) for _, rank, parent in sorted(scores)[:kept])
         assert best == sorted([(0, parent) for parent in one["kept"]] + [(1, parent) for parent in two["kept"]])
     assert any(record["global"][3] for record in first)
-    checksums = [rank["checksum"] for rank in ranks if rank["checksum"] is not None]
-    assert checksums and len(set(checksums)) == 1
     # Rank 0 has the questions 0, 1 and 4, then the first again; rank 1 has 2 and 3, then two more again: 4 of 8 rows.
     assert [rank["evaluated"] for rank in ranks] == [2 / 5, 2 / 5]
     log = ranks[0]["log"]
