@@ -1,6 +1,6 @@
 """Streaming against lock-step through vLLM: the same agent, questions and seeds, at several retrieval latencies.
 
-    python scripts/benchmark_rollouts.py --model outputs/quickstart/rex_rag \\
+    python scripts/benchmark_rollouts.py --model outputs/quickstart/rescue_replay \\
         --corpus outputs/quickstart/world/corpus.jsonl \\
         --questions outputs/quickstart/world/test.jsonl [--latency 0 50 200] [--temperature 0] [--repeat 3]
 
