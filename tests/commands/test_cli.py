@@ -149,7 +149,7 @@ def test_hopworld_replaces_a_world_only_when_told_to(tmp_path: Path, capsys: pyt
     world = (tmp_path / "train.jsonl").read_text()
     (tmp_path / "corpus.jsonl").unlink()
     capsys.readouterr()
-    assert "holds train.jsonl, test.jsonl already" in failure(capsys, *arguments, "2")
+    assert "holds train.jsonl, test.jsonl, test_1_hop.jsonl" in failure(capsys, *arguments, "2")
     assert (tmp_path / "train.jsonl").read_text() == world and not (tmp_path / "corpus.jsonl").exists()
     assert main([*arguments, "2", "--overwrite_output_dir"]) == 0
     assert (tmp_path / "train.jsonl").read_text() != world and (tmp_path / "notes.txt").read_text() == "mine"
