@@ -30,8 +30,10 @@ from threading import Lock
 import yaml
 from scipy.stats import t as student
 
+from rex_rag.quickstart.hopworld import TEST_FILES
+
 ROOT = Path(__file__).resolve().parents[1]
-HOPS = {"one_hop": "test_1_hop.jsonl", "two_hop": "test_2_hop.jsonl"}
+HOPS = {"one_hop": TEST_FILES[1], "two_hop": TEST_FILES[2]}
 # What of the log stands in a line: of training, step by step, and of the evaluation of each hop count.
 LOGGED = {
     "em": "em/originals",

@@ -131,6 +131,24 @@ def play(agent: Agent, generator) -> None:
     agent.driver.generator = lambda stop: generator
 
 
+def token_gradients(trainer, inputs):
+    """log pi_theta and d loss / d log pi_theta of every token."""
+    seen = {}
+    before_loss = trainer.before_loss
+
+    def keep(inputs, per_token_logps):
+        per_token_logps.retain_grad()
+        seen["logps"] = per_token_logps
+        before_loss(inputs, per_token_logps)
+
+    trainer.before_loss = keep
+    try:
+        trainer.compute_loss(trainer.model, inputs).backward()
+    finally:
+        del trainer.before_loss
+    return seen["logps"].detach(), seen["logps"].grad
+
+
 STOP_STRINGS = SearchR1().stop_strings
 
 

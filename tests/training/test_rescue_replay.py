@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from datasets import Dataset
-from parts import PASSAGES, ScriptedGenerator, make_tiny_model, make_word_tokenizer, play
+from parts import PASSAGES, ScriptedGenerator, make_tiny_model, make_word_tokenizer, play, token_gradients
 from transformers import Qwen2ForCausalLM
 
 from rex_rag.probes.mixed_sampling import MixedBatch
@@ -205,27 +205,18 @@ def test_the_loss_is_grpos_on_originals_and_mean_log_likelihoods(folder, tmp_pat
     prompts = trainer._tokenizer.batch_decode(inputs["prompt_ids"], skip_special_tokens=True)
     assert "fox" in prompts[roles.index(Role.RESCUE)] and "owl" in prompts[roles.index(Role.RIGHT)]
 
-    seen = {}
-    before_loss = trainer.before_loss
-
-    def keep(inputs, per_token_logps):
-        per_token_logps.retain_grad()
-        seen["logps"] = per_token_logps
-        before_loss(inputs, per_token_logps)
-
-    trainer.before_loss = keep
     with torch.no_grad():  # away from pi_old, far enough for the clip
         for parameter in trainer.model.parameters():
             parameter.mul_(1.5)
-    trainer.compute_loss(trainer.model, inputs).backward()
-    width = seen["logps"].size(1)
+    logps, gradients = token_gradients(trainer, inputs)
+    width = logps.size(1)
     mask = (inputs["completion_mask"] * inputs["tool_mask"])[:, :width].bool()
     for role, expected in ((Role.RESCUE, -1 / 6), (Role.RIGHT, -2 / 6)):
-        gradient = seen["logps"].grad[roles.index(role)][mask[roles.index(role)]]
+        gradient = gradients[roles.index(role)][mask[roles.index(role)]]
         assert gradient.tolist() == pytest.approx([steps * expected] * 6, rel=1e-5)  # TRL: one mean an update
     metrics = trainer._metrics["train"]
     assert metrics["replay/rescue"] == [1.0] and metrics["replay/right"] == [1.0]
-    expected = -seen["logps"][roles.index(Role.RESCUE)][mask[roles.index(Role.RESCUE)]].mean().item()
+    expected = -logps[roles.index(Role.RESCUE)][mask[roles.index(Role.RESCUE)]].mean().item()
     assert metrics["replay/rescue_nll"] == [pytest.approx(expected, rel=1e-5)]
 
 

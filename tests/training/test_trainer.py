@@ -9,7 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from parts import PASSAGES, STOP_STRINGS, ScriptedGenerator, make_tiny_model, make_word_tokenizer, play, start_probe
+from parts import (
+    PASSAGES,
+    STOP_STRINGS,
+    ScriptedGenerator,
+    make_tiny_model,
+    make_word_tokenizer,
+    play,
+    start_probe,
+    token_gradients,
+)
 from peft import LoraConfig
 from transformers import Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
@@ -308,24 +317,6 @@ def test_loss_mask_is_policy_and_probe(probed):
             output["completion_ids"].size(1) - length
         )
     assert int(output["num_items_in_batch"]) == sum(sum(row.trained_mask) for row in filled)
-
-
-def token_gradients(trainer, inputs):
-    """log pi_theta and d loss / d log pi_theta of every token."""
-    seen = {}
-    before_loss = trainer.before_loss
-
-    def keep(inputs, per_token_logps):
-        per_token_logps.retain_grad()
-        seen["logps"] = per_token_logps
-        before_loss(inputs, per_token_logps)
-
-    trainer.before_loss = keep
-    try:
-        trainer.compute_loss(trainer.model, inputs).backward()
-    finally:
-        del trainer.before_loss
-    return seen["logps"].detach(), seen["logps"].grad
 
 
 @pytest.mark.parametrize("correction", FORMS)
