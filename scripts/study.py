@@ -305,6 +305,7 @@ def draw(study: Study, lines: list[dict]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    colors = plt.get_cmap("tab10" if len(study.cells) <= 10 else "tab20").colors
     figure, axes = plt.subplots(
         len(HOPS), len(study.starts), figsize=(4.2 * len(study.starts) + 2, 6), sharex=True, sharey=True, squeeze=False
     )
@@ -313,7 +314,7 @@ def draw(study: Study, lines: list[dict]) -> None:
         for row, hop in enumerate(HOPS):
             for cell in study.cells:
                 own = [line for line in lines if (line["start"], line["cell"]) == (start, cell)]
-                color = f"C{[*study.cells].index(cell)}"
+                color = colors[[*study.cells].index(cell)]
                 curves = [
                     ([spent(line)[point[0]] / 1000 for point in line["evaluated"]], _column(line, row + 1))
                     for line in own

@@ -371,7 +371,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train-questions", type=int, nargs=3, default=(400, 800, 0), metavar="N", help="unseen world, by hops")
     add("--test-questions", type=int, nargs=3, default=(100, 100, 100), metavar="N", help="unseen world, by hops")
     add("--wrong-rate", type=float, default=0.9, help="share of two-hop demonstrations that stop at the dead end")
-    add("--doubt-rate", type=float, default=0.2, help="share of demonstrations with an exploration prompt in them")
+    add("--doubt-rate", type=float, default=0.4, help="share of demonstrations with an exploration prompt in them")
     add("--doubt-wrong-rate", type=float, default=0.5, help="--wrong-rate of the demonstrations with one")
     add("--top-k", type=int, default=1, help="passages a search")
     add(

@@ -1,6 +1,6 @@
 """Does it still work? Rescue replay leaves an all-wrong start, as docs/reproduction.md says it does.
 
-The start is the warm start of `--wrong-rate 1.0 --seed 0`, in bfloat16: making it takes minutes, and this test two.
+The start is the warm start of `--wrong-rate 1.0 --seed 0`, in bfloat16: making it would double the time of this test.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def test_probes_rescue_and_rescue_replay_learns_from_them(tmp_path):
         *(sys.executable, "-m", "rex_rag.train", "--config", "recipes/quickstart/rescue_replay.yaml"),
         *("--model_name_or_path", str(START), "--datasets", str(tmp_path / "world" / "train.jsonl")),
         *("--corpus", str(tmp_path / "world" / "corpus.jsonl"), "--output_dir", str(tmp_path / "run")),
-        *("--max_steps", "25", "--seed", "0", "--save_strategy", "no", "--log_completions", "false"),
+        *("--max_steps", "30", "--seed", "0", "--save_strategy", "no", "--log_completions", "false"),
         *("--eval_benchmarks", *(f"hop{hops}={tmp_path}/world/test_{hops}_hop.jsonl" for hops in (1, 2))),
-        *("--eval_strategy", "steps", "--eval_steps", "25", "--per_device_eval_batch_size", "100"),
+        *("--eval_strategy", "steps", "--eval_steps", "30", "--per_device_eval_batch_size", "100"),
     ]
     env = {**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": "2"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
@@ -44,4 +44,4 @@ def test_probes_rescue_and_rescue_replay_learns_from_them(tmp_path):
     assert steps[-1]["replay/rescue_nll"] < steps[0]["replay/rescue_nll"] / 3
     (two_hops,) = [row["eval_hop2_em/originals"] for row in history if "eval_hop2_em/originals" in row]
     (one_hop,) = [row["eval_hop1_em/originals"] for row in history if "eval_hop1_em/originals" in row]
-    assert two_hops >= 0.15 and one_hop >= 0.88, (one_hop, two_hops)
+    assert two_hops >= 0.5 and one_hop >= 0.9, (one_hop, two_hops)
