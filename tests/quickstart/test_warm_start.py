@@ -1,6 +1,9 @@
-"""The order in which the warm start sees its rows."""
+"""What the warm start begins with, and the order in which it sees its rows."""
 
-from rex_rag.quickstart.warm_start import batches_of_like_length
+import torch
+
+from rex_rag.protocols import make_protocol
+from rex_rag.quickstart.warm_start import QUICKSTART_PROMPT, batches_of_like_length, build_model, build_tokenizer
 
 ROWS = [{"input_ids": [0] * (20 + index * 7919 % 100)} for index in range(1000)]
 
@@ -21,3 +24,13 @@ def test_more_steps_than_rows_go_round_and_few_rows_make_a_small_batch():
     assert len(batches_of_like_length(ROWS, steps=230, batch_size=10, seed=0)) == 2300
     assert batches_of_like_length(ROWS[:3], steps=2, batch_size=24, seed=0)[:3] != []
     assert len(batches_of_like_length(ROWS[:3], steps=2, batch_size=24, seed=0)) == 6
+
+
+def test_attention_begins_by_looking_for_its_own_token_and_passing_it_on():
+    tokenizer = build_tokenizer(make_protocol("search_r1", template=QUICKSTART_PROMPT))
+    for layer in build_model(tokenizer, hidden_size=64, layers=2).model.layers:
+        q, k, v, o = (getattr(layer.self_attn, f"{name}_proj").weight for name in "qkvo")
+        half = torch.eye(64) / 2
+        # Whatever is seen is added, halved, to what is there; a token's likeness to itself is |x|^2 / 2.
+        torch.testing.assert_close(o @ v, half, atol=1e-5, rtol=0)
+        torch.testing.assert_close(q.T @ k, half, atol=1e-5, rtol=0)
