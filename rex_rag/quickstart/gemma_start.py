@@ -21,10 +21,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from rex_rag.quickstart.tiny_model import Phase, train
-from rex_rag.quickstart.vocabulary import cut_model, cut_tokenizer, make_tokenizer
-from rex_rag.quickstart.warm_start import QUICKSTART_PROMPT, Examination, save, training_rows
-
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, GemmaTokenizer, set_seed
@@ -32,6 +28,9 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, GemmaTokenizer
 from rex_rag.probes.pool import DEFAULT_POOL
 from rex_rag.protocols import Protocol, make_protocol
 from rex_rag.quickstart.hopworld import HopWorldConfig, build_hopworld, hopworld_words, write_hopworld
+from rex_rag.quickstart.tiny_model import Phase, train
+from rex_rag.quickstart.vocabulary import cut_model, cut_tokenizer, make_tokenizer
+from rex_rag.quickstart.warm_start import QUICKSTART_PROMPT, Examination, save, training_rows
 from rex_rag.support.errors import UserError, refuse
 from rex_rag.support.jsonl import iter_json_objects
 
@@ -171,7 +170,6 @@ def run(args: argparse.Namespace) -> dict:
         "examination": round(time.perf_counter() - trained, 1),
     }
     write_hopworld(world, args.world)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     save(model, tokenizer, figures, args.output)
     return figures
 

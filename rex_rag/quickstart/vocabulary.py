@@ -31,7 +31,7 @@ BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 def make_tokenizer(
     vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], added: Iterable[str]
 ) -> GemmaTokenizer:
-    """A Gemma tokenizer whose chat template begins with `<bos>`; texts of `added` are one token wherever they stand."""
+    """A Gemma tokenizer whose chat template begins with `<bos>`; a text of `added` is one token wherever it stands."""
     tokenizer = GemmaTokenizer(
         vocab=dict(vocabulary), merges=list(merges), padding_side="left", add_bos_token=False, model_max_length=32768
     )
@@ -83,8 +83,8 @@ def cut_model(model: PreTrainedModel, old: Sequence[int], tokenizer: GemmaTokeni
     """
     if not model.config.tie_word_embeddings or len(old) != len(tokenizer):
         raise UserError(
-            f"a model with tie_word_embeddings={model.config.tie_word_embeddings} cannot be cut to {len(old)} ids of a "
-            f"tokenizer of {len(tokenizer)} tokens; give a model with tied embeddings and what cut_tokenizer returned"
+            f"a model with tie_word_embeddings={model.config.tie_word_embeddings} cannot be cut to {len(old)} ids of "
+            f"a tokenizer of {len(tokenizer)} tokens; give a model with tied embeddings and what cut_tokenizer returned"
         )
     rows = model.get_input_embeddings().weight.detach()[list(old)]
     model.resize_token_embeddings(len(old), mean_resizing=False)
