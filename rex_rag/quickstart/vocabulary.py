@@ -84,7 +84,7 @@ def cut_model(model: PreTrainedModel, old: Sequence[int], tokenizer: GemmaTokeni
     if not model.config.tie_word_embeddings or len(old) != len(tokenizer):
         raise UserError(
             f"a model with tie_word_embeddings={model.config.tie_word_embeddings} cannot be cut to {len(old)} ids of "
-            f"a tokenizer of {len(tokenizer)} tokens; give a model with tied embeddings and what cut_tokenizer returned"
+            f"a tokenizer of {len(tokenizer)}; give a model with tied embeddings and what cut_tokenizer returned"
         )
     rows = model.get_input_embeddings().weight.detach()[list(old)]
     model.resize_token_embeddings(len(old), mean_resizing=False)
