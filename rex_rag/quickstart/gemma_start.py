@@ -119,8 +119,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="seed of the unseen world; training worlds have the seeds after it")
     add("--wrong-rate", type=float, default=1.0, help="share of two-hop demonstrations that stop at the dead end")
     add("--max-steps", type=int, default=60, help="supervised steps; 0 cuts the vocabulary and trains nothing")
-    add("--batch-size", type=int, default=8)
-    add("--learning-rate", type=float, default=1e-4)
+    add("--batch-size", type=int, default=4)
+    add("--learning-rate", type=float, default=1.5e-4)
     add("--check-questions", type=int, default=32, help="questions of each hop count asked at the end; 0 asks none")
     args = parser.parse_args(argv)
     args.world = args.world or args.output.parent / "world"
@@ -138,11 +138,12 @@ def run(args: argparse.Namespace) -> dict:
         HopWorldConfig(seed=args.seed, train_questions=(400, 800, 0), test_questions=(100, 100, 100))
     )
     protocol = make_protocol("search_r1", template=QUICKSTART_PROMPT)
+    texts = list(texts_in_use(protocol, args.keep_tokens_of))
     with tempfile.TemporaryDirectory() as folder:
         model, whole = load_gemma(Path(folder))
     rows = training_rows(args, whole, protocol)
     used = {token for row in rows for token in row["input_ids"]}
-    for text in tqdm(texts_in_use(protocol, args.keep_tokens_of), desc="tokens in use", unit="text", mininterval=1.0):
+    for text in tqdm(texts, desc="tokens in use", unit="text", mininterval=1.0):
         used.update(whole(text, add_special_tokens=False)["input_ids"])
     tokenizer, old = cut_tokenizer(whole, used)
     parameters = model.num_parameters()
