@@ -52,7 +52,7 @@ def test_a_column_counts_those_that_left_and_pairs_by_seed():
     first = {0: {**base, "two_hop_last": 0.1, "left_at": math.inf}, 1: {**base, "two_hop_last": 0.2, "left_at": 30}}
     own = {0: {**base, "two_hop_last": 0.6, "left_at": 10}, 1: {**base, "two_hop_last": 0.7, "left_at": 20}}
     found = study.columns(own, first)
-    assert found[:2] == ["2", "2 of 2, median step 15"] and found[4:] == ["0.90 to 0.90", "0.50 ± 0.00", "50", "1,000"]
+    assert found[:2] == ["2", "2 of 2, median step 15"] and found[4:] == ["0.90 to 0.90", "0.50, 0.50", "50", "1,000"]
     assert study.columns(first, {})[1] == "1 of 2, median step 30"
 
 
