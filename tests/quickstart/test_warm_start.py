@@ -3,7 +3,13 @@
 import torch
 
 from rex_rag.protocols import make_protocol
-from rex_rag.quickstart.warm_start import QUICKSTART_PROMPT, batches_of_like_length, build_model, build_tokenizer
+from rex_rag.quickstart.warm_start import (
+    QUICKSTART_PROMPT,
+    batches_of_like_length,
+    begin_by_copying,
+    build_model,
+    build_tokenizer,
+)
 
 ROWS = [{"input_ids": [0] * (20 + index * 7919 % 100)} for index in range(1000)]
 
@@ -28,7 +34,9 @@ def test_more_steps_than_rows_go_round_and_few_rows_make_a_small_batch():
 
 def test_attention_begins_by_looking_for_its_own_token_and_passing_it_on():
     tokenizer = build_tokenizer(make_protocol("search_r1", template=QUICKSTART_PROMPT))
-    for layer in build_model(tokenizer, hidden_size=64, layers=2).model.layers:
+    model = build_model(tokenizer, hidden_size=64, layers=2)
+    begin_by_copying(model)
+    for layer in model.model.layers:
         q, k, v, o = (getattr(layer.self_attn, f"{name}_proj").weight for name in "qkvo")
         half = torch.eye(64) / 2
         # Whatever is seen is added, halved, to what is there; a token's likeness to itself is |x|^2 / 2.
