@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> dict:
     )
     protocol = make_protocol("search_r1", template=QUICKSTART_PROMPT)
     texts = list(texts_in_use(protocol, args.keep_tokens_of))
-    print("reading the weights takes about a minute", file=sys.stderr, flush=True)
+    tqdm.write("reading the weights takes about a minute", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         model, whole = load_gemma(Path(folder))
     rows = training_rows(args, whole, protocol)

@@ -257,8 +257,8 @@ def learning_rate_factor(step: int, decay_steps: int) -> float:
 def batches_of_like_length(rows: list[dict], steps: int, batch_size: int, seed: int) -> list[int]:
     """Indices of rows in the order of `steps` batches, in which rows are about as long: a third less padding.
 
-    Batches are shuffled. transformers' `group_by_length` gives long ones first, again and again, and the policy then
-    does not learn to copy.
+    Batches are shuffled. transformers' `group_by_length` gives long ones first, again and again; the policy did not
+    learn to copy with it (docs/experiments.md, 2026-11-27).
     """
     draw, found, group = random.Random(f"batches/{seed}"), [], 20 * batch_size
     while len(found) < steps:
