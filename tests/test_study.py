@@ -39,6 +39,24 @@ def test_a_runs_figures():
     assert study.summary(LINE, budget=499)["two_hop_last"] == 0.5
     stuck = {**LINE, "evaluated": [[0, 0.95, 0.0], [1, 0.9, 0.49]]}
     assert study.summary(stuck)["left_at"] == math.inf
+    # The second update of a batch that one step generated has no tokens of its own
+    replayed = {**LINE, "steps": [[1, 0.1, 1.0, None, 1.0, 0.0, 200.0], [2, None, None, None, None, 0.1, None]]}
+    assert study.spent(replayed) == {0: 0.0, 1: 200.0, 2: 200.0}
+
+
+def test_studies_share_the_runs_that_they_have_in_common(tmp_path, capsys):
+    """One study ran it, the other shows it under the names that it gives it itself."""
+    for name, cell in (("one", "token"), ("two", "paper")):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"title: T\nseeds: 1\nstart_seeds: 1\nstarts: {{a: {{wrong-rate: 1.0}}}}\ncells: {{{cell}: {{}}}}\n"
+        )
+    one, two = (study.Study(tmp_path / f"{name}.yaml") for name in ("one", "two"))
+    one.results.parent.mkdir()
+    (run,) = one.runs(None, None, None)
+    line = {**LINE, "hash": run.hash, "start": "a", "cell": "token", "seed": 0}
+    one.results.write_text(study.json.dumps(line) + "\n")
+    study.show_study(two)
+    assert "| paper | 1 | 1 of 1, median step 1 |" in capsys.readouterr().out
 
 
 def test_an_interval_is_students():
