@@ -241,12 +241,12 @@ def summary(line: dict, budget: float = math.inf) -> dict[str, float]:
     }
 
 
-def interval(values: list[float]) -> str:
+def interval(values: list[float], digits: int = 2) -> str:
     """Mean and half width of its 95 % interval over seeds (Student's t); of one or two seeds, their values."""
     if len(values) < 3:
-        return ", ".join(f"{value:.2f}" for value in values)
+        return ", ".join(f"{value:.{digits}f}" for value in values)
     half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.2f} ± {half:.2f}"
+    return f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
 TABLE = (
