@@ -10,8 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from rex_rag import __version__, answers
 from rex_rag.evaluation import choices
 from rex_rag.evaluation.records import RUN_FILE
 from rex_rag.retrieval.load import retriever_identity
+from rex_rag.support.differences import difference, paired
 from rex_rag.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,10 +62,6 @@ _OPTIONS = {
 }
 _SETTINGS = ("budget.", "decoding.")
 _PROMPTS = "method.prompts."
-_HASH = re.compile(r"[0-9a-f]{64}")
-_HASH_DIGITS = 12
-# Characters of a value that an error shows.
-_SHOWN = 80
 
 
 def protocol_card(
@@ -148,7 +144,7 @@ def comparable(
     for card in (first, second):
         check_card(card)
     both_search = first["method"]["uses_retriever"] and second["method"]["uses_retriever"]
-    pairs = list(_paired(shared_protocol(first, both_search), shared_protocol(second, both_search), ""))
+    pairs = list(paired(shared_protocol(first, both_search), shared_protocol(second, both_search), ""))
     shared = [name for name in first["benchmarks"] if name in second["benchmarks"]]
     if benchmarks is not None:
         shared = [name for name in shared if name in benchmarks]
@@ -177,7 +173,7 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str
 
     A line calls a field by the option that sets it, where one does. Of another method its name says all.
     """
-    pairs = list(_paired(first, second, ""))
+    pairs = list(paired(first, second, ""))
     if first["method"]["name"] != second["method"]["name"]:
         pairs = [pair for pair in pairs if pair[0] == "method.name" or not pair[0].startswith("method.")]
     if first["retriever"] is not None and second["retriever"] is not None:
@@ -277,21 +273,8 @@ def scorer_sha256() -> str:
     return digest.hexdigest()
 
 
-def _paired(first: Any, second: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, value, value) of every leaf of two nested mappings; what one lacks is `None` there."""
-    if not (isinstance(first, Mapping) and isinstance(second, Mapping)):
-        yield name, first, second
-        return
-    for key in [*first, *(key for key in second if key not in first)]:
-        yield from _paired(first.get(key), second.get(key), f"{name}.{key}" if name else str(key))
-
-
 def _difference(name: str, first: Any, second: Any) -> str:
-    texts = [_written(value) for value in (first, second)]
-    # Long texts, prompts say, may differ late.
-    same = next((place for place, pair in enumerate(zip(*texts, strict=False)) if pair[0] != pair[1]), 0)
-    start = max(0, same - _SHOWN // 2) if max(map(len, texts)) > _SHOWN else 0
-    return f"{_option(name)}: {_short(texts[0], start)} against {_short(texts[1], start)}"
+    return difference(_option(name), first, second)
 
 
 def _option(name: str) -> str:
@@ -300,21 +283,6 @@ def _option(name: str) -> str:
         text = name.removeprefix(_PROMPTS)
         return "feedback_text" if text == "feedback" else f"prompt_template ({text})"
     return _OPTIONS.get(name) or name.removeprefix(next(filter(name.startswith, _SETTINGS), ""))
-
-
-def _written(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, Mapping):  # there in one of the cards alone
-        return _written(value.get("description") or value.get("sha256") or repr(value))
-    if isinstance(value, str):
-        return value[:_HASH_DIGITS] if _HASH.fullmatch(value) else value
-    return repr(value)
-
-
-def _short(text: str, start: int) -> str:
-    end = start + _SHOWN
-    return f"{'…' if start else ''}{text[start:end]}{'…' if end < len(text) else ''}"
 
 
 def _versions(with_vllm: bool) -> dict[str, str]:

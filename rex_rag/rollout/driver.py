@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from rex_rag.rollout.books import Books, RolloutSeconds
 from rex_rag.rollout.script import Call, Generate, RolloutBudget, Running, Script
+from rex_rag.support.stages import STAGES
 from rex_rag.types import ToolUse, Trajectory, Truncation
 
 if TYPE_CHECKING:
@@ -131,7 +132,8 @@ class Driver:
         started = time.perf_counter()
         for asked, limit, count in self._calls(generator, prompts, limits, rows):
             dummies = [self._dummy] * (count - len(asked))
-            answers = generator.generate([prompts[row] for row in asked] + dummies, max_new_tokens=limit)
+            with STAGES.inside("generation"):
+                answers = generator.generate([prompts[row] for row in asked] + dummies, max_new_tokens=limit)
             output.update(zip(asked, answers, strict=False))
             self.generate_calls += 1
         self.seconds.generation += time.perf_counter() - started
@@ -162,7 +164,8 @@ class Driver:
 
     def _call(self, running: list[Running]) -> None:
         started = time.perf_counter()
-        results = {name: self.tools[name].run(arguments) for name, arguments in batches(running).items()}
+        with STAGES.inside("tools"):
+            results = {name: self.tools[name].run(arguments) for name, arguments in batches(running).items()}
         self.seconds.tools += time.perf_counter() - started
         hand_out(running, results)
 
@@ -251,7 +254,8 @@ class _Streaming:
         """Let the engine work, or wait for calls where it has nothing to do; then let scripts go on."""
         started = time.perf_counter()
         if self._generating:
-            finished = self._stream.step(BATCH_SECONDS)
+            with STAGES.inside("generation"):
+                finished = self._stream.step(BATCH_SECONDS)
             self._driver.seconds.generation += time.perf_counter() - started
             if finished:
                 running = [self._generating.pop(ticket) for ticket, _ in finished]
@@ -259,7 +263,8 @@ class _Streaming:
                 self._go_on(running)
             done = [future for future in self._called if future.done()]
         else:
-            done, _ = wait(self._called, return_when=FIRST_COMPLETED)
+            with STAGES.inside("tools"):
+                done, _ = wait(self._called, return_when=FIRST_COMPLETED)
             self._driver.seconds.tools += time.perf_counter() - started
         for future in done:
             running = self._called.pop(future)

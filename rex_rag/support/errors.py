@@ -13,6 +13,12 @@ class UserError(ValueError):
     """Something that the user can mend: the message says the value, the reason and the way out."""
 
 
+class RunEnded(RuntimeError):
+    """A run ended before it was done, and what it could save is saved; the message says why and how to go on."""
+
+    exit_code = 1
+
+
 def one_line(error: Exception) -> str | None:
     """What to say of an error that the user can mend; None for anything else, a bug, which keeps its traceback."""
     import yaml
@@ -26,11 +32,11 @@ def one_line(error: Exception) -> str | None:
 
 def refuse(error: Exception) -> int:
     """Print what the user can mend and return a script's exit code; anything else is raised again."""
-    message = one_line(error)
+    message = str(error) if isinstance(error, RunEnded) else one_line(error)
     if message is None:
         raise error
     sys.stderr.write(f"error: {message}\n")
-    return EXPECTED_ERROR
+    return error.exit_code if isinstance(error, RunEnded) else EXPECTED_ERROR
 
 
 @contextmanager

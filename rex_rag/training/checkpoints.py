@@ -46,7 +46,7 @@ def find_checkpoint(asked: str | bool | None, output_dir: str) -> str | None:
                 f"resume_from_checkpoint={asked} is no directory here ({Path.cwd()}); name a checkpoint-N"
             )
         if reason := damage(named):
-            raise CheckpointError(f"{named} is not a whole checkpoint: {reason}; {_way_out(named.parent, named)}")
+            raise CheckpointError(f"{named} is not a whole checkpoint: {reason}; {_way_out(named.parent)}")
         return str(asked)
     found = checkpoints(output)
     if not found:
@@ -63,8 +63,14 @@ def find_checkpoint(asked: str | bool | None, output_dir: str) -> str | None:
     )
 
 
-def _way_out(folder: Path, damaged: Path) -> str:
-    whole = next((one for one in reversed(checkpoints(folder)) if one != damaged and damage(one) is None), None)
+def newest_whole(folder: str | Path, before: int | None = None) -> Path | None:
+    """The newest checkpoint of a run that is whole, and written before a step where that is given."""
+    found = (one for one in reversed(checkpoints(Path(folder))) if before is None or _step(one) < before)
+    return next((one for one in found if damage(one) is None), None)
+
+
+def _way_out(folder: Path) -> str:
+    whole = newest_whole(folder)
     if whole is None:
         return f"{folder} holds no whole one: begin anew, or start from its weights (model_name_or_path)"
     return f"the last whole one is {whole}"
@@ -86,6 +92,17 @@ def _done_steps(checkpoint: Path) -> int | None:
     state = json.loads((checkpoint / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
     steps = state.get("global_step") if isinstance(state, dict) else None
     return steps if isinstance(steps, int) else None
+
+
+def finished_at(checkpoint: str, max_steps: int, epochs: float) -> int | None:
+    """The step of a checkpoint from which nothing is left to train; `None` where there is.
+
+    Args:
+        max_steps: of the run that goes on, not positive where `epochs` count.
+    """
+    state = json.loads((Path(checkpoint) / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+    done = state["global_step"] >= max_steps if max_steps > 0 else (state.get("epoch") or 0.0) >= epochs
+    return state["global_step"] if done else None
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -134,6 +134,9 @@ class REXRAGConfig(GRPOConfig):
         rest_after (`int`, *optional*, defaults to `0`):
             Difficulty buffer: a question whose originals were all right so many times in a row rests, and is replaced
             by a fresh one, the next so many times that it comes up; `0` switches the buffer off.
+        watchdog_seconds (`float`, *optional*, defaults to `600.0`):
+            A process that has been in one stage of a step for so long says so, with the stage and the line, and again
+            after twice the time; `0` watches nothing. Below `ddp_timeout`, which ends the run without naming anybody.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether `rex_rag.train` removes what earlier runs left in `output_dir` (checkpoints, completion tables,
             weights, the trainer's state and arguments) instead of refusing to train there.
@@ -257,6 +260,9 @@ class REXRAGConfig(GRPOConfig):
     )
     rest_after: int = field(
         default=0, metadata={"help": "A question all right so many times in a row rests as many turns; 0: never."}
+    )
+    watchdog_seconds: float = field(
+        default=600.0, metadata={"help": "Say so where a process is in one stage of a step for so long; 0: never."}
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Remove what earlier runs left in output_dir instead of refusing to train."}

@@ -13,6 +13,7 @@ What is changed with respect to GRPOTrainer, and why:
 - `_get_per_token_logps_and_entropies`: `around_forward` puts a function around the parent's forward pass for the time
   of one call of the parent: while a batch is scored, and while a loss is computed, where the hook `before_loss` has to
   stand between the pass and the parent's reading of `old_per_token_logps` and `advantages`.
+- `_get_grad_norm`: a hook between gradients and update.
 - `_get_train_sampler`, `_run_epoch`, `_save`: resumed runs equal uninterrupted ones.
 - `_save_optimizer_and_scheduler`, `_load_optimizer_and_scheduler`: the state of the hooks' owner goes along.
 
@@ -25,7 +26,7 @@ import json
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ from trl.trainer.utils import RepeatSampler, pad
 
 from rex_rag.models.generation import TransformersGenerator, VLLMGenerator
 from rex_rag.models.vllm_stream import VLLMStream
+from rex_rag.support.stages import STAGES
 from rex_rag.training.checkpoints import STATE_FILE
 from rex_rag.training.trim import in_two_buckets, trimmed
 
@@ -110,6 +112,12 @@ class GRPOSeams(GRPOTrainer):
 
     def before_loss(self, inputs: dict[str, Any], per_token_logps: torch.Tensor) -> None:
         """Change the loss's inputs in place. per_token_logps: (B, T) log pi_theta, with its gradient."""
+
+    def before_update(self, gradient_norm: float | torch.Tensor | None) -> None:
+        """Gradients are whole and weights not yet changed, but under DeepSpeed, which has changed them already."""
+
+    def before_save(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Weights are about to be written; called on the process that writes them."""
 
     def own_state(self) -> dict[str, Any]:
         """What goes into checkpoints beside TRL's."""
@@ -210,13 +218,14 @@ class GRPOSeams(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self.before_rewards(inputs)
-        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        with STAGES.inside("rewards"):
+            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self.rewarded(inputs, rewards_per_func)
 
     def _generate_and_score_completions(self, inputs):
         self._examples, self.live = inputs, None
         self.before_batch()
-        with self.around_forward(self._score_live_rows):
+        with self.around_forward(self._score_live_rows), STAGES.inside("generation batch"):
             output = super()._generate_and_score_completions(inputs)
         return self.scored_batch(output)
 
@@ -281,7 +290,7 @@ class GRPOSeams(GRPOTrainer):
             passed.append(True)
             return output
 
-        with self.around_forward(hooked):
+        with self.around_forward(hooked), STAGES.inside("loss"):
             loss = super().compute_loss(model, own, return_outputs, num_items_in_batch)
         if not passed:
             raise RuntimeError(
@@ -301,7 +310,13 @@ class GRPOSeams(GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         forward = super()._get_per_token_logps_and_entropies
-        return forward(*args, **kwargs) if self._forward is None else self._forward(forward, *args, **kwargs)
+        with STAGES.inside("log-probabilities"):
+            return forward(*args, **kwargs) if self._forward is None else self._forward(forward, *args, **kwargs)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.before_update(norm)
+        return norm
 
     # Metrics and completion table
 
@@ -344,6 +359,11 @@ class GRPOSeams(GRPOTrainer):
 
         Every run makes that copy from what it starts with; a resume would load it and not the adapter.
         """
+        with STAGES.inside("saving"):
+            self._save_whole(output_dir, state_dict)
+
+    def _save_whole(self, output_dir: str | None, state_dict: dict | None) -> None:
+        self.before_save(self.model.named_parameters() if state_dict is None else state_dict.items())
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
         if REFERENCE_ADAPTER in getattr(self.accelerator.unwrap_model(self.model), "peft_config", ()):
@@ -392,7 +412,8 @@ class GRPOSeams(GRPOTrainer):
 
 @contextmanager
 def timed(log: Callable[[str, float], None], name: str) -> Iterator[None]:
-    """Log the seconds of what stands inside."""
+    """Log the seconds of what stands inside, a stage of its own."""
     started = time.perf_counter()
-    yield
+    with STAGES.inside(name):
+        yield
     log(f"seconds/{name}", time.perf_counter() - started)

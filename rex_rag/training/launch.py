@@ -1,7 +1,7 @@
 """Training as a verb: from a recipe to a trained model.
 
 Questions, retriever and configuration are checked before the model is loaded; what a user can mend is said without a
-traceback, with exit code 2.
+traceback, with exit code 2. A run that ends by itself before it is done says so with exit code 1 (`RunEnded`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from rex_rag.support.errors import UserError
+from rex_rag.support.errors import RunEnded, UserError
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
@@ -24,14 +25,17 @@ from rex_rag.data.qa import load_questions
 from rex_rag.evaluation.during_training import check_best_metric, load_evaluation_sets
 from rex_rag.models.adapters import load_policy, tokenizer_place
 from rex_rag.models.files import check_model, explained
+from rex_rag.models.identity import holds_weights
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.load import load_retriever
 from rex_rag.support.errors import from_the_user, refuse
 from rex_rag.support.recipes import with_recipe_path
-from rex_rag.training.checkpoints import find_checkpoint
+from rex_rag.training.checkpoints import find_checkpoint, finished_at
+from rex_rag.training.config import REXRAGConfig
 from rex_rag.training.progress_line import ProgressLine
 from rex_rag.training.recipe import RECIPE_PARTS
-from rex_rag.training.run_folder import check_folder, clear_folder
+from rex_rag.training.run_folder import check_folder, clear_folder, held
+from rex_rag.training.run_settings import changed_settings, recorded_settings, run_settings
 from rex_rag.training.trainer import REXRAGTrainer
 
 
@@ -39,15 +43,23 @@ def main(words: Sequence[str] | None = None) -> int:
     """Train as a command line says, this process's by default; returns the exit code: 0, or 2 for errors a user can
     mend."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        trainer, checkpoint = prepare(sys.argv[1:] if words is None else words)
-    except Exception as error:
-        return refuse(error)
-    try:
-        run(trainer, checkpoint)
-    except RetrievalError as error:  # any other error in the middle of training is worth its traceback
-        return refuse(error)
+    with ExitStack() as held_folder:
+        try:
+            trainer, checkpoint = prepare(sys.argv[1:] if words is None else words, held_folder)
+        except RunFinished as finished:
+            sys.stderr.write(f"{finished}\n")
+            return 0
+        except Exception as error:
+            return refuse(error)
+        try:
+            run(trainer, checkpoint)
+        except (RetrievalError, RunEnded) as error:  # any other in the middle of training is worth its traceback
+            return refuse(error)
     return 0
+
+
+class RunFinished(UserError):
+    """There is nothing left to train; the message says where the model is."""
 
 
 def train(recipe: str | Path, **overrides: object) -> REXRAGTrainer:
@@ -56,13 +68,15 @@ def train(recipe: str | Path, **overrides: object) -> REXRAGTrainer:
     Raises:
         ValueError, OSError: for what a user can mend, before the model is loaded.
         RetrievalError: when a search could not be answered.
+        RunEnded: where a signal ended the run, or numbers that are none.
     """
     words = ["--config", str(recipe)]
     for key, value in overrides.items():
         values = value if isinstance(value, list | tuple) else [value]
         words += [f"--{key}", *("none" if one is None else str(one) for one in values)]
-    trainer, checkpoint = prepare(words)
-    run(trainer, checkpoint)
+    with ExitStack() as held_folder:
+        trainer, checkpoint = prepare(words, held_folder)
+        run(trainer, checkpoint)
     return trainer
 
 
@@ -78,8 +92,12 @@ def run(trainer: REXRAGTrainer, checkpoint: str | None) -> None:
         trainer.push_to_hub()
 
 
-def prepare(words: Sequence[str]) -> tuple[REXRAGTrainer, str | None]:
-    """The trainer that recipe and command line ask for, and the checkpoint to go on from."""
+def prepare(words: Sequence[str], held_folder: ExitStack) -> tuple[REXRAGTrainer, str | None]:
+    """The trainer that recipe and command line ask for, and the checkpoint to go on from.
+
+    Args:
+        held_folder: holds the output directory for this run until it is closed.
+    """
     words = with_recipe_path(list(words))
     recipe = words[words.index("--config") + 1] if "--config" in words else None
     parser = TrlParser(RECIPE_PARTS, usage=argparse.SUPPRESS)  # hundreds of lines before the one that matters
@@ -90,6 +108,9 @@ def prepare(words: Sequence[str]) -> tuple[REXRAGTrainer, str | None]:
     name = model.model_name_or_path
     check_model(name, model.model_revision)
     checkpoint = find_checkpoint(config.resume_from_checkpoint, config.output_dir)
+    if checkpoint is not None:
+        refuse_finished(config, checkpoint)
+    held_folder.enter_context(held(config.output_dir, here=config.process_index == 0))
     check_folder(config.output_dir, overwrite=config.overwrite_output_dir, checkpoint=checkpoint, model=name)
 
     with config.main_process_first(desc="questions and corpus"):
@@ -99,6 +120,9 @@ def prepare(words: Sequence[str]) -> tuple[REXRAGTrainer, str | None]:
             check_best_metric(eval_dataset, config.metric_for_best_model)
         retriever = load_retriever(retrieval)
     retriever.check()
+    if checkpoint is not None:
+        settings = run_settings(config, name, train_dataset, retriever.description)
+        changed_settings(recorded_settings(checkpoint) or settings, settings)
 
     quantization = get_quantization_config(model)
     config.model_init_kwargs = {
@@ -128,3 +152,14 @@ def prepare(words: Sequence[str]) -> tuple[REXRAGTrainer, str | None]:
     for noisy in (ProgressCallback, PrinterCallback):  # they print every metric at every step
         trainer.remove_callback(noisy)
     return trainer, checkpoint
+
+
+def refuse_finished(config: REXRAGConfig, checkpoint: str) -> None:
+    step = finished_at(checkpoint, config.max_steps, config.num_train_epochs)
+    if step is None:
+        return
+    output = Path(config.output_dir)
+    raise RunFinished(
+        f"{output} is finished: all {step} steps are done, and nothing is left to train. The model is in "
+        f"{output if holds_weights(output) else checkpoint}; raise max_steps or num_train_epochs to go on"
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,18 +11,33 @@ from accelerate.logging import get_logger
 
 from rex_rag.training.checkpoints import find_checkpoint, other_processes, set_aside_later
 from rex_rag.training.grpo_seams import GRPOSeams
+from rex_rag.training.interruption import StopOnSignal
+from rex_rag.training.run_settings import changed_settings, recorded_settings
+from rex_rag.training.watchdog import watched
 
 logger = get_logger(__name__)
 
 
 class ResumableTrainer(GRPOSeams):
-    """A GRPOTrainer that resumes from whole checkpoints alone and then asks what comes next."""
+    """A GRPOTrainer that resumes from whole checkpoints alone and then asks what comes next.
+
+    Subclasses set `run_settings`, what the run is made of, and put it into their own state.
+    """
+
+    run_settings: Mapping[str, Any]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stop_on_signal = StopOnSignal(self.max_over_ranks)
+        self.add_callback(self.stop_on_signal)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """As in the parent; `True` takes the newest whole checkpoint, and what lies beyond it is put aside.
 
         Raises:
             CheckpointError: for a checkpoint that is missing or damaged, and where there is none.
+            ValueError: for a setting that changed and could have no effect.
+            RunEnded: where a signal ended the run, or numbers that are none.
         """
         checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
@@ -34,8 +51,18 @@ class ResumableTrainer(GRPOSeams):
                     f"{checkpoint} was written by {count} process(es) and is resumed by {self.args.world_size}: "
                     "batches and draws differ from those of an uninterrupted run"
                 )
+            for change in changed_settings(recorded_settings(checkpoint) or self.run_settings, self.run_settings):
+                logger.warning(f"since {Path(checkpoint).name} was written, a setting changed: {change}")
             self.accelerator.wait_for_everyone()  # all have found it before anything is moved
             if self.is_world_process_zero():
                 set_aside_later(self.args.output_dir, checkpoint)
             self.accelerator.wait_for_everyone()
-        return super().train(checkpoint, *args, **kwargs)
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        with (
+            watched(self.args.watchdog_seconds, rank, processes, lambda: self.state.global_step + 1),
+            self.stop_on_signal.listening(),
+        ):
+            output = super().train(checkpoint, *args, **kwargs)
+        if self.stop_on_signal.stopped is not None:
+            raise self.stop_on_signal.stopped
+        return output

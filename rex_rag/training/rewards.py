@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 
 from rex_rag.answers import exact_match
@@ -75,6 +76,15 @@ def on_filled_rows(function: Callable) -> Callable:
         by_row = dict(zip(filled, values, strict=True))
         return [by_row.get(row) for row in range(count)]
 
+    def rewards(filled: list[int], values: Sequence, count: int) -> list:
+        endless = [value for value in values if value is not None and math.isinf(value)]
+        if endless:
+            raise UserError(
+                f"the reward function {function_name} gave {endless[0]}, of which no advantage can be made; return "
+                "finite numbers, or None where a completion cannot be judged"
+            )
+        return spread(filled, values, count)
+
     # TRL names metrics after the function, which functools.wraps keeps.
     function_name = getattr(function, "__name__", type(function).__name__)
     if inspect.iscoroutinefunction(function):
@@ -82,13 +92,13 @@ def on_filled_rows(function: Callable) -> Callable:
         @functools.wraps(function)
         async def wrapped_async(**kwargs):
             filled, arguments = chosen(kwargs)
-            return spread(filled, await function(**arguments), len(kwargs["trajectory"]))
+            return rewards(filled, await function(**arguments), len(kwargs["trajectory"]))
 
         return wrapped_async
 
     @functools.wraps(function)
     def wrapped(**kwargs):
         filled, arguments = chosen(kwargs)
-        return spread(filled, function(**arguments), len(kwargs["trajectory"]))
+        return rewards(filled, function(**arguments), len(kwargs["trajectory"]))
 
     return wrapped

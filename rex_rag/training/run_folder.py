@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag.models.files import ADAPTER_FILE, adapter_base, is_adapter
+from rex_rag.support.durable import locked
 from rex_rag.support.errors import UserError
 from rex_rag.training.checkpoints import ABANDONED, TRAINER_STATE_FILE, checkpoints, completion_tables, remove
 
@@ -18,6 +21,9 @@ _FILES = (
     *("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"),
     *("adapter_model.safetensors", "adapter_model.bin", ADAPTER_FILE, TRAINER_STATE_FILE, "training_args.bin"),
 )
+
+
+LOCK_FILE = ".train.lock"
 
 
 class FolderError(UserError):
@@ -72,3 +78,27 @@ def clear_folder(output_dir: str, accelerator: Accelerator) -> None:
         for path in left_by_runs(Path(output_dir)):
             remove(path)
     accelerator.wait_for_everyone()
+
+
+@contextmanager
+def held(output_dir: str, *, here: bool) -> Iterator[None]:
+    """Hold the folder for this run as long as the block runs; the kernel lets go of it when the process dies.
+
+    Args:
+        here: whether this process holds it; one process of a run does.
+
+    Raises:
+        FolderError: where another run holds it.
+    """
+    output = Path(output_dir)
+    if not here:
+        yield
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    with locked(output / LOCK_FILE) as ours:
+        if not ours:
+            raise FolderError(
+                f"another run is training into {output} now ({LOCK_FILE} is locked); name another output_dir, or wait "
+                "for it to end"
+            )
+        yield

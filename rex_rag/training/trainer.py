@@ -34,6 +34,7 @@ from rex_rag.tools import make_tools
 from rex_rag.training.config import REXRAGConfig
 from rex_rag.training.corrected_loss import CorrectedLoss
 from rex_rag.training.dynamic_sampling import DynamicSampler, fresh_questions
+from rex_rag.training.finite import FiniteTrainer
 from rex_rag.training.group_rows import (
     Slots,
     completion_columns,
@@ -55,12 +56,13 @@ from rex_rag.training.resuming import ResumableTrainer
 from rex_rag.training.reward_shaping import gate_shaping, log_given_rewards
 from rex_rag.training.rewards import compose_rewards
 from rex_rag.training.rollout_log import RolloutLog
+from rex_rag.training.run_settings import SETTINGS_KEY, run_settings
 from rex_rag.types import Trajectory
 
 logger = get_logger(__name__)
 
 
-class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
+class REXRAGTrainer(RolloutLog, CorrectedLoss, FiniteTrainer, ResumableTrainer):
     """
     Trainer for REX-RAG, introduced in [REX-RAG: Reasoning Exploration with Policy Correction in Retrieval-Augmented
     Generation](https://huggingface.co/papers/2508.08149). It differs from [`~trl.GRPOTrainer`] in that generation is
@@ -148,6 +150,8 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
             raise UserError("; ".join(problems))
         processing_class = processing_class or policy_tokenizer(model, args)
         forbidden = control_tokens(processing_class)
+        name = model if isinstance(model, str) else model.config.name_or_path
+        self.run_settings = run_settings(args, name, train_dataset, retriever.description)
         train_dataset = add_prompts(train_dataset, protocol, forbidden)
         fresh = fresh_questions(train_dataset, args)
         given_weights = args.reward_weights
@@ -252,7 +256,8 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
             prompt_ids.append(prompt_ids[-1] if same else self._encode_prompt(prompt))
             refuse_long_prompt(len(prompt_ids[-1]), prompt, self.args)
         self.agent.seconds.reset()
-        slots = self._slots = self._sample(examples, prompt_ids)
+        with self.finite_sampling():
+            slots = self._slots = self._sample(examples, prompt_ids)
         for row, imitated in (slots.replayed or {}).items():
             prompt_ids[row] = imitated.trajectory.prompt_ids
         self.live = slots.live
@@ -337,6 +342,7 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
     # Correction
 
     def before_batch(self) -> None:
+        super().before_batch()
         if self.model.training and self.args.num_probe_slots:
             for column in self.table_columns:
                 column.clear()  # the table holds the newest generation batch, which is rid of empty slots below
@@ -384,8 +390,9 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, ResumableTrainer):
     # Checkpoints and cards
 
     def own_state(self) -> dict[str, Any]:
-        """Keep ratio, difficulty buffer and what is replayed."""
+        """Keep ratio, difficulty buffer, what is replayed, and what the run is made of."""
         state = {"keep_ratio": self._keep_ratio.state_dict(), **self.dynamic_sampler.state_dict()}
+        state[SETTINGS_KEY] = self.run_settings
         return state if self._replay is None else {**state, "replay": self._replay.state_dict()}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
