@@ -23,6 +23,7 @@ from rex_rag.rollout.script import RolloutBudget
 from rex_rag.support.errors import UserError
 from rex_rag.support.named import choose
 from rex_rag.support.secrets import without_secrets
+from rex_rag.training.collapse_guard import MODES
 from rex_rag.training.config_checks import config_warnings, rollout_problems
 from rex_rag.training.dynamic_sampling import signal_problems
 from rex_rag.training.grpo_options import (
@@ -42,6 +43,7 @@ _CHOICES = {
     "probe_density": ("exact", "coarse"),
     "keep_ratio_schedule": ("constant", "accuracy_ema"),
     "rollout_schedule": ("auto", "lock_step"),
+    "collapse_guard": MODES,
 }
 
 
@@ -134,6 +136,13 @@ class REXRAGConfig(GRPOConfig):
         rest_after (`int`, *optional*, defaults to `0`):
             Difficulty buffer: a question whose originals were all right so many times in a row rests, and is replaced
             by a fresh one, the next so many times that it comes up; `0` switches the buffer off.
+        collapse_guard (`str`, *optional*, defaults to `"warn"`):
+            What to do when logged figures say that the policy breaks: `"off"`, `"warn"`, `"stop"` (the message names
+            the last good checkpoint), `"rollback"` (go on from it with 0.3 of the learning rate, three times at most).
+            docs/health.md has figures and bounds.
+        llds_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the regulariser against lazy likelihood displacement (arXiv 2512.04220), 0.1 in its paper: what
+            was not worse than its group may not become less likely. It acts from the second update of a generation on.
         watchdog_seconds (`float`, *optional*, defaults to `600.0`):
             A process that has been in one stage of a step for so long says so, with the stage and the line, and again
             after twice the time; `0` watches nothing. Below `ddp_timeout`, which ends the run without naming anybody.
@@ -260,6 +269,13 @@ class REXRAGConfig(GRPOConfig):
     )
     rest_after: int = field(
         default=0, metadata={"help": "A question all right so many times in a row rests as many turns; 0: never."}
+    )
+    collapse_guard: str = field(
+        default="warn",
+        metadata={"help": "What to do when the policy breaks.", "choices": list(_CHOICES["collapse_guard"])},
+    )
+    llds_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the regulariser against lazy likelihood displacement; 0: off."}
     )
     watchdog_seconds: float = field(
         default=600.0, metadata={"help": "Say so where a process is in one stage of a step for so long; 0: never."}

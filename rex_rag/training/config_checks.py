@@ -96,6 +96,14 @@ def rollout_problems(args: REXRAGConfig) -> list[str]:
             f"kl_token_max is {args.kl_token_max}; it bounds the KL estimate of a token, in nats: give a value in "
             "(0, 1000], 10 in the reference, or inf for the unbounded estimate"
         )
+    for name in ("llds_weight", "watchdog_seconds"):
+        if not 0.0 <= getattr(args, name) < math.inf:
+            problems.append(f"{name} is {getattr(args, name)}; use 0 (off) or a positive number")
+    if args.collapse_guard == "rollback" and (args.save_strategy == "no" or args.deepspeed or args.fsdp):
+        cause = "with save_strategy 'no' there is nothing to go back to"
+        if args.save_strategy != "no":
+            cause = "DeepSpeed and FSDP cannot load a checkpoint into a run that is under way"
+        problems.append(f"collapse_guard is 'rollback', but {cause}; use 'stop', which names the last good checkpoint")
     if args.correction_weight_max is not None and args.correction_weight_max < 1:
         problems.append(
             f"correction_weight_max is {args.correction_weight_max}; below 1 it would cut weights of tokens that "

@@ -8,6 +8,7 @@ import torch
 
 from rex_rag.correction.densities import CLIPPED_LOSSES, weight_statistics
 from rex_rag.correction.kl import bounded_reference
+from rex_rag.correction.llds import llds
 from rex_rag.correction.realignment import Realignment, loss_mask, realign
 from rex_rag.training.evaluation_log import EvaluationLog
 from rex_rag.training.grpo_seams import timed
@@ -19,6 +20,16 @@ from rex_rag.types import SegmentKind
 class CorrectedLoss(EvaluationLog):
     """A GRPOTrainer whose loss takes the mixture that produced a batch into account, by `args.correction_form`."""
 
+    _llds: torch.Tensor | None = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As in the parent, plus LLDS where it is on."""
+        self._llds = None
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._llds is not None and self.model.training:
+            loss = loss + self.args.llds_weight * self._llds / self.current_gradient_accumulation_steps
+        return loss
+
     def has_long_rows(self, inputs: dict[str, Any]) -> bool:
         """Probes are; without them the loss is computed as the parent does, to the last bit."""
         return float(inputs["mixing_share"]) > 0
@@ -29,6 +40,11 @@ class CorrectedLoss(EvaluationLog):
         self._bound_kl(inputs, per_token_logps)
         if "roles" in inputs:
             self._let_imitate(inputs, per_token_logps)
+        if self.args.llds_weight:
+            kinds, mask = inputs["segment_kinds"], loss_mask(inputs)
+            old = inputs.get("old_per_token_logps", per_token_logps.detach())
+            self._llds = llds(per_token_logps, old, kinds, mask, inputs["advantages"])
+            self.log_metric("llds", self.accelerator.gather(self._llds.detach()).mean().item())
         with timed(self.log_metric, "realignment"):
             detached = per_token_logps.detach()
             realignment = realign(inputs, detached, self.args.correction_form, self.args)
@@ -80,5 +96,10 @@ class CorrectedLoss(EvaluationLog):
         bounded = inputs.get("kl_bounded", torch.zeros_like(clipped))
         sums = segment_sums(inputs["segment_kinds"], mask, clipped, per_token_kl, bounded)
         totals = self.accelerator.reduce(sums, reduction="sum")
+        good = mask.bool() & (inputs["advantages"].unsqueeze(1) > 0)
+        good_sums = torch.stack([per_token_logps[good].sum(), good.sum().to(per_token_logps.dtype)])
+        likelihood, tokens = self.accelerator.reduce(good_sums.float(), reduction="sum").tolist()
+        if tokens:
+            self.log_metric("likelihood/good", likelihood / tokens)
         clips = self.loss_type in CLIPPED_LOSSES and self.importance_sampling_level == "token"
         self.log_metrics(segment_metrics(totals, clip_ratio=clips, kl="ref_per_token_logps" in inputs))

@@ -23,9 +23,28 @@ def rollout_counts(trajectories: Sequence[Trajectory]) -> Counter:
         counts["invalid_actions"] += trajectory.invalid_actions
         counts["unanswered"] += trajectory.answer is None
         counts["out_of_tokens"] += trajectory.answer is None and trajectory.truncations[Truncation.SEQUENCE] > 0
+        counts["repetitive"] += is_repetitive(trajectory)
+        counts["garbled"] += is_garbled(trajectory)
         for cause in Truncation:
             counts[f"truncations/{cause.value}"] += trajectory.truncations[cause]
     return counts
+
+
+def is_repetitive(trajectory: Trajectory) -> bool:
+    """Whether fewer than half of the runs of four tokens that the model wrote are different; of 16 or more."""
+    written = [segment.ids for segment in trajectory.segments if segment.kind is SegmentKind.POLICY]
+    runs = [tuple(ids[start : start + 4]) for ids in written for start in range(len(ids) - 3)]
+    return len(runs) >= 16 and len(set(runs)) < len(runs) / 2
+
+
+def is_garbled(trajectory: Trajectory) -> bool:
+    """Whether the model wrote bytes that are no text, or control characters other than white space."""
+    return any(
+        character == "\ufffd" or (not character.isprintable() and not character.isspace())
+        for segment in trajectory.segments
+        if segment.kind is SegmentKind.POLICY
+        for character in segment.text
+    )
 
 
 def mixed_counts(batch: MixedBatch, originals_per_question: int) -> Counter:
@@ -76,6 +95,8 @@ def summarize(counts: Iterable[Counter]) -> dict[str, float]:
         "searches/mean": _rate(total["searches"], total["rollouts"]),
         "invalid_actions/mean": _rate(total["invalid_actions"], total["rollouts"]),
         "unanswered/rate": _rate(total["unanswered"], total["rollouts"]),
+        "repetitive/rate": _rate(total["repetitive"], total["rollouts"]),
+        "garbled/rate": _rate(total["garbled"], total["rollouts"]),
         "completions/clipped_ratio": _rate(total["out_of_tokens"], total["rollouts"]),
     }
     for cause in Truncation:

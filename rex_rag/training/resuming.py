@@ -10,6 +10,7 @@ import torch
 from accelerate.logging import get_logger
 
 from rex_rag.training.checkpoints import find_checkpoint, other_processes, set_aside_later
+from rex_rag.training.collapse_guard import CollapseGuard
 from rex_rag.training.grpo_seams import GRPOSeams
 from rex_rag.training.interruption import StopOnSignal
 from rex_rag.training.run_settings import changed_settings, recorded_settings
@@ -29,7 +30,9 @@ class ResumableTrainer(GRPOSeams):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stop_on_signal = StopOnSignal(self.max_over_ranks)
-        self.add_callback(self.stop_on_signal)
+        self.collapse_guard = CollapseGuard(self.args.collapse_guard, self.max_over_ranks)
+        for callback in (self.stop_on_signal, self.collapse_guard):
+            self.add_callback(callback)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """As in the parent; `True` takes the newest whole checkpoint, and what lies beyond it is put aside.
@@ -37,7 +40,7 @@ class ResumableTrainer(GRPOSeams):
         Raises:
             CheckpointError: for a checkpoint that is missing or damaged, and where there is none.
             ValueError: for a setting that changed and could have no effect.
-            RunEnded: where a signal ended the run, or numbers that are none.
+            RunEnded: where a signal ended the run, numbers that are none, or a policy that breaks.
         """
         checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
@@ -53,16 +56,29 @@ class ResumableTrainer(GRPOSeams):
                 )
             for change in changed_settings(recorded_settings(checkpoint) or self.run_settings, self.run_settings):
                 logger.warning(f"since {Path(checkpoint).name} was written, a setting changed: {change}")
-            self.accelerator.wait_for_everyone()  # all have found it before anything is moved
-            if self.is_world_process_zero():
-                set_aside_later(self.args.output_dir, checkpoint)
-            self.accelerator.wait_for_everyone()
+            self._put_aside(checkpoint)
+        while True:
+            output = self._train_watched(checkpoint, *args, **kwargs)
+            back = self.collapse_guard.go_back_to
+            if back is None:
+                return output
+            checkpoint = str(back)
+            self._put_aside(checkpoint)
+
+    def _train_watched(self, checkpoint: str | None, *args: Any, **kwargs: Any):
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         with (
             watched(self.args.watchdog_seconds, rank, processes, lambda: self.state.global_step + 1),
             self.stop_on_signal.listening(),
         ):
             output = super().train(checkpoint, *args, **kwargs)
-        if self.stop_on_signal.stopped is not None:
-            raise self.stop_on_signal.stopped
+        for ended in (self.stop_on_signal.stopped, self.collapse_guard.collapsed):
+            if ended is not None:
+                raise ended
         return output
+
+    def _put_aside(self, checkpoint: str) -> None:
+        self.accelerator.wait_for_everyone()  # all have found it before anything is moved
+        if self.is_world_process_zero():
+            set_aside_later(self.args.output_dir, checkpoint)
+        self.accelerator.wait_for_everyone()

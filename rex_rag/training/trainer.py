@@ -392,12 +392,14 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, FiniteTrainer, ResumableTrainer):
     def own_state(self) -> dict[str, Any]:
         """Keep ratio, difficulty buffer, what is replayed, and what the run is made of."""
         state = {"keep_ratio": self._keep_ratio.state_dict(), **self.dynamic_sampler.state_dict()}
-        state[SETTINGS_KEY] = self.run_settings
+        state |= {SETTINGS_KEY: self.run_settings, "collapse_guard": self.collapse_guard.state_dict()}
         return state if self._replay is None else {**state, "replay": self._replay.state_dict()}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         self._keep_ratio.load_state_dict(state["keep_ratio"])
         self.dynamic_sampler.load_state_dict(state)
+        if "collapse_guard" in state:
+            self.collapse_guard.load_state_dict(state["collapse_guard"])
         if self._replay is not None and "replay" in state:  # else another form was trained so far
             self._replay.load_state_dict(state["replay"])
 

@@ -1,0 +1,161 @@
+"""Notices that a policy breaks, and warns, stops, or goes back to the last good checkpoint.
+
+The bounds were set on HopWorld: healthy runs on ten seeds, and runs broken on purpose (docs/experiments.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from accelerate.logging import get_logger
+from transformers import TrainerCallback
+
+from rex_rag.support.errors import RunEnded
+from rex_rag.training.checkpoints import newest_whole
+
+logger = get_logger(__name__)
+
+MODES = ("off", "warn", "stop", "rollback")
+PATIENCE = 3  # logs in a row with a figure out of bounds
+FIRST = 5  # logs whose median tells what a run began with
+RECENT = 20  # logs whose median tells what it has been like lately
+LEARNING_RATE_FACTOR = 0.3  # of a rollback
+MOST_ROLLBACKS = 3
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Where a logged figure is out of bounds, seen from a reference: its median at the start, or lately."""
+
+    is_out: Callable[[float, float], bool]
+    lately: bool = False
+
+
+BOUNDS = {
+    "entropy": Bound(lambda value, start: value > max(3 * start, start + 1)),
+    "grad_norm": Bound(lambda value, lately: value > max(50 * lately, 1), lately=True),
+    "kl/policy": Bound(lambda value, start: value > 1),
+    "likelihood/good": Bound(lambda value, start: value < start - 2),
+    "repetitive/rate": Bound(lambda value, start: value > max(0.5, start + 0.3)),
+    "garbled/rate": Bound(lambda value, start: value > start + 0.2),
+    "invalid_actions/mean": Bound(lambda value, start: value > max(1.5, start + 1)),
+    "unanswered/rate": Bound(lambda value, start: value > max(0.5, start + 0.3)),
+    "completions/mean_length": Bound(lambda value, lately: value > 4 * lately, lately=True),
+}
+
+
+class Collapsed(RunEnded):
+    """The policy broke; the message says by which figures, and names the last good checkpoint."""
+
+
+@dataclass
+class Figures:
+    """The figures of a run's logs, and since when one of them is out of bounds. Knows no trainer and no files.
+
+    first, recent: name -> values of logs within bounds, the earliest and the latest. out_since: the step of the first
+    log of those in a row that are out of bounds; out_count: how many they are.
+    """
+
+    first: dict[str, list[float]] = field(default_factory=dict)
+    recent: dict[str, list[float]] = field(default_factory=dict)
+    out_since: int | None = None
+    out_count: int = 0
+
+    def add(self, step: int, logs: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+        """Take a log in; returns (value, reference) of every figure out of bounds."""
+        values = {name: float(logs[name]) for name in BOUNDS if _is_number(logs.get(name))}
+        out = {}
+        for name, value in values.items():
+            known = (self.recent if BOUNDS[name].lately else self.first).get(name)
+            if known and BOUNDS[name].is_out(value, median(known)):
+                out[name] = (value, median(known))
+        if out:
+            self.out_since = step if self.out_since is None else self.out_since
+            self.out_count += 1
+            return out
+        self.out_since, self.out_count = None, 0
+        for name, value in values.items():
+            self.first[name] = [*self.first.get(name, []), value][:FIRST]
+            self.recent[name] = [*self.recent.get(name, []), value][-RECENT:]
+        return out
+
+
+class CollapseGuard(TrainerCallback):
+    """Watches what is logged, and acts when a figure has been out of bounds for `PATIENCE` logs in a row.
+
+    Args:
+        mode: `"warn"` says so once; `"stop"` ends the run; `"rollback"` ends it too, and leaves in `go_back_to` the
+            checkpoint from which it goes on with a lower learning rate.
+        max_over_ranks: the maximum of an integer over all processes, which have to agree.
+    """
+
+    def __init__(self, mode: str, max_over_ranks: Callable[[int], int]) -> None:
+        self.mode = mode
+        self._max_over_ranks = max_over_ranks
+        self.figures = Figures()
+        self.learning_rate_scale = 1.0  # of the optimizer as it is, by rollbacks
+        self._scale_wanted = 1.0
+        self.rollbacks = 0
+        self.go_back_to: Path | None = None
+        self.collapsed: Collapsed | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scale": self.learning_rate_scale, "first": self.figures.first, "recent": self.figures.recent}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.learning_rate_scale = state["scale"]
+        self.figures = Figures(dict(state["first"]), dict(state["recent"]))
+        if not self.rollbacks:  # another process's rollbacks, of which the optimizer tells
+            self._scale_wanted = self.learning_rate_scale
+
+    def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs) -> None:
+        self.go_back_to = self.collapsed = None
+        factor = self._scale_wanted / self.learning_rate_scale
+        if factor == 1.0:
+            return
+        for group in optimizer.param_groups:
+            for name in ("lr", "initial_lr"):
+                group[name] *= factor
+        lr_scheduler.base_lrs = [rate * factor for rate in lr_scheduler.base_lrs]
+        lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what is logged of the next step
+        self.learning_rate_scale = self._scale_wanted
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if self.mode == "off" or "loss" not in (logs or {}):
+            return
+        out = self.figures.add(state.global_step, logs)
+        if not self._max_over_ranks(int(self.figures.out_count == PATIENCE)):
+            return
+        what = (
+            f"step {state.global_step}: the policy seems to break, since step {self.figures.out_since}: "
+            + ", ".join(f"{name} {value:.3g} (was {reference:.3g})" for name, (value, reference) in out.items())
+        )
+        if self.mode == "warn":
+            logger.warning(
+                f"{what}. Set collapse_guard to stop or rollback to act on it; docs/health.md has the bounds"
+            )
+            return
+        control.should_training_stop = True
+        control.should_save = False
+        good = newest_whole(args.output_dir, before=self.figures.out_since)
+        if self.mode == "rollback" and good is not None and self.rollbacks < MOST_ROLLBACKS:
+            self.rollbacks += 1
+            self._scale_wanted *= LEARNING_RATE_FACTOR
+            self.go_back_to = good
+            logger.warning(f"{what}. Going back to {good.name}, with {self._scale_wanted:.2g} of the learning rate")
+            return
+        tried = f" after {self.rollbacks} rollbacks" if self.rollbacks else ""
+        named = f"the last good checkpoint is {good}" if good else f"{args.output_dir} holds no checkpoint from before"
+        self.collapsed = Collapsed(
+            f"{what}. Stopped{tried}; {named}. Start from it (model_name_or_path) with a lower learning_rate, or with "
+            "llds_weight 0.1"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
