@@ -5,12 +5,15 @@
 Rank 1 answers in its first turn, rightly and wrongly in turns (its sampled ids are replaced behind the real generate
 call), rank 0 samples freely: the ranks finish their rollouts after different numbers of turns, and dynamic sampling
 replaces rank 0's groups alone. Afterwards they evaluate on five questions, two each at a time, of which rank 1's
-answers are right. Under another correction than `token` rank 1's originals are all wrong and its probes right.
+answers are right. Under another correction than `token` rank 1's originals are all wrong and its probes right, and its
+reward function is slow at first, so that the watchdog has to speak.
 """
 
 import itertools
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 from datasets import Dataset
@@ -38,6 +41,7 @@ def main() -> None:
             logging_steps=1,
             save_strategy="no",
             max_steps=3,
+            watchdog_seconds=1.0 if rescues else 0.0,
             learning_rate=1e-3,
             num_generations=6,
             num_probe_slots=3,
@@ -65,7 +69,7 @@ def main() -> None:
         ),
         retriever=BM25Retriever([Passage("0", "One", "person one"), Passage("1", "Two", "person two")]),
         processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
-        reward_funcs=brevity,
+        reward_funcs=slow_brevity if rescues and os.environ["RANK"] == "1" else brevity,
     )
     rank = trainer.accelerator.process_index
     agent, sampler = trainer.sampler.agent, trainer.sampler
@@ -108,6 +112,15 @@ def main() -> None:
 
 def brevity(completions, **_):
     return [-0.01 * len(completion[0]["content"]) for completion in completions]
+
+
+def slow_brevity(completions, seen=[], **_):  # noqa: B006 (remembers its first call)
+    time.sleep(0 if seen else 3)
+    seen.append(True)
+    return brevity(completions)
+
+
+slow_brevity.__name__ = "brevity"  # both ranks log the same figures
 
 
 def answer_at_once(agent, answers, of_probes=None) -> None:

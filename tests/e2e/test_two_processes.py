@@ -1,8 +1,12 @@
-"""Two real processes on CPU: DDP and DeepSpeed ZeRO-3 train without a hang, agree on the filter and replace groups."""
+"""Two real processes on CPU: DDP and DeepSpeed ZeRO-3 train without a hang, agree on the filter and replace groups.
+
+Where one keeps the other waiting, the watchdog of both says so.
+"""
 
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +40,7 @@ def run_ranks(name: str, model: Path, folder: Path, *arguments: str) -> list[dic
         timeout=400,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    (folder / "stderr.txt").write_text(result.stderr)
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     checksums = [rank["checksum"] for rank in ranks if rank["checksum"] is not None]
     assert checksums and len(set(checksums)) == 1
@@ -49,6 +54,10 @@ def test_one_ranks_rescues_are_imitated_on_both(name, model, tmp_path):
     assert len(log) == 3 and log[-1]["replay/rescue"] > 0 and log[-1]["grad_norm"] > 0
     nll = [row["replay/rescue_nll"] for row in log if "replay/rescue_nll" in row]
     assert nll[-1] < nll[0]
+    said = (tmp_path / "stderr.txt").read_text()
+    stage = r"stage 'generation batch > rewards' for \d s \("
+    assert re.search(f"watchdog: step 1, process 1 of 2 is in {stage}.*slow_brevity", said)
+    assert re.search(f"watchdog: step 1, process 0 of 2 waits for the other processes in {stage}", said)
 
 
 @pytest.mark.parametrize("name", ["ddp_cpu", "zero3_cpu"])
