@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from rex_rag import __version__
 from rex_rag.commands import ask, coverage, evaluate, pictures, recipe, report, retrieval
-from rex_rag.commands.sections import describe_unknown
 from rex_rag.commands.terminal import positive
 from rex_rag.support.errors import EXPECTED_ERROR, UserError, from_the_user, one_line
 from rex_rag.support.recipes import recipe_path
@@ -37,7 +36,7 @@ _FORWARDED = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0, or 2 for errors a user can mend (one line on stderr)."""
+    """Run one command and return the exit code: 0, 2 for errors a user can mend (one line on stderr), or its own."""
     parser = _parser()
     options, words = parser.parse_known_args(arguments)
     forwarded = options.command in _FORWARDED
@@ -49,10 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
+        code = None
         if forwarded:
             _FORWARDED[options.command][0](words)
         else:
-            options.run(options)
+            code = options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader (head, less) has seen enough; without this Python complains once more at exit.
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"rex-rag {options.command}: {message}", file=sys.stderr)
         return EXPECTED_ERROR
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
         "check",
         help="check a training recipe and say what it would do",
         description="Parse a recipe exactly as training does, overrides (--key value) behind it included, "
-        "unknown keys refused, and print what it resolves to. Nothing is downloaded and no model is loaded.",
+        "unknown keys refused, print what it resolves to, and what it lacks on this machine (exit code 1): model, "
+        "files, columns, index, servers, GPU. Nothing is downloaded and no model is loaded.",
     )
     check.add_argument("recipe", metavar="RECIPE", help="a file, or a name that `rex-rag recipe` lists")
     check.add_argument(
@@ -162,10 +163,16 @@ def _prompts(options: argparse.Namespace) -> None:
         print(prompt)
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check(options: argparse.Namespace) -> int:
     options.recipe = recipe_path(options.recipe)
     _refuse_other_recipes(options.recipe)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+    from rex_rag.training.preflight import examine, read_settings
+
+    found = examine(read_settings(["--config", str(options.recipe), *options.overrides]))
+    if found.settings:
+        raise UserError("; ".join(found.settings))
 
     from trl import TrlParser
 
@@ -183,25 +190,23 @@ def _check(options: argparse.Namespace) -> None:
             return_remaining_strings=True,
             separate_remaining_strings=True,
         )
-    known = [action.dest for action in parser._actions]
-    if unknown:
-        raise UserError(describe_unknown([text[2:] for text in unknown[::2]], known))
-    if words:
-        options_given = [word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")]
-        raise UserError(describe_unknown(options_given or words, known))
+    if unknown or words:
+        raise UserError(f"words without a key: {' '.join([*unknown, *words])}; write --key value")
     sources = [" ".join(filter(None, (entry.path, entry.name, entry.split))) for entry in questions.datasets]
     lines = {
-        "model": model.model_name_or_path or "MISSING: set model_name_or_path",
-        "questions": "; ".join(sources) or "MISSING: set datasets",
+        "model": str(model.model_name_or_path),
+        "questions": "; ".join(sources),
         **_evaluation_lines(evaluation, config),
         **_retriever_lines(retriever, config.retrieval_top_k),
         **_method_lines(config),
         **_batch_lines(config, options.processes),
     }
     width = shutil.get_terminal_size((119, 24)).columns
-    print(f"{options.recipe} is valid")
-    for name, value in lines.items():
+    lacking = found.here + found.waiting
+    print(f"{options.recipe} is valid{', but this machine lacks what it needs' if lacking else ''}")
+    for name, value in [*lines.items(), *(("lacking", problem) for problem in lacking)]:
         print(_wrapped(name, value, width))
+    return int(bool(lacking))
 
 
 def _refuse_other_recipes(recipe: Path) -> None:
@@ -221,13 +226,7 @@ def _refuse_other_recipes(recipe: Path) -> None:
 
 
 def _retriever_lines(retriever: RetrieverArguments, top_k: int) -> dict[str, str]:
-    from rex_rag.retrieval.base import RetrievalError
-
     said = f"{retriever.name}, top {top_k}"
-    try:
-        retriever.kind.check(retriever)
-    except RetrievalError as error:
-        said += f": NO {retriever.kind.name.upper()}: {error}"
     if retriever.rerank_model is None:
         return {"retriever": said}
     return {

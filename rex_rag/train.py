@@ -3,9 +3,23 @@
 Every key of the recipe can be overridden behind it (`--key value`); an unknown key is refused.
 """
 
-import sys
+from __future__ import annotations
 
-from rex_rag.training.launch import main
+import sys
+from collections.abc import Sequence
+
+from rex_rag.training.preflight import refuse_at_once
+
+
+def main(words: Sequence[str]) -> int:
+    """Train as a command line says; returns the exit code. What is amiss is said before torch is imported."""
+    code = refuse_at_once(words)
+    if code:
+        return code
+    from rex_rag.training.launch import main as train
+
+    return train(words)
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -2,7 +2,7 @@
 
 import sys
 
-from rex_rag.training.launch import main
+from rex_rag.train import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

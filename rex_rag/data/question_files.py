@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,21 @@ def open_rows(
     if len(rows) == 1 and not isinstance(rows[0][1].get(question_column), str):
         _refuse_rows_in_one_object(path, rows[0][1])
     return path, list(dict.fromkeys(column for _, row in rows for column in row)), rows
+
+
+def column_names(path: str, wanted: Sequence[str]) -> list[str]:
+    """The columns of a file of questions: of its first row, and of all where one that is wanted is not among these.
+
+    Raises:
+        QuestionError: for a file that is missing, empty or malformed.
+    """
+    file = Path(path).expanduser()
+    lazy = {".csv": _csv_rows, ".jsonl": _json_lines, ".gz": _json_lines}.get(file.suffix)
+    if file.is_file() and lazy is not None:
+        _, row = next(iter(lazy(file, path)), ("", {}))
+        if all(name in row for name in wanted):
+            return list(row)
+    return open_rows(path, question_column=wanted[0])[1]
 
 
 def _json_lines(file: Path, path: str) -> Iterator[LocatedRow]:

@@ -142,7 +142,9 @@ class CollapseGuard(TrainerCallback):
             return
         control.should_training_stop = True
         control.should_save = False
-        good = newest_whole(args.output_dir, before=self.figures.out_since)
+        # Figures are of rollouts from before an update: the weights of the checkpoint before these are broken already.
+        updates = math.ceil(args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps)
+        good = newest_whole(args.output_dir, before=self.figures.out_since - updates)
         if self.mode == "rollback" and good is not None and self.rollbacks < MOST_ROLLBACKS:
             self.rollbacks += 1
             self._scale_wanted *= LEARNING_RATE_FACTOR

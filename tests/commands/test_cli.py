@@ -171,7 +171,7 @@ def test_prompts_prints_the_pool_one_a_line(capsys: pytest.CaptureFixture):
 def test_check_works_the_batch_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "300")
-    assert main(["check", "recipes/Qwen2.5-3B/rex_rag.yaml", "--processes", "8"]) == 0
+    assert main(["check", "recipes/Qwen2.5-3B/rex_rag.yaml", "--processes", "8"]) == 1  # no server listens here
     text = capsys.readouterr().out
     assert "recipes/Qwen2.5-3B/rex_rag.yaml is valid" in text
     assert "RUC-NLPIR/FlashRAG_datasets nq train; RUC-NLPIR/FlashRAG_datasets hotpotqa train" in text
@@ -185,7 +185,7 @@ def test_check_works_the_batch_out(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_check_says_that_probes_are_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.chdir(ROOT)
-    assert main(["check", "recipes/quickstart/grpo.yaml"]) == 0
+    main(["check", "recipes/quickstart/grpo.yaml"])
     text = capsys.readouterr().out
     assert "off: Search-R1's GRPO" in text
     assert "16 questions x 5 rows = 80 rows over 1 process" in text
@@ -199,11 +199,12 @@ def test_check_says_when_a_batch_is_too_small_to_keep_a_probe(
     monkeypatch.setenv("COLUMNS", "300")
     recipe = tmp_path / "small.yaml"
     recipe.write_text(
-        "retriever: http://127.0.0.1:8000\noutput_dir: out\nbf16: false\n"
+        "retriever: http://127.0.0.1:9\noutput_dir: out\nbf16: false\n"
+        "model_name_or_path: nobody/nothing\ndatasets: [questions]\n"
         "eval_strategy: epoch\neval_benchmarks: nq\neval_subset: 1\n",
         encoding="utf-8",
     )
-    assert main(["check", str(recipe)]) == 0
+    assert main(["check", str(recipe)]) == 1
     # One question of five originals: floor(0.12 x 5) = 0.
     text = capsys.readouterr().out
     assert "at most 0 probes kept of 5 originals a generation: NONE" in text
@@ -238,7 +239,7 @@ def test_check_names_what_is_wrong(
     assert named in message
 
 
-def test_check_warns_of_a_retriever_without_an_index_and_shows_the_reranker(
+def test_check_says_what_this_machine_lacks_and_shows_the_reranker(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.chdir(tmp_path)
@@ -246,20 +247,30 @@ def test_check_warns_of_a_retriever_without_an_index_and_shows_the_reranker(
     recipe = tmp_path / "recipe.yaml"
 
     def said(retriever: str, more: str = "") -> str:
-        recipe.write_text(f"retriever: {retriever}\noutput_dir: out\nbf16: false\n{more}", encoding="utf-8")
-        assert main(["check", str(recipe)]) == 0
+        recipe.write_text(
+            f"retriever: {retriever}\noutput_dir: out\nbf16: false\n{more}model_name_or_path: ./none\n"
+            "datasets: [no.jsonl, one.jsonl]\n",
+            encoding="utf-8",
+        )
+        assert main(["check", str(recipe)]) == 1
         return capsys.readouterr().out
 
+    (tmp_path / "one.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+
     absent = said("indexes/mine", "rerank_model: BAAI/bge-reranker-base\nrerank_candidates: 20\n")
-    assert "indexes/mine, top 3: NO INDEX: indexes/mine: no such directory; build one with `rex-rag index`" in absent
+    assert "recipe.yaml is valid, but this machine lacks what it needs\n" in absent
+    assert "lacking       indexes/mine: no such directory; build one with `rex-rag index`" in absent
+    assert "lacking       model_name_or_path is './none', and there is no such folder here" in absent
+    assert "lacking       no.jsonl: no such file" in absent
+    assert "one.jsonl: there is no column 'golden_answers'" in absent and "has no GPU" in absent
     assert "re-ranking    the first 20 passages by BAAI/bge-reranker-base\n" in absent
     (tmp_path / "empty").mkdir()
-    assert "./empty, top 3: NO INDEX: empty: it has no manifest.json, so it is not a finished index" in said("./empty")
+    assert "lacking       empty: it has no manifest.json, so it is not a finished index" in said("./empty")
     assert main(["index", "--corpus", str(corpus), "--output", "index"]) == 0
     capsys.readouterr()
     whole = said("./index")
     assert "  retriever     ./index, top 3\n" in whole
-    assert "NO INDEX" not in whole and "re-ranking" not in whole
+    assert "manifest" not in whole and "re-ranking" not in whole
 
 
 @pytest.mark.parametrize(
@@ -289,7 +300,7 @@ def test_check_takes_overrides_as_training_does(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.chdir(ROOT)
     recipe = "recipes/quickstart/rex_rag.yaml"
     evaluation = ["--eval_benchmarks", "bamboogle", "--eval_strategy", "steps", "--eval_steps", "5"]
-    assert main(["check", recipe, "--max_steps", "2", *evaluation, "--processes", "1"]) == 0
+    main(["check", recipe, "--max_steps", "2", *evaluation, "--processes", "1"])
     printed = capsys.readouterr().out
     assert "  training      2 updates = 2 generations" in printed
     assert "  evaluation    bamboogle; every 5 steps" in printed

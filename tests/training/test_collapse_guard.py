@@ -102,7 +102,8 @@ def test_two_logs_out_of_bounds_are_no_collapse(policy, tmp_path):
 
 
 def test_stop_names_the_last_checkpoint_from_before(policy, tmp_path):
-    with pytest.raises(Collapsed, match=r"since step 4.*last good checkpoint is .*checkpoint-3\b") as raised:
+    # Step 4's rollouts, which are out of bounds, are of checkpoint-3's weights.
+    with pytest.raises(Collapsed, match=r"since step 4.*last good checkpoint is .*checkpoint-2\b") as raised:
         make(policy, tmp_path / "out", "stop", broken=(4, 5, 6)).train()
     assert raised.value.exit_code == 1
     assert [path.name for path in checkpoints(tmp_path / "out")][-1] == "checkpoint-5"  # 6 is not saved
@@ -114,17 +115,18 @@ def test_rollback_goes_on_from_before_with_a_lower_learning_rate(policy, tmp_pat
     assert trainer.state.global_step == 8
     rates = {row["step"]: row["learning_rate"] for row in trainer.state.log_history if "loss" in row}
     assert list(rates) == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert [rates[step] for step in (1, 3)] == [2e-3] * 2
-    assert [rates[step] for step in (4, 8)] == pytest.approx([6e-4] * 2)
+    assert [rates[step] for step in (1, 2)] == [2e-3] * 2
+    assert [rates[step] for step in (3, 8)] == pytest.approx([6e-4] * 2)
     assert sorted(path.name for path in (tmp_path / "out" / "abandoned").glob("checkpoint-*")) == [
+        "checkpoint-3",
         "checkpoint-4",
         "checkpoint-5",
     ]
     # A later resume, of another process, keeps the lower rate, and a further rollback lowers it again.
-    resumed = make(policy, tmp_path / "out", "rollback", broken=(6, 7, 8), max_steps=9)
+    resumed = make(policy, tmp_path / "out", "rollback", broken=(7, 8, 9), max_steps=9)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5"))
     rates = {row["step"]: row["learning_rate"] for row in resumed.state.log_history if "loss" in row}
-    assert [rates[step] for step in (3, 5, 6, 9)] == pytest.approx([2e-3, 6e-4, 1.8e-4, 1.8e-4])
+    assert [rates[step] for step in (2, 3, 5, 6, 9)] == pytest.approx([2e-3, 6e-4, 6e-4, 1.8e-4, 1.8e-4])
 
 
 def test_after_three_rollbacks_it_stops(policy, tmp_path):
@@ -133,7 +135,7 @@ def test_after_three_rollbacks_it_stops(policy, tmp_path):
 
     def log(args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            logs = {"loss": 0.0, **(BROKEN if state.global_step > 2 else HEALTHY)}
+            logs = {"loss": 0.0, **(BROKEN if state.global_step > 3 else HEALTHY)}
             return type(guard).on_log(guard, args, state, control, logs=logs, **kwargs)
 
     guard.on_log = log

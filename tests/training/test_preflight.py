@@ -1,0 +1,103 @@
+"""A training command that cannot work says so in a second or two, everything at once, before torch is there."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from parts import make_tiny_model, make_word_tokenizer
+from trl import TrlParser
+
+from rex_rag.training.preflight import examine, read_settings, recipe_keys
+from rex_rag.training.recipe import RECIPE_PARTS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """Settings that nothing is wrong with."""
+    folder = tmp_path_factory.mktemp("good")
+    tokenizer = make_word_tokenizer()
+    make_tiny_model(tokenizer).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "questions.jsonl").write_text('{"question": "q", "golden_answers": ["a"]}\n')
+    (folder / "corpus.jsonl").write_text('{"id": "1", "contents": "\\"Owl\\"\\nthe owl"}\n')
+    return {
+        "model_name_or_path": str(folder / "model"),
+        "datasets": [str(folder / "questions.jsonl")],
+        "retriever": "bm25",
+        "corpus": [str(folder / "corpus.jsonl")],
+        "use_cpu": True,
+    }
+
+
+def test_keys_are_those_of_the_parser():
+    assert recipe_keys() == {action.dest for action in TrlParser(RECIPE_PARTS)._actions} - {"help"} | {"config"}
+
+
+def test_a_good_recipe_has_nothing_amiss(good):
+    found = examine(good)
+    assert found.settings == found.here == found.waiting == []
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("[Qqgh]*/*.yaml")), ids=lambda path: path.stem)
+def test_settings_of_the_recipes_are_right(recipe):
+    assert examine(read_settings(["--config", str(recipe)])).settings == []
+
+
+@pytest.mark.parametrize(
+    ("change", "where", "named"),
+    [
+        ({"max_stps": 3}, "settings", "did you mean max_steps?"),
+        ({"datasets": []}, "settings", "datasets names no question set"),
+        ({"retriever": "bm52"}, "settings", "bm52"),
+        ({"model_name_or_path": None}, "here", "model_name_or_path is not set"),
+        ({"model_name_or_path": "outputs/no/model"}, "here", "no such folder here"),
+        ({"model_name_or_path": "tests/model"}, "here", "no such folder here"),
+        ({"datasets": ["none.jsonl"]}, "here", "none.jsonl: no such file"),
+        ({"question_column": "ask"}, "here", "no column 'ask'"),
+        ({"corpus": ["none.jsonl"]}, "here", "corpus none.jsonl is no file"),
+        ({"prompt_template": "none.txt"}, "settings", "prompt_template is 'none.txt'"),
+        ({"eval_benchmarks": ["mine=none.jsonl"]}, "here", "none.jsonl, which is no file"),
+        ({"retriever": "./none", "corpus": None}, "here", "no such directory"),
+        ({"use_cpu": False}, "here", "no GPU"),
+        ({"retriever": "http://127.0.0.1:9", "corpus": None}, "waiting", "http://127.0.0.1:9 does not answer"),
+    ],
+)
+def test_what_is_amiss_is_named(good, change, where, named, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = examine({name: value for name, value in (good | change).items() if value is not None})
+    said = {name: " ".join(getattr(found, name)) for name in ("settings", "here", "waiting")}
+    assert named in said.pop(where) and not any(said.values())
+
+
+def test_command_lines_are_read_as_recipes_are(tmp_path):
+    (tmp_path / "r.yaml").write_text("max_steps: 3\nretriever: bm25\ncorpus: [a.jsonl]\n")
+    words = ["--config", str(tmp_path / "r.yaml"), "--max_steps", "5", "--use_cpu", "--seed=7", "--bf16", "false"]
+    words += ["--corpus", "none", "--datasets", "a.jsonl", "2024", "--learning_rate", "-1e-6"]
+    assert read_settings(words) == {
+        **{"max_steps": 5, "retriever": "bm25", "corpus": None, "use_cpu": True, "seed": 7, "bf16": False},
+        **{"datasets": ["a.jsonl", 2024], "learning_rate": "-1e-6"},
+    }
+
+
+def test_everything_is_said_at_once_in_seconds_and_without_torch(tmp_path):
+    (tmp_path / "r.yaml").write_text(json.dumps({"retriever": "bm25", "corpus": ["none.jsonl"], "output_dir": "out"}))
+    code = (
+        "import sys; from rex_rag.train import main; code = main(sys.argv[1:]); "
+        "sys.exit(99 if 'torch' in sys.modules else code)"
+    )
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--config", str(tmp_path / "r.yaml"), "--max_stps", "2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and time.monotonic() - started < 10  # under one on a quiet machine
+    lines = done.stderr.strip().splitlines()
+    assert lines[0].startswith("error: unknown keys: 'max_stps'") and len(lines) == 5
+    assert all(word in done.stderr for word in ("datasets", "model_name_or_path", "none.jsonl", "GPU"))
