@@ -134,6 +134,26 @@ def _check_each(folder: Path, names: tuple[str, ...]) -> None:
             raise ModelFileError(f"{path} {reason}; fetch or save it again")
 
 
+def refuse_nonfinite(name: str) -> None:
+    """Refuse weights in a folder here that hold NaN or infinity. Reads all of them, as loading does a moment later.
+
+    Raises:
+        ModelFileError: naming file and tensor.
+    """
+    import torch
+    from safetensors import safe_open
+
+    for path in sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else ():
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (a file, no mapping)
+                tensor = file.get_tensor(key)
+                if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
+                    raise ModelFileError(
+                        f"{path} holds values of {key} that are NaN or infinite, as training that broke leaves them; "
+                        "name an earlier checkpoint"
+                    )
+
+
 def local_folder(name: str, revision: str | None = None) -> Path | None:
     """Where the files of a model lie here: the folder itself, or what was fetched of a Hub name before."""
     if Path(name).is_dir():

@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.models.endpoint import EndpointModel, EndpointOptions, EndpointStream, in_order
-from rex_rag.models.files import HUB_NAME, adapter_base, check_model, check_tokenizer, is_adapter, load_causal_lm
+from rex_rag.models.files import (
+    HUB_NAME,
+    adapter_base,
+    check_model,
+    check_tokenizer,
+    is_adapter,
+    load_causal_lm,
+    refuse_nonfinite,
+)
 from rex_rag.models.identity import TokenizerFiles, model_identity, tokenizer_sha256
 from rex_rag.support.errors import UserError
 
@@ -344,11 +352,14 @@ def open_model(options: ModelOptions) -> LanguageModel:
 
     Raises:
         ModelError: for an unknown backend, a missing library or GPU, a model that cannot be evaluated this way.
+        ModelFileError: for weights that cannot be read, or are not finite.
         OSError: for a model that is not there, and an endpoint that does not answer.
     """
     kinds = {TRANSFORMERS: TransformersModel, VLLM: VLLMModel, ENDPOINT: ServedModel}
     if options.backend not in kinds:
         raise ModelError(f"backend={options.backend!r}; it must be one of {', '.join(BACKENDS)}")
+    if options.backend != ENDPOINT:
+        refuse_nonfinite(options.name)
     return kinds[options.backend](options)
 
 

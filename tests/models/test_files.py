@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,14 @@ from parts import make_bpe_tokenizer, make_tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from rex_rag.models.files import ModelFileError, check_model, check_tokenizer, explained, load_causal_lm
+from rex_rag.models.files import (
+    ModelFileError,
+    check_model,
+    check_tokenizer,
+    explained,
+    load_causal_lm,
+    refuse_nonfinite,
+)
 from rex_rag.models.language_model import ModelOptions, check_files, open_model
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n"
@@ -139,3 +147,14 @@ def test_names_of_the_hub_are_left_to_it_and_a_bug_keeps_its_traceback(tmp_path:
         with pytest.raises(type(bug)) as raised, explained(str(tmp_path)):
             raise bug
         assert raised.value is bug
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(copy):
+    folder = copy()
+    refuse_nonfinite(str(folder))
+    weights = load_file(folder / "model.safetensors")
+    name = next(iter(weights))
+    weights[name].view(-1)[3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelFileError, match=re.escape(f"model.safetensors holds values of {name} that are NaN")):
+        open_model(ModelOptions(name=str(folder)))
