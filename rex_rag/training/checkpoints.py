@@ -65,7 +65,7 @@ def find_checkpoint(asked: str | bool | None, output_dir: str) -> str | None:
 
 def newest_whole(folder: str | Path, before: int | None = None) -> Path | None:
     """The newest checkpoint of a run that is whole, and written before a step where that is given."""
-    found = (one for one in reversed(checkpoints(Path(folder))) if before is None or _step(one) < before)
+    found = (one for one in reversed(checkpoints(Path(folder))) if before is None or step_of(one) < before)
     return next((one for one in found if damage(one) is None), None)
 
 
@@ -80,10 +80,13 @@ def checkpoints(folder: Path) -> list[Path]:
     """The folders `checkpoint-N` of a run, by step."""
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name) and path.is_dir()), key=_step)
+    return sorted(
+        (path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name) and path.is_dir()), key=step_of
+    )
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step that a folder `checkpoint-N` was written at."""
     return int(_CHECKPOINT.fullmatch(checkpoint.name)[1])
 
 
@@ -188,7 +191,7 @@ def set_aside_later(output_dir: str, checkpoint: str) -> list[Path]:
     """
     output = Path(output_dir)
     step = _done_steps(Path(checkpoint))
-    later = [path for path in checkpoints(output) if _step(path) > step]
+    later = [path for path in checkpoints(output) if step_of(path) > step]
     later += [path for number, path in completion_tables(output) if number > step]
     finished = output / TRAINER_STATE_FILE  # of a run that came to its end
     if broken(finished) is None and (_done_steps(output) or 0) > step:

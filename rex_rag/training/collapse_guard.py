@@ -16,7 +16,8 @@ from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
 from rex_rag.support.errors import RunEnded
-from rex_rag.training.checkpoints import newest_whole
+from rex_rag.support.wording import counted
+from rex_rag.training.checkpoints import newest_whole, step_of
 
 logger = get_logger(__name__)
 
@@ -26,6 +27,7 @@ FIRST = 5  # logs whose median tells what a run began with
 RECENT = 20  # logs whose median tells what it has been like lately
 LEARNING_RATE_FACTOR = 0.3  # of a rollback
 MOST_ROLLBACKS = 3
+FURTHER_BACK = 10  # steps before the checkpoint of the last rollback, where that did not help
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class CollapseGuard(TrainerCallback):
         self._scale_wanted = 1.0
         self.rollbacks = 0
         self.go_back_to: Path | None = None
+        self._went_to: int | None = None
         self.collapsed: Collapsed | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -144,14 +147,17 @@ class CollapseGuard(TrainerCallback):
         control.should_save = False
         # Figures are of rollouts from before an update: the weights of the checkpoint before these are broken already.
         updates = math.ceil(args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps)
-        good = newest_whole(args.output_dir, before=self.figures.out_since - updates)
+        before = self.figures.out_since - updates
+        if self._went_to is not None and self.figures.out_since - self._went_to <= RECENT:
+            before = min(before, self._went_to - FURTHER_BACK)  # it was not good, whatever its figures said
+        good = newest_whole(args.output_dir, before=before)
         if self.mode == "rollback" and good is not None and self.rollbacks < MOST_ROLLBACKS:
             self.rollbacks += 1
             self._scale_wanted *= LEARNING_RATE_FACTOR
-            self.go_back_to = good
+            self.go_back_to, self._went_to = good, step_of(good)
             logger.warning(f"{what}. Going back to {good.name}, with {self._scale_wanted:.2g} of the learning rate")
             return
-        tried = f" after {self.rollbacks} rollbacks" if self.rollbacks else ""
+        tried = f" after {counted(self.rollbacks, 'rollback')}" if self.rollbacks else ""
         named = f"the last good checkpoint is {good}" if good else f"{args.output_dir} holds no checkpoint from before"
         self.collapsed = Collapsed(
             f"{what}. Stopped{tried}; {named}. Start from it (model_name_or_path) with a lower learning_rate, or with "
