@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag import __version__
-from rex_rag.commands import ask, coverage, evaluate, pictures, recipe, report, retrieval
+from rex_rag.commands import ask, coverage, evaluate, pictures, recipe, report, retrieval, watch
 from rex_rag.commands.terminal import positive
 from rex_rag.support.errors import EXPECTED_ERROR, UserError, from_the_user, one_line
 from rex_rag.support.recipes import recipe_path
@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_recipe(commands)
     report.add_report(commands)
     report.add_compare(commands)
+    watch.add_watch(commands)
     pictures.add_view(commands)
     pictures.add_curves(commands)
     pictures.add_reliability(commands)

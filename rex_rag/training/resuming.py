@@ -13,6 +13,7 @@ from rex_rag.training.checkpoints import find_checkpoint, other_processes, set_a
 from rex_rag.training.collapse_guard import CollapseGuard
 from rex_rag.training.grpo_seams import GRPOSeams
 from rex_rag.training.interruption import StopOnSignal
+from rex_rag.training.run_log import RunLog
 from rex_rag.training.run_settings import changed_settings, recorded_settings
 from rex_rag.training.watchdog import watched
 
@@ -31,7 +32,7 @@ class ResumableTrainer(GRPOSeams):
         super().__init__(*args, **kwargs)
         self.stop_on_signal = StopOnSignal(self.max_over_ranks)
         self.collapse_guard = CollapseGuard(self.args.collapse_guard, self.max_over_ranks)
-        for callback in (self.stop_on_signal, self.collapse_guard):
+        for callback in (RunLog(), self.stop_on_signal, self.collapse_guard):
             self.add_callback(callback)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):

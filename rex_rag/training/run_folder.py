@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rex_rag.models.files import ADAPTER_FILE, adapter_base, is_adapter
 from rex_rag.support.durable import locked
 from rex_rag.support.errors import UserError
+from rex_rag.support.run_log import LOG_FILE
 from rex_rag.training.checkpoints import ABANDONED, TRAINER_STATE_FILE, checkpoints, completion_tables, remove
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ _FILES = (
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"),
     *("adapter_model.safetensors", "adapter_model.bin", ADAPTER_FILE, TRAINER_STATE_FILE, "training_args.bin"),
+    LOG_FILE,
 )
 
 

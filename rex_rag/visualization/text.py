@@ -1,4 +1,4 @@
-"""Trajectories as a plain text file."""
+"""Trajectories as plain text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rex_rag.visualization.files import write_text
 from rex_rag.visualization.records import checked_segments, facts, headline
 
 
-def write_trajectory_text(records: Iterable[Mapping[str, Any]], path: str | os.PathLike) -> Path:
-    """Write trajectory records as a plain text file, each segment behind its kind, and return its path.
+def trajectory_text(records: Iterable[Mapping[str, Any]]) -> str:
+    """Trajectory records as plain text, each segment behind its kind.
 
-    A terminal that shows the file is sent no control sequence of a passage's.
+    A terminal that shows it is sent no control sequence of a passage's.
 
     Raises:
         ValueError: for a record without segments list or with an unknown segment kind, by its index.
@@ -29,4 +29,9 @@ def write_trajectory_text(records: Iterable[Mapping[str, Any]], path: str | os.P
             for kind, text in checked_segments(index, record)
         )
         blocks.append(f"=== #{index} {headline(record)}\n{known}\n{segments}\n")
-    return write_text(path, "\n".join(blocks) or "No trajectories were recorded.\n")
+    return "\n".join(blocks) or "No trajectories were recorded.\n"
+
+
+def write_trajectory_text(records: Iterable[Mapping[str, Any]], path: str | os.PathLike) -> Path:
+    """Write `trajectory_text` of records as a file, and return its path."""
+    return write_text(path, trajectory_text(records))

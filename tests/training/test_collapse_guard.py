@@ -10,7 +10,8 @@ from tiny_training import save_tiny_policy, tiny_trainer
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.support.errors import UserError
 from rex_rag.training.checkpoints import checkpoints
-from rex_rag.training.collapse_guard import BOUNDS, Collapsed, Figures
+from rex_rag.training.collapse_guard import Collapsed
+from rex_rag.training.health_figures import BOUNDS, Figures
 from rex_rag.training.metrics import is_garbled, is_repetitive
 from rex_rag.training.run_settings import changed_settings
 from rex_rag.types import Segment, SegmentKind, Trajectory
