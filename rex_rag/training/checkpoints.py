@@ -2,28 +2,72 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate.logging import get_logger
+from safetensors import SafetensorError
 
 from rex_rag.models.files import broken, damaged_weights
-from rex_rag.support.errors import UserError
+from rex_rag.support.durable import sync_folder
+from rex_rag.support.errors import RunEnded, UserError
 
 logger = get_logger(__name__)
 
 STATE_FILE = "rex_rag_state.json"
 TRAINER_STATE_FILE = "trainer_state.json"
 ABANDONED = "abandoned"
+SAVING = ".saving"  # where a checkpoint is written before it takes its place
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+_LEAST_FREE = 2**20  # bytes; with less a write has failed for want of room
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _TABLE = re.compile(r"completions_(\d+)\.parquet")
 
 
 class CheckpointError(UserError):
     """Training cannot go on from a checkpoint; the message names folder, file and reason."""
+
+
+class NotSaved(RunEnded):
+    """A checkpoint could not be written; the message names it, the cause and the last whole one."""
+
+
+@contextmanager
+def disk_errors_explained(checkpoint: Path) -> Iterator[None]:
+    """Errors of writing a checkpoint that come of a full disk, or of one that is gone, become one line.
+
+    Raises:
+        NotSaved: for these; others stay what they are.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch's and safetensors' own errors carry no number
+        full = "No space left" in str(error) or shutil.disk_usage(checkpoint.parent).free < _LEAST_FREE
+        if not full and getattr(error, "errno", None) not in _DISK_ERRORS:
+            raise
+        shutil.rmtree(checkpoint.parent / SAVING, ignore_errors=True)
+        whole = newest_whole(checkpoint.parent)
+        cause = "no space left on the disk" if full else error
+        raise NotSaved(
+            f"{checkpoint} could not be written ({cause}); make room, then go on with --resume_from_checkpoint true: "
+            + (f"the last whole checkpoint is {whole}" if whole else "there is no whole checkpoint yet")
+        ) from error
+
+
+def put_in_place(written: Path, place: Path) -> None:
+    """Let a checkpoint that is written whole take its name, in the stead of one of the same step."""
+    if place.exists():
+        remove(place)
+    os.replace(written, place)
+    sync_folder(place.parent)
+    written.parent.rmdir()
 
 
 def find_checkpoint(asked: str | bool | None, output_dir: str) -> str | None:

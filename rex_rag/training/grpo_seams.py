@@ -15,6 +15,7 @@ What is changed with respect to GRPOTrainer, and why:
   stand between the pass and the parent's reading of `old_per_token_logps` and `advantages`.
 - `_get_grad_norm`: a hook between gradients and update.
 - `_get_train_sampler`, `_run_epoch`, `_save`: resumed runs equal uninterrupted ones.
+- `_save_checkpoint`, `_get_output_dir`: a checkpoint is written aside and takes its place whole.
 - `_save_optimizer_and_scheduler`, `_load_optimizer_and_scheduler`: the state of the hooks' owner goes along.
 
 tests/training/test_grpo_seams.py holds what this rests on, and fails with a sentence where a version moves it.
@@ -35,6 +36,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
+from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
@@ -43,7 +45,13 @@ from trl.trainer.utils import RepeatSampler, pad
 from rex_rag.models.generation import TransformersGenerator, VLLMGenerator
 from rex_rag.models.vllm_stream import VLLMStream
 from rex_rag.support.stages import STAGES
-from rex_rag.training.checkpoints import STATE_FILE
+from rex_rag.training.checkpoints import (
+    SAVING,
+    STATE_FILE,
+    TRAINER_STATE_FILE,
+    disk_errors_explained,
+    put_in_place,
+)
 from rex_rag.training.trim import in_two_buckets, trimmed
 
 REFERENCE_ADAPTER = "ref"  # TRL's name for it
@@ -84,6 +92,7 @@ class GRPOSeams(GRPOTrainer):
 
     _train_sampler: EpochSampler | None = None  # a stream has none
     _forward: Callable[..., tuple] | None = None
+    _is_saving = False
     live: torch.Tensor | None = None  # rows of the batch to score and optimise; None means all
 
     # Hooks
@@ -370,13 +379,45 @@ class GRPOSeams(GRPOTrainer):
             shutil.rmtree(folder / REFERENCE_ADAPTER, ignore_errors=True)
         self.args.agent_settings().save(folder)
 
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / SAVING) if self._is_saving else folder
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """As in the parent, into a folder aside that takes its place once every process has written its part.
+
+        So a checkpoint is there whole or not at all. Older ones are removed, and the new one is pushed, behind that.
+        """
+        folder = Path(super()._get_output_dir(trial))
+        aside, name = folder / SAVING, f"checkpoint-{self.state.global_step}"
+        args, limit, pushes = self.args, self.args.save_total_limit, self.args.push_to_hub
+        if args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
+        self.accelerator.wait_for_everyone()
+        self._is_saving, args.save_total_limit, args.push_to_hub = True, None, False
+        try:
+            with disk_errors_explained(folder / name):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self._is_saving, args.save_total_limit, args.push_to_hub = False, limit, pushes
+        self.accelerator.wait_for_everyone()
+        if self.state.best_model_checkpoint == str(aside / name):
+            self.state.best_model_checkpoint = str(folder / name)
+            if args.should_save:
+                self.state.save_to_json(str(aside / name / TRAINER_STATE_FILE))
+        if args.should_save:
+            put_in_place(aside / name, folder / name)
+        self.accelerator.wait_for_everyone()
+        if pushes:
+            self._push_from_checkpoint(str(folder / name))
+        if args.should_save:
+            rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=True)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As in the parent, plus the own state, written before the checkpoint can be pushed."""
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            partial = Path(output_dir) / f"{STATE_FILE}.partial"
-            partial.write_text(json.dumps(self.own_state()))
-            partial.replace(Path(output_dir) / STATE_FILE)
+            (Path(output_dir) / STATE_FILE).write_text(json.dumps(self.own_state()))
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
@@ -11,10 +12,16 @@ import numpy
 import pytest
 import torch
 from accelerate import PartialState
+from parts import PASSAGES
 from safetensors.numpy import save_file
+from tiny_training import save_tiny_policy, tiny_trainer
 
+from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.training.checkpoints import (
+    SAVING,
     CheckpointError,
+    NotSaved,
+    checkpoints,
     damage,
     find_checkpoint,
     other_processes,
@@ -181,3 +188,69 @@ def test_a_used_folder_is_refused_and_overwriting_removes_what_runs_leave_alone(
     kept = ["checkpoint-best", "completions", "config.json", "notes.txt"]
     assert sorted(path.name for path in run.iterdir()) == kept
     check(run)
+
+
+def saving_run(folder: Path, **settings):
+    shared = {"per_device_train_batch_size": 18, "max_turns": 1, "retrieval_top_k": 1, "num_probe_slots": 0}
+    policy, retriever = save_tiny_policy(folder / "tiny"), BM25Retriever(PASSAGES)
+    return tiny_trainer(policy, folder / "out", retriever, **shared | {"save_steps": 1} | settings)
+
+
+def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Each file of a checkpoint is followed by a kill: what stands under its name is whole."""
+    trainer = saving_run(tmp_path, max_steps=1)
+
+    class Killed(BaseException):
+        pass
+
+    steps = ("save_model", "_save_optimizer_and_scheduler", "_save_rng_state")
+    for name in steps:
+        plain = getattr(trainer, name)
+
+        def killed(*args, plain=plain, **kwargs):
+            plain(*args, **kwargs)
+            assert [path.name for path in (tmp_path / "out" / SAVING).iterdir()] == ["checkpoint-1"]
+            raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, name, killed)
+            with pytest.raises(Killed):
+                trainer.train()
+        assert checkpoints(tmp_path / "out") == []
+    trainer.train()
+    [whole] = checkpoints(tmp_path / "out")
+    assert damage(whole) is None and not (tmp_path / "out" / SAVING).exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "/out/optimizer.pt"),
+        RuntimeError(
+            "[enforce fail at inline_container.cc:862] . PytorchStreamWriter failed: No space left on device"
+        ),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path, monkeypatch, error):
+    trainer = saving_run(tmp_path, max_steps=2, save_total_limit=1)
+    plain = trainer._save_rng_state
+
+    def full(folder):
+        if trainer.state.global_step == 2:
+            raise error
+        plain(folder)
+
+    monkeypatch.setattr(trainer, "_save_rng_state", full)
+    with pytest.raises(NotSaved, match=r"checkpoint-2 could not be written.*whole checkpoint is .*checkpoint-1"):
+        trainer.train()
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-1"]
+
+
+def test_only_so_many_checkpoints_stay_and_another_error_keeps_its_traceback(tmp_path, monkeypatch):
+    trainer = saving_run(tmp_path, max_steps=3, save_total_limit=2)
+    trainer.train()
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2", "checkpoint-3"]
+    monkeypatch.setattr(trainer, "_save_rng_state", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
