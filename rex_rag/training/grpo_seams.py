@@ -363,6 +363,10 @@ class GRPOSeams(GRPOTrainer):
 
     # Checkpoints
 
+    def save_final(self) -> None:
+        """The model into the output directory; as `save_model`, which would push it at once."""
+        self.save_model(self.args.output_dir, _internal_call=True)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As in the parent, plus `agent.json`, without TRL's frozen copy of an adapter that goes on being trained.
 

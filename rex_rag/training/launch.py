@@ -33,6 +33,7 @@ from rex_rag.support.recipes import with_recipe_path
 from rex_rag.training.checkpoints import find_checkpoint, finished_at
 from rex_rag.training.config import REXRAGConfig
 from rex_rag.training.progress_line import ProgressLine
+from rex_rag.training.push import bound_hub_requests, push
 from rex_rag.training.recipe import RECIPE_PARTS
 from rex_rag.training.run_folder import check_folder, clear_folder, held
 from rex_rag.training.run_settings import changed_settings, recorded_settings, run_settings
@@ -85,11 +86,11 @@ def run(trainer: REXRAGTrainer, checkpoint: str | None) -> None:
     if trainer.args.overwrite_output_dir:
         clear_folder(trainer.args.output_dir, trainer.accelerator)
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(trainer.args.output_dir)
+    trainer.save_final()
     trainer.save_state()
     trainer.create_model_card()
     if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+        push(trainer.push_to_hub, trainer.args.output_dir, str(trainer.hub_model_id))
 
 
 def prepare(words: Sequence[str], held_folder: ExitStack) -> tuple[REXRAGTrainer, str | None]:
@@ -108,6 +109,8 @@ def prepare(words: Sequence[str], held_folder: ExitStack) -> tuple[REXRAGTrainer
     name = model.model_name_or_path
     check_model(name, model.model_revision)
     checkpoint = find_checkpoint(config.resume_from_checkpoint, config.output_dir)
+    if config.push_to_hub:
+        bound_hub_requests()
     if checkpoint is not None:
         refuse_finished(config, checkpoint)
     held_folder.enter_context(held(config.output_dir, here=config.process_index == 0))

@@ -130,6 +130,8 @@ def examine(settings: Mapping[str, Any]) -> Findings:
         found.here += _missing_benchmarks(evaluation)
     if (retriever := made[RetrieverArguments]) is not None:
         _examine_retriever(retriever, found)
+    if settings.get("push_to_hub") is True and (problem := _login_problem(settings.get("hub_token"))):
+        found.here.append(problem)
     if not settings.get("use_cpu") and sys.platform == "linux" and not any(map(os.path.exists, _GPU_DEVICES)):
         found.here.append("this machine has no GPU; run on one that has, or set --use_cpu true --bf16 false")
     return found
@@ -180,6 +182,25 @@ def _hub_problem(name: str, revision: str | None) -> str | None:
         return (
             f"{name} was never fetched to this machine, and the Hub does not give it: {type(error).__name__}: {words}"
         )
+    return None
+
+
+def _login_problem(token: str | None) -> str | None:
+    """Why nothing could be pushed: no network, no token, or one that the Hub does not know."""
+    from huggingface_hub import HfApi, constants, get_session
+
+    said = "push_to_hub is on, but "
+    if constants.HF_HUB_OFFLINE:
+        return f"{said}HF_HUB_OFFLINE forbids to ask the Hub; leave one of them out"
+    session = get_session()
+    session.timeout = _SECONDS
+    try:
+        HfApi().whoami(token=token)
+    except Exception as error:  # as above
+        words = " ".join(str(error).split())[:200]
+        return f"{said}the Hub knows no login ({type(error).__name__}: {words}); `hf auth login`, or leave it out"
+    finally:
+        session.timeout = None
     return None
 
 

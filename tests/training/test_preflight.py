@@ -1,12 +1,14 @@
 """A training command that cannot work says so in a second or two, everything at once, before torch is there."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from hub_stand_in import hub_stand_in
 from parts import make_tiny_model, make_word_tokenizer
 from trl import TrlParser
 
@@ -72,6 +74,19 @@ def test_what_is_amiss_is_named(good, change, where, named, monkeypatch):
     found = examine({name: value for name, value in (good | change).items() if value is not None})
     said = {name: " ".join(getattr(found, name)) for name in ("settings", "here", "waiting")}
     assert named in said.pop(where) and not any(said.values())
+
+
+@pytest.mark.parametrize(
+    ("token", "said"), [("hf_TOKEN", None), ("hf_OTHER", "the Hub knows no login"), (None, "no login")]
+)
+def test_a_push_needs_a_login(token, said):
+    """In a process of its own, since the Hub's library reads its address once."""
+    code = f"from rex_rag.training.preflight import _login_problem; print(_login_problem({token!r}))"
+    with hub_stand_in() as hub:
+        environment = os.environ | {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HOME": "/nonexistent"}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "None" if said is None else said in done.stdout
 
 
 def test_command_lines_are_read_as_recipes_are(tmp_path):
