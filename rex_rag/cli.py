@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag import __version__
-from rex_rag.commands import ask, coverage, evaluate, pictures, recipe, report, retrieval, watch
+from rex_rag.commands import ask, coverage, doctor, evaluate, pictures, recipe, report, retrieval, watch
 from rex_rag.commands.terminal import positive
 from rex_rag.support.errors import EXPECTED_ERROR, UserError, from_the_user, one_line
 from rex_rag.support.recipes import recipe_path
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, words = parser.parse_known_args(arguments)
     forwarded = options.command in _FORWARDED
-    if options.command == "check":
+    if options.command in ("check", "doctor"):
         options.overrides = words
     elif options.command == "ask" and options.question is None and len(words) == 1 and words[0][:1] != "-":
         options.question = words[0]  # behind an option, where argparse no longer looks for it
@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_recipe(commands)
     report.add_report(commands)
     report.add_compare(commands)
+    doctor.add_doctor(commands)
     watch.add_watch(commands)
     pictures.add_view(commands)
     pictures.add_curves(commands)
