@@ -152,36 +152,28 @@ def _model_problems(settings: Mapping[str, Any]) -> Iterator[str]:
     name = settings.get("model_name_or_path")
     if not isinstance(name, str):
         yield "model_name_or_path is not set; name a Hub model or a folder"
-    elif Path(name).is_dir() or not _may_be_on_hub(name):
-        if not Path(name).is_dir():
-            yield f"model_name_or_path is {name!r}, and there is no such folder here ({Path.cwd()})"
-            return
+    elif Path(name).is_dir():
         problems: list[str] = []
         _tried(problems, lambda: check_model(name))
         yield from problems
     elif problem := _hub_problem(name, settings.get("model_revision")):
-        yield problem
-
-
-def _may_be_on_hub(name: str) -> bool:
-    """Whether a name that is no folder can be a repository's: `outputs/model` beside a folder `outputs` hardly is."""
-    return HUB_NAME.fullmatch(name) is not None and not ("/" in name and Path(name.partition("/")[0]).is_dir())
+        yield f"model_name_or_path is {name!r}, and there is no such folder here ({Path.cwd()}); {problem}"
 
 
 def _hub_problem(name: str, revision: str | None) -> str | None:
+    """Why a model cannot be had from the Hub; `None` for one that can, or was fetched before."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
+    if not HUB_NAME.fullmatch(name):
+        return "nor can it be a name on the Hub, which is of the form OWNER/NAME"
     if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
         return None
     if constants.HF_HUB_OFFLINE:
-        return f"{name} was never fetched to this machine, and HF_HUB_OFFLINE forbids to; fetch it, or name a folder"
+        return "it was never fetched from the Hub, and HF_HUB_OFFLINE forbids to"
     try:
         HfApi().model_info(name, revision=revision, timeout=_SECONDS)
     except Exception as error:  # the library's own and those of whatever carries its requests
-        words = " ".join(str(error).split())[:200]
-        return (
-            f"{name} was never fetched to this machine, and the Hub does not give it: {type(error).__name__}: {words}"
-        )
+        return f"the Hub does not give it: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return None
 
 
