@@ -1,31 +1,34 @@
-"""What this process is doing now, by name, for whoever asks why it takes so long."""
+"""What a thread is doing now, by name, for whoever asks why it takes so long."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class Stages:
-    """The stages that a process is inside of, outermost first. One writes, others may read at any time."""
+    """The stages that threads are inside of. A thread writes its own; others may read them at any time."""
 
     def __init__(self) -> None:
-        self.now: tuple[str, ...] = ()
-        self.since = time.monotonic()
+        self._began = time.monotonic()
+        self._of: dict[int, tuple[tuple[str, ...], float]] = {}
+
+    def of(self, thread: int) -> tuple[tuple[str, ...], float]:
+        """A thread's stages, outermost first, and since when (`time.monotonic`) they have been these."""
+        return self._of.get(thread, ((), self._began))
 
     @contextmanager
     def inside(self, name: str) -> Iterator[None]:
         """Be in a stage as long as the block runs, and back in the one around it afterwards."""
-        outer = self.now
-        self._enter((*outer, name))
+        thread = threading.get_ident()
+        outer, _ = self.of(thread)
+        self._of[thread] = (*outer, name), time.monotonic()
         try:
             yield
         finally:
-            self._enter(outer)
-
-    def _enter(self, stages: tuple[str, ...]) -> None:
-        self.now, self.since = stages, time.monotonic()
+            self._of[thread] = outer, time.monotonic()
 
 
-STAGES = Stages()  # a process trains one model at a time
+STAGES = Stages()

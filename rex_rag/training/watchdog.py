@@ -30,12 +30,13 @@ def watched(patience: float, rank: int, processes: int, step: Callable[[], int])
     if patience <= 0:
         yield
         return
-    main, done = threading.get_ident(), threading.Event()
+    main, done, began = threading.get_ident(), threading.Event(), time.monotonic()
 
     def watch() -> None:
-        told_of, times = STAGES.since, 0
+        told_of, times = began, 0
         while not done.wait(patience / 10):
-            since, stages = STAGES.since, STAGES.now
+            stages, since = STAGES.of(main)
+            since = max(since, began)
             if since != told_of:
                 told_of, times = since, 0
             waited = time.monotonic() - since

@@ -1,6 +1,7 @@
 """A step that stands still is told of, with the stage and the line, by the process that is in it."""
 
 import re
+import threading
 import time
 
 from parts import PASSAGES
@@ -20,15 +21,22 @@ class SlowRetriever(BM25Retriever):
         return super().search(queries, top_k)
 
 
-def test_stages_nest_and_are_left_on_errors():
+def test_stages_nest_are_left_on_errors_and_are_each_threads_own():
+    def now():
+        return STAGES.of(threading.get_ident())[0]
+
+    seen = []
     with STAGES.inside("outer"):
+        other = threading.Thread(target=lambda: seen.append(now()))
+        other.start()
+        other.join()
         try:
             with STAGES.inside("inner"):
-                assert STAGES.now == ("outer", "inner")
+                assert now() == ("outer", "inner")
                 raise ValueError
         except ValueError:
-            assert STAGES.now == ("outer",)
-    assert STAGES.now == ()
+            assert now() == ("outer",)
+    assert now() == () and seen == [()]
 
 
 def test_it_speaks_once_then_after_twice_the_time_and_of_the_next_stage_anew(capfd):
