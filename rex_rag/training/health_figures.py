@@ -27,7 +27,7 @@ class Bound:
 BOUNDS = {
     "entropy": Bound(lambda value, start: value > max(3 * start, start + 1)),
     "grad_norm": Bound(lambda value, lately: value > max(50 * lately, 1), lately=True),
-    "kl/policy": Bound(lambda value, start: value > 1),
+    "kl/policy": Bound(lambda value, start: value > 2),
     "likelihood/good": Bound(lambda value, start: value < start - 2),
     "repetitive/rate": Bound(lambda value, start: value > max(0.5, start + 0.3)),
     "garbled/rate": Bound(lambda value, start: value > start + 0.2),

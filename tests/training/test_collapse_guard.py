@@ -21,7 +21,7 @@ HEALTHY = {
     **{"garbled/rate": 0.0, "invalid_actions/mean": 0.2, "unanswered/rate": 0.1, "completions/mean_length": 100.0},
 }
 BROKEN = {
-    **{"entropy": 1.6, "grad_norm": 5.1, "kl/policy": 1.1, "likelihood/good": -2.6, "repetitive/rate": 0.6},
+    **{"entropy": 1.6, "grad_norm": 5.1, "kl/policy": 2.1, "likelihood/good": -2.6, "repetitive/rate": 0.6},
     **{"garbled/rate": 0.3, "invalid_actions/mean": 1.6, "unanswered/rate": 0.6, "completions/mean_length": 410.0},
 }
 
