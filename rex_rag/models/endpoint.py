@@ -7,16 +7,21 @@ tokenizer encodes it again; `describe` says which, since those ids need not be t
 from __future__ import annotations
 
 import itertools
+import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 
 from rex_rag.support.errors import UserError
+from rex_rag.support.http import bounded_client, parse_json
+from rex_rag.support.politeness import PassingTrouble, persist, retry_after
+from rex_rag.support.secrets import hide
+from rex_rag.support.tables import one_line
 from rex_rag.support.wording import counted, shorten
 
 if TYPE_CHECKING:
@@ -24,13 +29,16 @@ if TYPE_CHECKING:
 
     from rex_rag.models.generation import Generation
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
-MAX_CONNECT_SECONDS = 10.0
-# Those below 500 that the `openai` client asks again after.
+BACKOFF_SECONDS = 0.5
+MAX_BACKOFF_SECONDS = 30.0
+# Those below 500 after which OpenAI's own client asks again.
 _PASSING_STATUSES = (408, 409, 429)
-_HEADERS = {"host", "accept", "accept-encoding", "connection", "content-type", "content-length", "user-agent"}
-# An address on this machine is never behind the proxy that the environment may name.
-_LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+_MOST_NAME_CHARACTERS = 100
+# Models have rows for more ids than their tokenizers, to a round number, and may sample one.
+_PADDING_IDS = 1024
 # vLLM's own parameters. A served model's repetition penalty or top-k (generation_config.json) would otherwise apply.
 # No limit on k is -1: vLLM takes it beside 0, SGLang refuses 0 as soon as a temperature is set.
 _EXTENSIONS = {
@@ -97,7 +105,19 @@ def _only_choice(answer: dict[str, Any]) -> dict[str, Any]:
     [choice] = answer["choices"]
     if not isinstance(choice["text"], str):
         raise TypeError(f"text is a {type(choice['text']).__name__}")
+    for name in ("token_ids", "prompt_token_ids"):
+        _check_ids(choice.get(name), name)
     return {**choice, "prompt_tokens": (answer.get("usage") or {}).get("prompt_tokens")}
+
+
+def _check_ids(ids: object, name: str, below: int = 2**31) -> None:
+    if ids is None:
+        return
+    if not isinstance(ids, list):
+        raise TypeError(f"{name} is a {type(ids).__name__}")
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < below:
+            raise ValueError(f"{shorten(token)} among {name} is no token id, an integer from 0 to {below - 1:,}")
 
 
 def chat_reply(answer: dict[str, Any]) -> dict[str, Any]:
@@ -112,13 +132,12 @@ def chat_reply(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 class EndpointClient:
-    """The `openai` client for a server that the user named, asked by `concurrency` threads at once.
-
-    Its `post` is used and not its typed calls: of a prompt of 800 ids these look at every one, which takes 20 ms.
+    """Asks a server that the user named, `concurrency` threads at once; each attempt is bounded in time and size.
 
     Args:
         path: what `complete` asks.
-        read: what it gives of an answer; a KeyError, IndexError, TypeError or ValueError says that it is none.
+        read: what it gives of an answer; a KeyError, IndexError, TypeError, AttributeError or ValueError says that it
+            is none.
     """
 
     def __init__(
@@ -127,38 +146,32 @@ class EndpointClient:
         path: str = "/completions",
         read: Callable[[dict[str, Any]], dict[str, Any]] = _only_choice,
     ) -> None:
-        import openai  # takes a second
-
         self.options = options
         self._path = path
         self._read = read
         base = check_endpoint_url(options.url)
         self.url = str(base)
         self._key = _key(options.key_variable)
-        self._openai = openai.OpenAI(
-            api_key=self._key or "none",  # without one it would look for OPENAI_API_KEY
-            base_url=self.url,
-            max_retries=options.attempts - 1,
-            timeout=openai.Timeout(options.timeout, connect=min(options.timeout, MAX_CONNECT_SECONDS)),
-            http_client=openai.DefaultHttpxClient(
-                trust_env=base.host not in _LOOPBACK_HOSTS,
-                follow_redirects=False,
-                event_hooks={"request": [self._trim], "response": [self._check]},
-            ),
+        self._http = bounded_client(
+            base.host,
+            options.timeout,
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            limits=httpx.Limits(max_connections=options.concurrency),
         )
         self.threads = ThreadPoolExecutor(options.concurrency, thread_name_prefix="endpoint")
 
     def close(self) -> None:
         self.threads.shutdown(cancel_futures=True)
-        self._openai.close()
+        self._http.close()
 
     def models(self) -> list[dict[str, Any]]:
         """What the server says it serves; empty where it has no such list."""
         try:
-            listed = self._ask(f"{self.url}/models").get("data", [])
+            listed = self._ask(f"{self.url}/models").get("data")
         except _Refused:
             return []
-        return [entry for entry in listed if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
+        rows = listed if isinstance(listed, list) else []
+        return [entry for entry in rows if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
 
     def version(self) -> str | None:
         """vLLM's version, `None` for other servers."""
@@ -166,7 +179,7 @@ class EndpointClient:
             found = self._ask(f"{self.url.removesuffix('/v1')}/version").get("version")
         except EndpointError:
             return None
-        return found if isinstance(found, str) else None
+        return one_line(found)[:_MOST_NAME_CHARACTERS] if isinstance(found, str) else None
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         """What the server's answer to one request says.
@@ -177,52 +190,58 @@ class EndpointClient:
         return self._ask(self.url + self._path, {"model": self.options.model, **body})
 
     def _ask(self, url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        import openai
+        made = 0
+
+        def attempt() -> dict[str, Any]:
+            nonlocal made
+            made += 1
+            return self._attempt(url, body)
 
         try:
-            ask = self._openai.get if body is None else partial(self._openai.post, body=body)
-            return ask(url, cast_to=httpx.Response).extensions["answer"]
-        except openai.APIStatusError as error:
-            status, attempts = error.status_code, error.request.extensions["attempts"]
+            return persist(
+                attempt,
+                attempts=self.options.attempts,
+                backoff=BACKOFF_SECONDS,
+                longest=MAX_BACKOFF_SECONDS,
+                say=lambda number, trouble, delay: logger.debug("%s: %s, again in %.2f s", url, trouble, delay),
+            )
+        except PassingTrouble as trouble:
+            raise EndpointError(
+                f"{url} gave no usable answer in {counted(made, 'attempt')}, last cause: {trouble}. Check that the "
+                "server runs and is reachable, or allow it more time (endpoint_timeout, endpoint_attempts)"
+            ) from trouble.__cause__
+
+    def _attempt(self, url: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        # Half a surrogate pair, which a data set's escapes may hold, cannot be sent as it is.
+        content = None if body is None else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        try:
+            response = self._http.request(
+                "GET" if body is None else "POST", url, content=content, headers={"Content-Type": "application/json"}
+            )
+        except httpx.RequestError as error:
+            raise PassingTrouble(self._without_key(f"{type(error).__name__}: {error}")) from error
+        status = response.status_code
+        if status != 200:
             # Without the key first: a part of it that is left by the cut would not be recognised.
-            cause = f"HTTP {status}: {shorten(self._without_key(error.response.text), 400)}"
-        except openai.APIConnectionError as error:
-            status, attempts = 500, error.request.extensions["attempts"]
-            cause = self._without_key(f"{type(error.__cause__).__name__}: {error.__cause__}")
-        if status < 500 and status not in _PASSING_STATUSES:
+            said = f"HTTP {status}: {shorten(self._without_key(response.text), 400)}"
+            if status >= 500 or status in _PASSING_STATUSES:
+                raise PassingTrouble(said, retry_after=retry_after(response.headers, MAX_BACKOFF_SECONDS))
             raise _Refused(
-                f"{url} refuses the request, {cause}. Check the model's name, the key, and that prompt and completion "
+                f"{url} refuses the request, {said}. Check the model's name, the key, and that prompt and completion "
                 "fit what the server takes (max_sequence_length)"
             )
-        raise EndpointError(
-            f"{url} gave no usable answer in {counted(attempts, 'attempt')}, last cause: {cause}. Check that the "
-            "server runs and is reachable, or allow it more time (endpoint_timeout, endpoint_attempts)"
-        )
-
-    def _trim(self, request: Any) -> None:
-        """Send neither what the client says of this machine nor what the environment holds for OpenAI's own server."""
-        request.extensions["attempts"] = int(request.headers.get("x-stainless-retry-count", 0)) + 1
-        for name in set(request.headers) - _HEADERS:
-            del request.headers[name]
-        if self._key:
-            request.headers["Authorization"] = f"Bearer {self._key}"
-
-    def _check(self, response: Any) -> None:
-        """Read an answer here, where one of another form counts as an attempt that failed."""
-        if not response.is_success:
-            return
-        response.read()
         try:
-            answer = response.json()
+            answer = parse_json(response.content)
             if not isinstance(answer, dict):
-                raise UserError(f"a JSON object is needed, found {type(answer).__name__}")
-            response.extensions["answer"] = self._read(answer) if response.request.method == "POST" else answer
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise httpx.DecodingError(f"an answer of another form ({type(error).__name__}: {error})") from error
+                raise TypeError(f"a JSON object is needed, found {type(answer).__name__}")
+            return answer if body is None else self._read(answer)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            said = self._without_key(f"an answer of another form ({type(error).__name__}: {error})")
+            raise PassingTrouble(said[:400]) from error
 
     def _without_key(self, text: str) -> str:
         """Servers may quote what they were sent."""
-        return text.replace(self._key, "***") if self._key else text
+        return hide(text, self._key)
 
 
 def in_order(futures: Sequence[Future[_T]]) -> list[_T]:
@@ -286,7 +305,7 @@ class EndpointModel:
     def max_length(self) -> int | None:
         """Prompt and completion in tokens, where the server tells."""
         length = self._served.get("max_model_len")
-        return length if isinstance(length, int) else None
+        return length if isinstance(length, int) and not isinstance(length, bool) and length > 0 else None
 
     def describe(self) -> dict[str, Any]:
         version = self.client.version()
@@ -315,7 +334,7 @@ class EndpointModel:
             if entry["id"] == name:
                 return entry
         if served:
-            names = ", ".join(entry["id"] for entry in served[:10])
+            names = ", ".join(one_line(entry["id"])[:_MOST_NAME_CHARACTERS] for entry in served[:10])
             raise EndpointError(
                 f"{self.client.url} serves no model {name!r}; it serves {names}. Set `model` to one of them, and "
                 "`tokenizer` to where its tokenizer lies"
@@ -386,6 +405,13 @@ class EndpointModel:
         from rex_rag.models.generation import Generation
 
         if self._receives_ids and choice.get("token_ids"):
+            try:
+                _check_ids(choice["token_ids"], "token_ids", len(self.tokenizer) + _PADDING_IDS)
+            except ValueError as error:
+                raise EndpointError(
+                    f"{self.client.url} wrote a token that the tokenizer does not have ({error}); set `tokenizer` to "
+                    f"that of the served model {self.client.options.model!r}"
+                ) from error
             return Generation(list(choice["token_ids"]))
         text = choice["text"]
         if choice.get("finish_reason") == "stop":

@@ -14,7 +14,10 @@ def counted(number: float, noun: str, plural: str | None = None) -> str:
 
 def shorten(value: object, limit: int = 80) -> str:
     """A value as it may appear in an error message: its repr, cut to `limit` characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:  # a value from JSON may be nested as deeply as the parser goes
+        return f"a {type(value).__name__} that is nested too deeply to be shown"
     return text if len(text) <= limit else text[:limit] + "…"
 
 
