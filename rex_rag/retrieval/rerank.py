@@ -193,6 +193,9 @@ class RerankedSearch(Retriever):
     def close(self) -> None:
         self._inner.close()
 
+    def hold_to(self, index: str) -> None:
+        self._inner.hold_to(index)
+
 
 def rerank(
     inner: Retriever, model: str, candidates: int = DEFAULT_CANDIDATES, devices: Sequence[str] = ()

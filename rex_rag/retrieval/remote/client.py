@@ -7,6 +7,10 @@ aside and another is asked at once; only when all have failed does a search wait
 A server set aside is looked after in the background. Once its health is good again (a server without a health page
 counts as up) it is given one request on trial, and with that answered its full share. None is given up for good.
 
+All servers are held to what the first answer came from (`endpoint.Pledge`): one that returns as another index, or was
+one from the start, is set aside like one out of order. One that tells nothing of what it searches is asked the check's
+query again after each outage, and held to its first answer.
+
 These rounds are our own: libraries for retries repeat one call, and know of no servers with a state each.
 """
 
@@ -30,7 +34,15 @@ from rex_rag.retrieval.base import (
     check_request,
     check_texts,
 )
-from rex_rag.retrieval.remote.endpoint import Endpoint, NotOffered, PassingTrouble, Refusal, Trouble
+from rex_rag.retrieval.remote.endpoint import (
+    Endpoint,
+    NotOffered,
+    OtherIndex,
+    PassingTrouble,
+    Pledge,
+    Refusal,
+    Trouble,
+)
 from rex_rag.support.politeness import pause
 from rex_rag.support.wording import shorten
 from rex_rag.types import Passage
@@ -67,6 +79,8 @@ class _Server:
     on_trial: bool = False
     # Whether it was really gone during this outage: then its return is news, and worth an attempt at once.
     away: bool = False
+    # What it answered to the check's query; kept of a server that tells nothing of what it searches.
+    known_answer: tuple[str, str] | None = None
     probing: bool = False
     probe_at: float = 0.0
     # Until then one that looks healthy and fails all the same is spared.
@@ -131,7 +145,8 @@ class RemoteRetriever(Retriever):
         addresses = [urls] if isinstance(urls, str) else list(urls)
         if not addresses:
             raise RetrievalError("no retriever URL was given; name at least one, http://host:port")
-        self._servers = [_Server(Endpoint(address, timeout)) for address in addresses]
+        self._pledge = Pledge()
+        self._servers = [_Server(Endpoint(address, timeout, self._pledge)) for address in addresses]
         self.urls = tuple(server.url for server in self._servers)
         if len(set(self.urls)) < len(self.urls):
             raise RetrievalError(f"retriever URLs {', '.join(self.urls)} name a server twice; name each once")
@@ -166,11 +181,12 @@ class RemoteRetriever(Retriever):
     def check(self) -> None:
         """Send one real query to every server, until one at least has answered it.
 
-        Servers that do not answer are warned of, and so are servers that answer differently: a search is only
-        repeatable when all of them hold the same index.
+        Servers that do not answer are warned of, and so are servers that tell nothing of what they search and answer
+        differently: a search is only repeatable when all of them hold the same index.
 
         Raises:
-            RetrievalError: when none answers, with the retries of any search; it names every server's trouble.
+            RetrievalError: for servers that tell that they search different things; when none answers, with the
+                retries of any search; it names every server's trouble.
         """
         self._check_open()
         tallies: dict[_Server, _Tally] = {}
@@ -189,10 +205,19 @@ class RemoteRetriever(Retriever):
                     answers[server] = outcome.result()[0]
                 except Trouble as trouble:
                     _count(tallies, server, started, trouble)
+            told = {server.endpoint.told for server in (*answers, *_of_other_index(tallies))}
+            if len(told) > 1:
+                listed = "; ".join(f"{server.url}: {server.endpoint.told or 'tells nothing'}" for server in asked)
+                raise RetrievalError(
+                    f"the retrieval servers search different things, so that figures would depend on which one "
+                    f"answers ({listed}); name servers of one index"
+                )
             if answers:
                 break
             self._wait_or_raise(tallies, round_number, returns)
         self._blame(tallies)
+        for server, ranking in answers.items():
+            server.known_answer = (ranking[0].title, ranking[0].text) if server.endpoint.told is None else None
         texts = {server.url: (ranking[0].title, ranking[0].text) for server, ranking in answers.items()}
         if len(set(texts.values())) > 1:
             logger.warning(
@@ -201,6 +226,13 @@ class RemoteRetriever(Retriever):
                 CHECK_QUERY,
                 "; ".join(f"{url}: {shorten(' '.join(text))}" for url, text in texts.items()),
             )
+
+    def hold_to(self, index: str) -> None:
+        """See `Retriever.hold_to`."""
+        try:
+            self._pledge.hold("the card", index)
+        except OtherIndex as error:
+            raise RetrievalError(f"the servers that answer are not those that the card names: {error}") from error
 
     def search(self, queries: Sequence[str], top_k: int) -> list[list[Passage]]:
         """Return for each query the servers' passages, best first: at least one, at most `top_k`.
@@ -309,11 +341,20 @@ class RemoteRetriever(Retriever):
         """Ask a server that was taken, and note what comes of it."""
         started = time.monotonic()
         with self._lock:
-            doubtful = server.aside_since is not None and not server.on_trial and len(self._servers) > 1
+            aside = server.aside_since is not None
+            doubtful = aside and not server.on_trial and len(self._servers) > 1
+            returns_silently = aside and server.away and server.known_answer is not None
         try:
             if doubtful:
                 # A hanging server shows in seconds here, and only after the whole timeout in a search.
                 server.endpoint.probe()
+            if returns_silently:
+                [[first, *_]] = server.endpoint.search([CHECK_QUERY], 1)
+                if (first.title, first.text) != server.known_answer:
+                    raise OtherIndex(
+                        f"it came back, and answers {CHECK_QUERY!r} with another passage than before, so it does not "
+                        "hold the index that this run began with; serve that one again"
+                    )
             found = ask(server.endpoint, texts)
         except PassingTrouble as trouble:
             self._set_aside(server, started, trouble)
@@ -443,6 +484,10 @@ class RemoteRetriever(Retriever):
                 timeout, attempts = self._limit_names
                 message += f" Otherwise raise {timeout} ({self._timeout:g} s) or {attempts} ({self._max_attempts})"
         return RetrievalError(message)
+
+
+def _of_other_index(tallies: Mapping[_Server, _Tally]) -> list[_Server]:
+    return [server for server, tally in tallies.items() if isinstance(tally.last, OtherIndex)]
 
 
 def _searching(top_k: int) -> Ask:
