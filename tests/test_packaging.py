@@ -93,6 +93,7 @@ RETRIEVAL_LAYERS = (
     ("base", "lookup"),
     ("passages",),
     ("indexed", "estimate", "manifest", "index_kind"),
+    ("held",),
     ("bm25", "dense", "online", "remote"),
     ("index", "rerank", "identity"),
     ("kinds",),

@@ -48,7 +48,11 @@ def of_bm25(arguments: RetrieverArguments, loaded: Retriever | None, **parameter
 
 
 def of_index(arguments: RetrieverArguments, loaded: Retriever | None) -> dict[str, Any]:
-    manifest = Manifest.read(arguments.retriever[0])
+    """Of one that is loaded, what was opened: its files are hashed, since its name goes on a card."""
+    held = loaded.stages.held if loaded is not None and loaded.stages is not None else None
+    if held is not None:
+        held.verify()
+    manifest = Manifest.read(arguments.retriever[0]) if held is None else held.manifest
     return {"fingerprint": manifest.fingerprint, "corpus_sha256": manifest.corpus_sha256}
 
 

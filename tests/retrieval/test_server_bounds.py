@@ -74,8 +74,10 @@ def process():
 
 
 def ask_for_much(connection):
-    body = json.dumps({"queries": [str(number) for number in range(4096)], "topk": 100}).encode()
-    connection.sendall(HEAD % len(body) + body)
+    """Ten answers of 1.6 MB, more than the kernel holds for who does not read."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    body = json.dumps({"queries": [str(number) for number in range(4096)], "topk": 5}).encode()
+    connection.sendall((HEAD % len(body) + body) * 10)
 
 
 @pytest.mark.parametrize("client", ["half a body", "half a head", "reads nothing"])
@@ -87,7 +89,6 @@ def test_a_stop_ends_within_seconds_whatever_clients_do(process, client):
         elif client == "half a head":
             connection.sendall(HEAD[:30])
         else:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             ask_for_much(connection)
         time.sleep(1.0)
         started = time.monotonic()
@@ -136,7 +137,6 @@ def test_connections_that_never_ask_or_never_read_are_dropped(process):
 
     before = connections()
     with contextlib.closing(server.connect()) as silent, contextlib.closing(server.connect()) as unread:
-        unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         ask_for_much(unread)
         until(lambda: connections() > before)
         assert silent.recv(1) == b""

@@ -248,6 +248,12 @@ class _Service:
     async def health(self) -> Response:
         if self._retriever is None:
             return JSONResponse({"status": "loading"}, 503, {"Retry-After": str(LOADING_RETRY_SECONDS)})
+        held = self._retriever.stages.held if self._retriever.stages is not None else None
+        try:
+            if held is not None:
+                held.check()
+        except RetrievalError as error:
+            return JSONResponse({"status": "changed", "detail": str(error)}, 503)
         said = {
             "status": "ready",
             "retriever": self._retriever.description,

@@ -53,7 +53,8 @@ class ReadResponse(BaseModel):
 class Health(BaseModel):
     """Whether a search would be answered now."""
 
-    status: str = Field(description="`ready` or `loading`.")
+    status: str = Field(description="`ready`, `loading`, or `changed`: the index was written into.")
+    detail: str | None = Field(None, description="What was changed.")
     retriever: str | None = Field(None, description="What is searched.")
     passages: int | None = Field(None, description="Passages in the index, where the engine knows.")
     identity: dict[str, str | int | float] | None = Field(
