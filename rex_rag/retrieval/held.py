@@ -8,10 +8,12 @@ exchanged by renaming another over it does no harm, since the one that was opene
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import os
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,8 @@ from rex_rag.support.progress_bars import progress_bar
 if TYPE_CHECKING:
     from rex_rag.retrieval.manifest import Manifest
 
-# Hashed whenever it is opened; a larger one where its name goes on a card, or when something in it cannot be read.
+# Hashed whenever an index is opened, the smallest files first; the rest where its name goes on a card, or when
+# something in it cannot be read.
 HASHED_AT_OPENING_BYTES = 256 * 2**20
 _BLOCK_BYTES = 1 << 24
 
@@ -37,7 +40,7 @@ class HeldFiles:
         self.directory = directory
         self.manifest = manifest
         self._files: dict[str, tuple[int, os.stat_result]] = {}
-        self._damaged: list[str] | None = None
+        self._hashed: dict[str, bool] = {}  # name -> whether it is as the manifest says
         weakref.finalize(self, _close, self._files)
         for name in manifest.files:
             try:
@@ -45,10 +48,6 @@ class HeldFiles:
             except OSError as error:
                 raise RetrievalError(f"{directory / name}: {error.strerror}; {self._way_out}") from error
             self._files[name] = file, os.fstat(file)
-
-    @property
-    def bytes(self) -> int:
-        return sum(stat.st_size for _, stat in self._files.values())
 
     def check(self) -> None:
         """Raise `EngineAway` if a file was written into since it was opened: what is found may be anything."""
@@ -68,13 +67,19 @@ class HeldFiles:
             if not os.path.samestat(then, os.stat(self.directory / name)):
                 raise RetrievalError(f"{self.directory / name} was exchanged while the index was opened; start again")
 
-    def verify(self) -> None:
-        """Raise `RetrievalError` unless every file hashes to what the manifest says; hashes once, with a bar."""
-        if self._damaged is None:
-            self._damaged = self._find_damaged()
-        if self._damaged:
-            named = ", ".join(str(self.directory / name) for name in self._damaged)
-            raise RetrievalError(f"{named}: not as built (another SHA-256 than the manifest's); {self._way_out}")
+    def verify(self, most_bytes: float = math.inf) -> None:
+        """Raise `RetrievalError` unless files hash to what the manifest says; each is hashed once.
+
+        most_bytes: leave out the largest files, until the others have not more together.
+        """
+        by_size = sorted(self._files, key=lambda name: self._files[name][1].st_size)
+        sizes = itertools.accumulate(self._files[name][1].st_size for name in by_size)
+        self._hash([name for name, size in zip(by_size, sizes, strict=True) if size <= most_bytes])
+        damaged = [str(self.directory / name) for name, whole in self._hashed.items() if not whole]
+        if damaged:
+            raise RetrievalError(
+                f"{', '.join(damaged)}: not as built (another SHA-256 than the manifest's); {self._way_out}"
+            )
         self.check()
 
     @contextmanager
@@ -95,19 +100,19 @@ class HeldFiles:
     def _way_out(self) -> str:
         return f"`rex-rag index --verify {self.directory}` names all damage: copy the index again or build it again"
 
-    def _find_damaged(self) -> list[str]:
-        damaged = []
-        with progress_bar(self.bytes, "hashing", "B") as bar:
-            for name, (file, _) in self._files.items():
+    def _hash(self, names: Sequence[str]) -> None:
+        new = [name for name in names if name not in self._hashed]
+        total = sum(self._files[name][1].st_size for name in new)
+        with progress_bar(total, "hashing", "B") if total > HASHED_AT_OPENING_BYTES else nullcontext() as bar:
+            for name in new:
                 digest, place = hashlib.sha256(), 0
                 # Not by the file's own place, which processes forked from this one share.
-                while block := os.pread(file, _BLOCK_BYTES, place):
+                while block := os.pread(self._files[name][0], _BLOCK_BYTES, place):
                     digest.update(block)
                     place += len(block)
-                    bar.update(len(block))
-                if digest.hexdigest() != self.manifest.files[name]["sha256"]:
-                    damaged.append(name)
-        return damaged
+                    if bar is not None:
+                        bar.update(len(block))
+                self._hashed[name] = digest.hexdigest() == self.manifest.files[name]["sha256"]
 
 
 def _close(files: dict[str, tuple[int, os.stat_result]]) -> None:

@@ -122,7 +122,7 @@ class PassageStore(_Documents):
         self._offsets = np.memmap(offsets, dtype="<u8", mode="r")
         if int(self._offsets[-1]) != text.stat().st_size:
             raise RetrievalError(
-                f"{text} has {text.stat().st_size:,} bytes, but {OFFSETS_FILE} ends at {int(self._offsets[-1]):,}: "
+                f"{text} has {text.stat().st_size:,} bytes, but {offsets} ends at {int(self._offsets[-1]):,}: "
                 "the two do not belong together; build the index again"
             )
         with text.open("rb") as file:

@@ -29,8 +29,8 @@ def open_index(
 ) -> IndexedRetriever:
     """Open an index directory for searching, once manifest, files and encoder have been checked.
 
-    Files are hashed if there are not more than `HASHED_AT_OPENING_BYTES` of them, else compared by size; a larger
-    index is hashed where its name goes on a card (`held.HeldFiles.verify`). Either way they are held from here on.
+    `HASHED_AT_OPENING_BYTES` of its files are hashed, the rest compared by size; that is hashed where the name of the
+    index goes on a card (`held.HeldFiles.verify`). All are held from here on.
 
     corpus: files that the index must have been built from; none: whatever it was built from.
 
@@ -49,8 +49,7 @@ def open_index(
     if corpus:
         manifest.check_corpus([asdict(file) for file in scan_corpus(corpus_files(corpus))], directory)
     held = HeldFiles(directory, manifest)
-    if held.bytes <= HASHED_AT_OPENING_BYTES:
-        held.verify()
+    held.verify(HASHED_AT_OPENING_BYTES)
     with held.explained():
         passages = PassageStore(directory)
     if len(passages) != manifest.passages:

@@ -251,8 +251,8 @@ class Endpoint:
         """Ask for the server's health. A server that knows no such question (Search-R1's own: 404) is up.
 
         Raises:
-            PassingTrouble: when it does not answer within `PROBE_TIMEOUT_SECONDS`, says that it is not ready, or that
-                it searches something else than it is held to.
+            PassingTrouble: when it does not answer within `PROBE_TIMEOUT_SECONDS`, or says that it is not ready.
+            OtherIndex: when it says that it searches something else than it is held to.
         """
         try:
             response = self._get_health(PROBE_TIMEOUT_SECONDS)
@@ -263,10 +263,7 @@ class Endpoint:
             said = f"not ready: HTTP {status} {shorten(response.reason_phrase)} from {HEALTH_PATH}"
             raise PassingTrouble(said, away=True, retry_after=retry_after(response.headers, MAX_RETRY_AFTER_SECONDS))
         if self._pledge.index is not None:
-            try:
-                self._pledge.hold(self.url, index_of(_object(response.content)))
-            except OtherIndex as error:
-                raise PassingTrouble(str(error), away=True) from error
+            self._pledge.hold(self.url, index_of(_object(response.content)))
 
     def health(self) -> dict[str, Any]:
         """What the server says of itself; empty for one that is away or says nothing that can be read."""

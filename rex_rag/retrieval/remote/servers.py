@@ -59,6 +59,8 @@ class Server:
     # When it was last set aside or came back: outcomes of requests sent before are no news any more.
     changed: float = -math.inf
     warned: float = -math.inf
+    # Whether the last warning was of another index.
+    told_other: bool = False
 
     @property
     def url(self) -> str:
@@ -214,7 +216,7 @@ class Servers:
         trouble = None
         try:
             server.endpoint.probe()
-        except PassingTrouble as failed:
+        except (PassingTrouble, OtherIndex) as failed:
             trouble = failed
         with self.lock:
             server.probing = False
@@ -234,8 +236,10 @@ class Servers:
     def _warn(self, server: Server, trouble: Trouble) -> None:
         now = time.monotonic()
         told = server.aside_since is not None and server.warned >= server.aside_since
-        if now - server.warned < (SECONDS_BETWEEN_REMINDERS if told else SECONDS_BETWEEN_WARNINGS):
+        news = isinstance(trouble, OtherIndex) != server.told_other
+        if not news and now - server.warned < (SECONDS_BETWEEN_REMINDERS if told else SECONDS_BETWEEN_WARNINGS):
             return
+        server.told_other = isinstance(trouble, OtherIndex)
         server.warned = now
         others = "the other servers are asked meanwhile" if len(self.all) > 1 else "searches wait for it"
         logger.warning("%s does not answer as it should (%s); %s", server.url, trouble, others)
