@@ -6,7 +6,6 @@ Training is not a command: it is started by `accelerate launch -m rex_rag.train`
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shutil
 import sys
@@ -19,6 +18,7 @@ from rex_rag.commands import ask, coverage, evaluate, pictures, recipe, report, 
 from rex_rag.commands.sections import describe_unknown
 from rex_rag.commands.terminal import positive
 from rex_rag.support.errors import EXPECTED_ERROR, UserError, from_the_user, one_line
+from rex_rag.support.logs import start_logging
 from rex_rag.support.recipes import recipe_path
 from rex_rag.support.wording import counted
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.question = words[0]  # behind an option, where argparse no longer looks for it
     elif words and not forwarded:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    start_logging()
     try:
         if forwarded:
             _FORWARDED[options.command][0](words)
@@ -165,8 +165,6 @@ def _prompts(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     options.recipe = recipe_path(options.recipe)
     _refuse_other_recipes(options.recipe)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
     from trl import TrlParser
 
     from rex_rag.training.recipe import RECIPE_PARTS

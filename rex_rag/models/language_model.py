@@ -399,7 +399,8 @@ def stored_max_length(options: ModelOptions) -> int | None:
     try:
         if is_adapter(name):
             name, revision = adapter_base(Path(name))
-        return getattr(AutoConfig.from_pretrained(name, revision=revision), "max_position_embeddings", None)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return getattr(config, "max_position_embeddings", None)
     except Exception:  # of many kinds, as below; what is wrong there, opening the model says
         return None
 
@@ -414,9 +415,8 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
 
     where = options.tokenizer or options.name
     try:
-        return AutoTokenizer.from_pretrained(
-            where, revision=None if options.tokenizer else options.revision, padding_side="left"
-        )
+        revision = None if options.tokenizer else options.revision
+        return AutoTokenizer.from_pretrained(where, revision=revision, padding_side="left", trust_remote_code=False)
     # Libraries below raise KeyError, TypeError and errors of their own for a tokenizer that is not there or broken.
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -15,6 +15,7 @@ What is changed with respect to GRPOTrainer, and why:
   stand between the pass and the parent's reading of `old_per_token_logps` and `advantages`.
 - `_get_train_sampler`, `_run_epoch`, `_save`: resumed runs equal uninterrupted ones.
 - `_save_optimizer_and_scheduler`, `_load_optimizer_and_scheduler`: the state of the hooks' owner goes along.
+- `print_prompt_completions_sample`: what passages and models write reaches the terminal as text alone.
 
 tests/training/test_grpo_seams.py holds what this rests on, and fails with a sentence where a version moves it.
 """
@@ -37,14 +38,32 @@ from torch.utils.data import Sampler
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import RepeatSampler, pad
+from trl.trainer import grpo_trainer
+from trl.trainer.utils import RepeatSampler, pad, print_prompt_completions_sample
 
 from rex_rag.models.generation import TransformersGenerator, VLLMGenerator
 from rex_rag.models.vllm_stream import VLLMStream
+from rex_rag.support.wording import visible
 from rex_rag.training.checkpoints import STATE_FILE
 from rex_rag.training.trim import in_two_buckets, trimmed
 
 REFERENCE_ADAPTER = "ref"  # TRL's name for it
+
+
+def _visible(entry: Any) -> Any:
+    """Texts, in columns and messages too, without control characters."""
+    if isinstance(entry, str):
+        return visible(entry)
+    if isinstance(entry, Mapping):
+        return {name: _visible(value) for name, value in entry.items()}
+    return [_visible(value) for value in entry] if isinstance(entry, list | tuple | deque) else entry
+
+
+def _print_visibly(prompts: Sequence, completions: Sequence, *more: Any, extra: Any = None) -> None:
+    print_prompt_completions_sample(_visible(prompts), _visible(completions), *more, extra=_visible(extra))
+
+
+grpo_trainer.print_prompt_completions_sample = _print_visibly
 
 
 @dataclass(frozen=True, slots=True)
