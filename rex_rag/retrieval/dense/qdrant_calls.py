@@ -83,6 +83,7 @@ class QdrantCalls:
         if max_attempts < 1 or backoff < 0:
             raise RetrievalError(f"max_attempts={max_attempts}, backoff={backoff}; at least 1 attempt and 0 seconds")
         self.client, self.collection = client, collection
+        self.troubles = 0  # attempts that failed so far
         self._max_attempts, self._backoff = max_attempts, backoff
 
     def __call__(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -108,6 +109,7 @@ class QdrantCalls:
                 raise
 
         def say(number: int, trouble: PassingTrouble, delay: float) -> None:
+            self.troubles += 1
             logger.warning("Qdrant: attempt %d of %d failed (%s)", number, self._max_attempts, trouble)
 
         def failed(said: str, way_out: str) -> str:
