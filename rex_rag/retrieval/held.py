@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import math
 import os
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 # Hashed whenever an index is opened, the smallest files first; the rest where its name goes on a card, or when
 # something in it cannot be read.
 HASHED_AT_OPENING_BYTES = 256 * 2**20
+# A look behind one answer is as good as one before the next, if that follows at once.
+SECONDS_BETWEEN_LOOKS = 0.001
 _BLOCK_BYTES = 1 << 24
 
 
@@ -40,6 +43,7 @@ class HeldFiles:
         self.directory = directory
         self.manifest = manifest
         self._files: dict[str, tuple[int, os.stat_result]] = {}
+        self._checked = time.monotonic()
         self._hashed: dict[str, bool] = {}  # name -> whether it is as the manifest says
         weakref.finalize(self, _close, self._files)
         for name in manifest.files:
@@ -51,6 +55,7 @@ class HeldFiles:
 
     def check(self) -> None:
         """Raise `EngineAway` if a file was written into since it was opened: what is found may be anything."""
+        self._checked = time.monotonic()
         for name, (file, then) in self._files.items():
             now = os.fstat(file)
             if now.st_mtime_ns != then.st_mtime_ns or now.st_size != then.st_size:
@@ -59,6 +64,16 @@ class HeldFiles:
                     f"the index {self.manifest.fingerprint}. Start again; put another index into another directory, "
                     "or exchange whole directories by renaming them"
                 )
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around what reads the files: a change before or meanwhile, and damage that ends it, are said."""
+        # What counts is the look behind an answer; the one before it only spares reading a file that was cut short.
+        if time.monotonic() - self._checked > SECONDS_BETWEEN_LOOKS:
+            self.check()
+        with self.explained():
+            yield
+        self.check()
 
     def check_places(self) -> None:
         """The same, also for files exchanged between holding them and opening the index by their names."""

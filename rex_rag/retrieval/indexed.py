@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.retrieval.base import Retriever, check_request, check_texts, checked_search
@@ -94,16 +94,9 @@ class IndexedRetriever(Retriever):
         with self.watched():
             return [[self.passages[row] for row in self.passages.find(key)] for key in keys]
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
+    def watched(self) -> AbstractContextManager[None]:
         """Around what reads the index: what was changed underneath, before or meanwhile, is an error and no answer."""
-        if self.held is None:
-            yield
-            return
-        self.held.check()
-        with self.held.explained():
-            yield
-        self.held.check()
+        return nullcontext() if self.held is None else self.held.watched()
 
     def _scored(self, row: int, score: float) -> Passage:
         passage = self.passages[row]
