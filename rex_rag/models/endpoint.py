@@ -155,8 +155,8 @@ class EndpointClient:
         self._http = bounded_client(
             base.host,
             options.timeout,
+            options.concurrency,
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            limits=httpx.Limits(max_connections=options.concurrency),
         )
         self.threads = ThreadPoolExecutor(options.concurrency, thread_name_prefix="endpoint")
 

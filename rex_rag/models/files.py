@@ -54,7 +54,7 @@ def broken(path: Path) -> str | None:
     if path.suffix == ".json":
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return f"is no JSON ({error}): it was cut, or edited"
         if not isinstance(content, dict):
             return f"holds a {type(content).__name__} and no JSON object"

@@ -24,6 +24,8 @@ _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 MAX_CONNECT_SECONDS = 10.0
 # Unless a request says otherwise, by its extension `max_bytes`.
 MAX_ANSWER_BYTES = 16 * 2**20
+# Servers drop idle connections (uvicorn after 5 s); a request sent at that moment would look like a dead server.
+KEEPALIVE_SECONDS = 3.0
 _WRITTEN_AT_ONCE = 2**16
 _HALF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 _until = threading.local()
@@ -33,7 +35,7 @@ class AnswerTooLarge(httpx.DecodingError):
     """An answer beyond the bytes that are read."""
 
 
-def bounded_client(host: str, seconds: float, **options: Any) -> httpx.Client:
+def bounded_client(host: str, seconds: float, connections: int | None = None, **options: Any) -> httpx.Client:
     """A client for the server at `host`, whose requests take `seconds` at most, all in all.
 
     A request may differ: by its `timeout`, and by `extensions={"max_bytes": n}`.
@@ -42,7 +44,8 @@ def bounded_client(host: str, seconds: float, **options: Any) -> httpx.Client:
     if not trust_env and "verify" not in options:
         options["verify"] = httpx.create_ssl_context(trust_env=False)
     timeout = httpx.Timeout(seconds, connect=min(seconds, MAX_CONNECT_SECONDS))
-    return bound(httpx.Client(timeout=timeout, trust_env=trust_env, **options))
+    limits = httpx.Limits(max_connections=connections, keepalive_expiry=KEEPALIVE_SECONDS)
+    return bound(httpx.Client(timeout=timeout, limits=limits, trust_env=trust_env, **options))
 
 
 def bound(client: httpx.Client) -> httpx.Client:

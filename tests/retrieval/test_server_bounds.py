@@ -168,6 +168,13 @@ def test_unfinished_bodies_are_bounded_all_together(small):
     until(lambda: small.search(["1"]).status_code == 200)
 
 
+def test_an_answer_of_too_many_passages_is_refused_before_it_is_searched_for(process):
+    server = process()
+    body = {"queries": [str(number) for number in range(4096)], "topk": 100}
+    answer = httpx.post(f"{server.url}/retrieve", json=body, trust_env=False, timeout=20)
+    assert answer.status_code == 422 and "65536 passages a request" in answer.json()["detail"]
+
+
 def test_a_body_that_does_not_come_is_not_waited_for(small, monkeypatch):
     monkeypatch.setattr(requests, "BODY_SECONDS", 0.2)
     with socket.create_connection(("127.0.0.1", httpx.URL(small.url).port), timeout=10) as connection:

@@ -28,6 +28,7 @@ from rex_rag.retrieval.online.engines import ENGINES, RESULTS_PER_SEARCH, Search
 from rex_rag.support.http import bounded_client, parse_json
 from rex_rag.support.politeness import PassingTrouble, persist, retry_after
 from rex_rag.support.secrets import hide
+from rex_rag.support.tables import one_line
 from rex_rag.support.wording import shorten
 from rex_rag.types import Passage
 
@@ -226,7 +227,7 @@ class OnlineRetriever(Retriever):
                 raise PassingTrouble(f"the answer is no JSON object: {shorten(body.decode('utf-8', 'replace'))}")
             return self._engine.read(answer)
         said, spent = self._engine.read_error(answer)
-        said = f"HTTP {status} {reason}: {shorten(said or body.decode('utf-8', 'replace'), 300)}"
+        said = f"HTTP {status} {one_line(reason)}: {shorten(said or body.decode('utf-8', 'replace'), 300)}"
         if spent:
             raise self._error(
                 QuotaExceeded,

@@ -36,6 +36,7 @@ from rex_rag.retrieval.remote.wire import (
 from rex_rag.support.http import AnswerTooLarge, bounded_client, parse_json
 from rex_rag.support.politeness import retry_after
 from rex_rag.support.secrets import hide
+from rex_rag.support.tables import one_line
 from rex_rag.support.wording import shorten
 from rex_rag.types import Passage
 
@@ -44,8 +45,6 @@ logger = logging.getLogger(__name__)
 # Health is answered without work: a server that takes longer is no use to anybody.
 PROBE_TIMEOUT_SECONDS = 2.0
 HEALTH_TIMEOUT_SECONDS = 10.0
-# Servers drop idle connections (uvicorn after 5 s); a request sent at that moment would look like a dead server.
-KEEPALIVE_SECONDS = 3.0
 # 256 queries of 100 passages of 10 kB each; beyond it something is wrong, and memory is at stake.
 MAX_RESPONSE_BYTES = 256 * 2**20
 # A smaller request is answered in less: so much for each passage asked for, and for each document.
@@ -163,7 +162,6 @@ class Endpoint:
                 self._host,
                 self._timeout,
                 auth=self._auth,
-                limits=httpx.Limits(keepalive_expiry=KEEPALIVE_SECONDS),
                 verify=self._ssl,
             )
         try:
@@ -241,7 +239,7 @@ class Endpoint:
         if told is None and not self._asked:
             self._told, self._asked = index_of(self.health()), True
         elif told is not None:
-            self._told = told[:_MOST_TOLD_CHARACTERS]
+            self._told = one_line(told)[:_MOST_TOLD_CHARACTERS]
         self._pledge.hold(self.url, self._told)
 
     def _shown(self, body: bytes) -> str:

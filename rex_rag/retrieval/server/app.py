@@ -34,7 +34,7 @@ try:
     from starlette.requests import ClientDisconnect
 
     from rex_rag.retrieval.server.protocol import BoundedProtocol
-    from rex_rag.retrieval.server.requests import Bodies, Guard, Refused, check_limits, parse, problem
+    from rex_rag.retrieval.server.requests import MAX_PASSAGES, Bodies, Guard, Refused, check_limits, parse, problem
     from rex_rag.retrieval.server.schemas import (
         Health,
         Problem,
@@ -306,6 +306,12 @@ class _Service:
         check_limits(asked.queries, "query", "queries", self._options)
         if not 1 <= top_k <= most:
             raise Refused(422, f"topk is {top_k}, and it must be between 1 and the limit of {most}")
+        if len(asked.queries) * top_k > MAX_PASSAGES:
+            raise Refused(
+                422,
+                f"{len(asked.queries)} queries of {top_k} passages, and the limit is {MAX_PASSAGES} passages a "
+                "request; send several requests",
+            )
         if not asked.queries:
             return _NOTHING
         served = await self._wait(request, self._runner.submit(asked.queries, top_k, asked.return_scores))

@@ -14,6 +14,8 @@ from starlette.responses import JSONResponse, Response
 from rex_rag.retrieval.server.options import ServerOptions
 from rex_rag.support.wording import shorten
 
+# Of all queries of a request: with passages of 100 words an answer of 45 MB.
+MAX_PASSAGES = 65_536
 # Bodies that have not come whole may take so many times the largest one, all together.
 BODIES_AT_ONCE = 4
 BODY_SECONDS = 30.0
