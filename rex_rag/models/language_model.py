@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rex_rag.models.endpoint import EndpointModel, EndpointOptions, EndpointStream, in_order
+from rex_rag.models.endpoint import EndpointOptions, in_order
 from rex_rag.models.files import HUB_NAME, adapter_base, check_model, check_tokenizer, is_adapter, load_causal_lm
 from rex_rag.models.identity import TokenizerFiles, model_identity, tokenizer_sha256
+from rex_rag.models.served_model import EndpointModel, EndpointStream
 from rex_rag.support.errors import UserError
 
 if TYPE_CHECKING:

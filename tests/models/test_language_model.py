@@ -20,7 +20,7 @@ from rex_rag.evaluation.methods import Toolbox, make_method
 from rex_rag.evaluation.records import Question
 from rex_rag.models import endpoint
 from rex_rag.models import language_model as models
-from rex_rag.models.endpoint import EndpointError, EndpointOptions, check_endpoint_url, missing_stop
+from rex_rag.models.endpoint import EndpointError, EndpointOptions, check_endpoint_url
 from rex_rag.models.identity import model_identity, tokenizer_sha256
 from rex_rag.models.language_model import (
     ModelError,
@@ -33,6 +33,7 @@ from rex_rag.models.language_model import (
     open_model,
     stored_max_length,
 )
+from rex_rag.models.served_model import missing_stop
 from rex_rag.protocols import SearchR1
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.rollout.script import RolloutBudget

@@ -260,8 +260,10 @@ class Endpoint:
         if status >= 500 or status in _PASSING_STATUSES:
             said = f"not ready: HTTP {status} {shorten(response.reason_phrase)} from {HEALTH_PATH}"
             raise PassingTrouble(said, away=True, retry_after=retry_after(response.headers, MAX_RETRY_AFTER_SECONDS))
-        if self._pledge.index is not None:
-            self._pledge.hold(self.url, index_of(_object(response.content)))
+        told = index_of(_object(response.content))
+        # One that says nothing here may do so with its answers.
+        if told is not None and self._pledge.index is not None:
+            self._pledge.hold(self.url, told)
 
     def health(self) -> dict[str, Any]:
         """What the server says of itself; empty for one that is away or says nothing that can be read."""
