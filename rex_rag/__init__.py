@@ -6,6 +6,7 @@ first used.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from rex_rag.training.trainer import REXRAGTrainer
 
 __version__ = "0.1.0"
+
+# Whatever is started from this package tells nobody that it was. Libraries look when they are imported, so: first.
+for _name in ("HF_HUB_DISABLE_TELEMETRY", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK"):
+    os.environ.setdefault(_name, "1")
 
 __all__ = ["REXRAGConfig", "REXRAGTrainer", "SearchAgent", "__version__"]
 

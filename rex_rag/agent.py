@@ -67,7 +67,7 @@ class AgentSettings:
                 raise UserError("it is of another format")
             budget = RolloutBudget(**row.pop("budget"))
             return cls(**{**row, "tools": tuple(row["tools"]), "budget": budget})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise AgentError(
                 f"{path} does not describe an agent ({type(error).__name__}: {error}); fetch it again, or remove it "
                 "and give the settings yourself"

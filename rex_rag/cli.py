@@ -6,7 +6,6 @@ Training is not a command: it is started by `accelerate launch -m rex_rag.train`
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shutil
 import sys
@@ -18,6 +17,7 @@ from rex_rag import __version__
 from rex_rag.commands import ask, coverage, doctor, evaluate, pictures, recipe, report, retrieval, watch
 from rex_rag.commands.terminal import positive
 from rex_rag.support.errors import EXPECTED_ERROR, UserError, from_the_user, one_line
+from rex_rag.support.logs import start_logging
 from rex_rag.support.recipes import recipe_path
 from rex_rag.support.wording import counted
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.question = words[0]  # behind an option, where argparse no longer looks for it
     elif words and not forwarded:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    start_logging()
     try:
         code = None
         if forwarded:
@@ -168,8 +168,6 @@ def _prompts(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> int:
     options.recipe = recipe_path(options.recipe)
     _refuse_other_recipes(options.recipe)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
     from rex_rag.training.preflight import examine, read_settings
 
     found = examine(read_settings(["--config", str(options.recipe), *options.overrides]))

@@ -93,6 +93,7 @@ RETRIEVAL_LAYERS = (
     ("base", "lookup"),
     ("passages",),
     ("indexed", "estimate", "manifest", "index_kind"),
+    ("held",),
     ("bm25", "dense", "online", "remote"),
     ("index", "rerank", "identity"),
     ("kinds",),
@@ -301,3 +302,11 @@ def test_the_readmes_python_parses(readme: str):
                 exported = ast.parse(MODULES[node.module].read_text(encoding="utf-8")).body
                 names = {item.name for item in exported if isinstance(item, ast.ClassDef | ast.FunctionDef)}
                 assert {alias.name for alias in node.names} <= names
+
+
+def test_every_promise_names_a_test_that_exists():
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", text)
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {test}"

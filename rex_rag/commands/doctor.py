@@ -205,7 +205,9 @@ def _tokenizer(report: Report, config: REXRAGConfig, model: Any) -> PreTrainedTo
     from rex_rag.protocols.inert import ALL_TAGS
 
     place, revision = tokenizer_place(model.model_name_or_path, model.model_revision)
-    tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(
+        place, revision=revision, padding_side="left", trust_remote_code=config.trust_remote_code
+    )
     protocol = config.agent_protocol()
     if tokenizer.eos_token_id is None:
         report.problem("tokenizer", f"{place} names no eos_token, so that no rollout would end; set it and save again")

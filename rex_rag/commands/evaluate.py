@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rex_rag.commands.sections import parse_section
 from rex_rag.support.errors import UserError, refuse
+from rex_rag.support.logs import start_logging
 from rex_rag.support.wording import counted
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ DESCRIPTION = (
 def main() -> int:
     """Evaluate as this process's command line says; returns the exit code: 0, 2 for errors a user can mend, 130 after
     Ctrl-C."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    start_logging()
     try:
         evaluate(sys.argv[1:])
     except KeyboardInterrupt:
@@ -48,7 +49,6 @@ def main() -> int:
 
 def evaluate(words: Sequence[str]) -> None:
     """Evaluate a model on benchmarks."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from rex_rag.evaluation.arguments import EvaluationArguments, SearchArguments
     from rex_rag.evaluation.run import Shard
 

@@ -194,7 +194,7 @@ def _answer(
     from transformers import AutoTokenizer
 
     from rex_rag.evaluation.token_reliability import score_trajectory
-    from rex_rag.models.files import load_causal_lm
+    from rex_rag.models.files import explained, load_causal_lm
     from rex_rag.models.generation import TransformersGenerator
     from rex_rag.retrieval.load import load_retriever
     from rex_rag.rollout.agent import Agent
@@ -203,7 +203,8 @@ def _answer(
     from rex_rag.visualization.reliability_picture import reliability_record
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    with explained(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = load_causal_lm(path, dtype="auto").to(device).eval()

@@ -62,8 +62,8 @@ def serve(words: Sequence[str]) -> None:
     from rex_rag.retrieval.server.options import ServerOptions
 
     description = (
-        "Serve a retriever in the Search-R1 wire format: POST /retrieve, GET /health, /metrics and /docs. Reachable "
-        "from this machine alone unless --host says otherwise."
+        "Serve a retriever in the Search-R1 wire format: POST /retrieve, GET /health, /metrics and /openapi.json. "
+        "Reachable from this machine alone unless --host says otherwise."
     )
     retrieval, options, _ = parse_section(
         "serve",

@@ -289,6 +289,11 @@ def _load_source(source: BenchmarkSource) -> Benchmark:
     name = source.name or _name_of(Path(source.path))
     if not _NAME.fullmatch(name):
         raise QuestionError(f"{source.path}: the name {name!r} cannot name a folder; use letters, digits, . _ and -")
+    if name.lower().endswith(".json"):
+        raise QuestionError(
+            f"{source.path}: the name {name!r} could be that of a run's own file, results.json or such, and names a "
+            f"folder beside them; call it {name[:-5]!r}"
+        )
     near = difflib.get_close_matches(name.lower(), FLASHRAG_SETS, n=1, cutoff=_NEAR)
     if near and name.lower() not in FLASHRAG_SETS:
         logger.warning(

@@ -207,7 +207,7 @@ def judge_of(output: str | Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {name: found[name] for name in ("model", "prompt_sha256", "settings")}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise JudgeError(
             f"{path} is broken ({type(error).__name__}: {error}); remove it and every {VERDICTS_FILE} to judge anew"
         ) from error
@@ -240,7 +240,7 @@ def _verdicts(folder: Path) -> dict[tuple[str, str], float | None]:
         try:
             row = json.loads(line)
             verdicts[row["id"], row["answer"]] = None if row["score"] is None else float(row["score"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise JudgeError(
                 f"{path}, line {number}: not a verdict ({type(error).__name__}: {error}); remove that line to have it "
                 "judged again"

@@ -36,6 +36,7 @@ from rex_rag.retrieval.base import Retriever
 from rex_rag.rollout.script import RolloutBudget
 from rex_rag.support.durable import locked, write_json, written_whole
 from rex_rag.support.errors import UserError
+from rex_rag.support.jsonl import iter_json_objects
 from rex_rag.support.progress_bars import progress_bar
 from rex_rag.support.wording import counted
 from rex_rag.types import Truncation
@@ -435,7 +436,7 @@ def _warn_of_long_prompts(name: str, predictions: Sequence[Prediction], limit: i
 
 
 def _check_chunk(chunk: Chunk) -> None:
-    found = [json.loads(line)["id"] for line in chunk.file.read_text(encoding="utf-8").split("\n") if line]
+    found = [row.get("id") for _, row in iter_json_objects(chunk.file, RunError)]
     if found != [question.id for question in chunk.questions]:
         raise RunError(f"{chunk.file} answers other questions than it should; remove it and start the run again")
 

@@ -223,7 +223,7 @@ def read_card(directory: str | Path) -> dict[str, Any]:
         raise UserError(f"{directory} holds no {RUN_FILE}; name the directory that an evaluation wrote (--output)")
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({error}); evaluate into a new directory") from error
     try:
         check_card(card)

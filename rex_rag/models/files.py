@@ -54,7 +54,7 @@ def broken(path: Path) -> str | None:
     if path.suffix == ".json":
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return f"is no JSON ({error}): it was cut, or edited"
         if not isinstance(content, dict):
             return f"holds a {type(content).__name__} and no JSON object"
@@ -201,13 +201,20 @@ def explained(name: str) -> Iterator[None]:
     """Errors of loading this model that only its libraries see become a line that names it; bugs stay what they are.
 
     Raises:
-        ModelFileError: for weights that cannot be read or do not fit config.json, and for a base model that is away.
+        ModelFileError: for weights that cannot be read or do not fit config.json, a base model that is away, and a
+            model that needs code of its own.
     """
     from safetensors import SafetensorError
 
     try:
         yield
     except ModelFileError:
+        raise
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise ModelFileError(
+                f"{name} comes with code of its own, which is never run here; use a model that transformers knows"
+            ) from error
         raise
     except (SafetensorError, pickle.UnpicklingError) as error:
         raise ModelFileError(f"weights in {name} are damaged ({_one_line(error)}); fetch them again") from error
@@ -244,7 +251,10 @@ def load_causal_lm(name: str, **settings: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     with explained(name):
-        model, info = AutoModelForCausalLM.from_pretrained(name, **settings, output_loading_info=True)
+        # False and not left out: left out, transformers asks at the terminal whether to run a model's own code.
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, **{"trust_remote_code": False, **settings}, output_loading_info=True
+        )
     if missing := sorted(info["missing_keys"]):
         shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
         raise ModelFileError(

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rex_rag.models.files import ADAPTER_FILE, adapter_base, is_adapter
+from rex_rag.models.files import ADAPTER_FILE, adapter_base, explained, is_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +22,9 @@ def model_identity(name: str, revision: str | None) -> dict[str, Any]:
     if not folder.is_dir():
         from transformers import AutoConfig
 
-        commit = getattr(AutoConfig.from_pretrained(name, revision=revision), "_commit_hash", None)
+        with explained(name):
+            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        commit = getattr(config, "_commit_hash", None)
         return {"name": name, "revision": commit or revision, "weights_sha256": None}
     # The last two parts tell a checkpoint from its siblings, and nothing of the machine.
     identity = {

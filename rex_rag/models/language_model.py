@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rex_rag.models.endpoint import EndpointModel, EndpointOptions, EndpointStream, in_order
+from rex_rag.models.endpoint import EndpointOptions, in_order
 from rex_rag.models.files import (
     HUB_NAME,
     adapter_base,
@@ -29,6 +29,7 @@ from rex_rag.models.files import (
     refuse_nonfinite,
 )
 from rex_rag.models.identity import TokenizerFiles, model_identity, tokenizer_sha256
+from rex_rag.models.served_model import EndpointModel, EndpointStream
 from rex_rag.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -410,7 +411,8 @@ def stored_max_length(options: ModelOptions) -> int | None:
     try:
         if is_adapter(name):
             name, revision = adapter_base(Path(name))
-        return getattr(AutoConfig.from_pretrained(name, revision=revision), "max_position_embeddings", None)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return getattr(config, "max_position_embeddings", None)
     except Exception:  # of many kinds, as below; what is wrong there, opening the model says
         return None
 
@@ -425,9 +427,8 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
 
     where = options.tokenizer or options.name
     try:
-        return AutoTokenizer.from_pretrained(
-            where, revision=None if options.tokenizer else options.revision, padding_side="left"
-        )
+        revision = None if options.tokenizer else options.revision
+        return AutoTokenizer.from_pretrained(where, revision=revision, padding_side="left", trust_remote_code=False)
     # Libraries below raise KeyError, TypeError and errors of their own for a tokenizer that is not there or broken.
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"

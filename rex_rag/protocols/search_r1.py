@@ -110,5 +110,5 @@ class SearchR1(Protocol):
 def _object(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

@@ -58,7 +58,9 @@ def load_gemma(folder: Path) -> tuple[Gemma3ForCausalLM, GemmaTokenizer]:
     gguf, package = find_packages()
     file = package.assemble(folder / package.MODEL_NAME)
     tokenizer = read_tokenizer(gguf, file)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+    )
     # It is quantised no longer, but would be saved as if it were.
     model.hf_quantizer, model.is_quantized = None, False
     del model.config.quantization_config

@@ -18,19 +18,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Thread
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin starve whatever else is running
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is made here
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoTokenizer, set_seed
 from transformers.utils.logging import disable_progress_bar
 from trl import ModelConfig, TrlParser
 
 from rex_rag.data.qa import QuestionArguments
 from rex_rag.evaluation.dead_ends import EvaluatedQuestion, evaluate_questions, probe_dead_ends
+from rex_rag.models.files import load_causal_lm
 from rex_rag.models.generation import TransformersGenerator
 from rex_rag.probes import explorer_kind
 from rex_rag.quickstart.hopworld import TEST_FILES
@@ -150,8 +150,8 @@ class Examiner:
     def __call__(self, name: str, model_path: Path) -> tuple[dict, list[EvaluatedQuestion]]:
         started = time.perf_counter()
         set_seed(self.seed)
-        tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left", trust_remote_code=False)
+        model = load_causal_lm(model_path, dtype=torch.float32).eval()
         total = len(self.questions) * (1 + SAMPLES)
         with tqdm(total=total, desc=f"evaluating {name}", unit="rollout", dynamic_ncols=True) as bar:
             runs = {}

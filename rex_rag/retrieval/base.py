@@ -79,6 +79,13 @@ class Retriever(ABC):
             "index directory or a server that `rex-rag serve` runs, or leave reading out"
         )
 
+    def hold_to(self, index: str) -> None:  # noqa: B027 (may be left as it is)
+        """Answer from this index alone from now on: of a server the digest that it tells (`remote.wire.index_digest`).
+
+        Raises:
+            RetrievalError: where another one has answered already.
+        """
+
     def warm_up(self) -> None:  # noqa: B027 (may be left as it is)
         """Spare the first search what is done once; costs no request and contacts nobody."""
 

@@ -48,13 +48,22 @@ def of_bm25(arguments: RetrieverArguments, loaded: Retriever | None, **parameter
 
 
 def of_index(arguments: RetrieverArguments, loaded: Retriever | None) -> dict[str, Any]:
-    manifest = Manifest.read(arguments.retriever[0])
+    """Of one that is loaded, what was opened: its files are hashed, since its name goes on a card."""
+    held = loaded.stages.held if loaded is not None and loaded.stages is not None else None
+    if held is not None:
+        held.verify()
+    manifest = Manifest.read(arguments.retriever[0]) if held is None else held.manifest
     return {"fingerprint": manifest.fingerprint, "corpus_sha256": manifest.corpus_sha256}
 
 
 def of_servers(arguments: RetrieverArguments, loaded: Retriever | None) -> dict[str, Any]:
-    """What servers tell; where they tell no fingerprint, and may be asked, by what they find."""
-    told = _served(arguments.retriever)
+    """What servers tell; where they tell no fingerprint, and may be asked, by what they find.
+
+    A loaded client is held to it: what is told here is what answers, to its end.
+    """
+    told, index = _served(arguments.retriever)
+    if loaded is not None and index is not None:
+        loaded.hold_to(index)
     if loaded is not None and "fingerprint" not in told:
         told |= _answers(arguments)
     return told
@@ -90,26 +99,29 @@ def _checkpoint(name: str) -> str:
     return f"{public_name(name, revision)} ({revision.removeprefix(LOCAL)[:12]})"
 
 
-def _served(urls: Sequence[str]) -> dict[str, Any]:
-    """What servers say of themselves; those that say nothing are taken at the word of the others."""
+def _served(urls: Sequence[str]) -> tuple[dict[str, Any], str | None]:
+    """What servers say of themselves, and its digest; those that say nothing are taken at the word of the others."""
     from rex_rag.retrieval.remote.endpoint import Endpoint
+    from rex_rag.retrieval.remote.wire import index_of
 
+    index = None
     said: dict[str, dict[str, Any]] = {}
     for url in urls:
         endpoint = Endpoint(url, timeout=60.0)
         try:
-            found = read_identity(endpoint.health())
+            health = endpoint.health()
         finally:
             endpoint.close()
-        if found:
+        if found := read_identity(health):
             said[endpoint.url] = found
+            index = index or index_of(health)
     if len({tuple(sorted(_what_counts(found).items())) for found in said.values()}) > 1:
         listed = "; ".join(f"{url}: {found['served']}, {_what_counts(found)}" for url, found in said.items())
         raise RetrievalError(
             f"the retrieval servers search different things, so that figures would depend on which one answers: "
             f"{listed}. Name servers of one index"
         )
-    return next(iter(said.values()), {})
+    return next(iter(said.values()), {}), index
 
 
 def _answers(arguments: RetrieverArguments) -> dict[str, str]:

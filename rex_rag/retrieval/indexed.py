@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.retrieval.base import Retriever, check_request, check_texts, checked_search
@@ -12,6 +13,8 @@ from rex_rag.types import Passage
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from rex_rag.retrieval.held import HeldFiles
 
 # What fills a ranking that an approximate index could not fill.
 NO_ROW = -1
@@ -23,6 +26,9 @@ class IndexedRetriever(Retriever):
     The stages answer queries independently: a batch gives what its queries give one by one (up to rounding in an
     encoder), so a server may merge and split batches as it likes.
     """
+
+    # The files of an index directory, watched; None of a corpus in memory.
+    held: HeldFiles | None = None
 
     def __init__(self, passages: PassageSource, description: str) -> None:
         self.passages = passages
@@ -65,12 +71,13 @@ class IndexedRetriever(Retriever):
         """Return at most `min(top_k, corpus size)` passages a query, best first.
 
         Raises:
-            RetrievalError: for a `top_k` below 1.
+            RetrievalError: for a `top_k` below 1; for files that were damaged, or written into since they were opened.
         """
         check_request(queries, top_k)
         if not queries:
             return []
-        return self.fetch(*self.rank(self.encode(queries), top_k))
+        with self.watched():
+            return self.fetch(*self.rank(self.encode(queries), top_k))
 
     def check(self) -> None:
         """Search for the first passage's own words, and find something."""
@@ -84,7 +91,12 @@ class IndexedRetriever(Retriever):
     def read(self, keys: Sequence[str]) -> list[list[Passage]]:
         """See `Retriever.read`; of a long document its first `MAX_DOCUMENT_PASSAGES` passages."""
         check_texts(keys, "keys", "key")
-        return [[self.passages[row] for row in self.passages.find(key)] for key in keys]
+        with self.watched():
+            return [[self.passages[row] for row in self.passages.find(key)] for key in keys]
+
+    def watched(self) -> AbstractContextManager[None]:
+        """Around what reads the index: what was changed underneath, before or meanwhile, is an error and no answer."""
+        return nullcontext() if self.held is None else self.held.watched()
 
     def _scored(self, row: int, score: float) -> Passage:
         passage = self.passages[row]

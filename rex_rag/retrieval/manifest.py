@@ -43,7 +43,8 @@ class Manifest:
     kind: `bm25` or `dense`. passages: how many. corpus_files: name, bytes, lines and SHA-256 of each source file.
     corpus_sha256: of `passages.jsonl`. encoder: the encoder's specification, dimension and revision, None for bm25.
     index: kind and parameters of the index. files: relative path -> {bytes, sha256}. arguments: what was asked for.
-    versions: of the libraries that built it.
+    versions: of the libraries that built it. sha256: of all of this but itself; empty of an index of an earlier
+    version, whose manifest nothing vouches for.
     """
 
     kind: str
@@ -56,6 +57,7 @@ class Manifest:
     arguments: dict[str, Any]
     versions: dict[str, str]
     format: int = FORMAT
+    sha256: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -68,7 +70,10 @@ class Manifest:
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
     def write(self, directory: Path) -> None:
-        write_json(directory / MANIFEST_FILE, asdict(self))
+        write_json(directory / MANIFEST_FILE, asdict(self) | {"sha256": self._own_sha256()})
+
+    def _own_sha256(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self) | {"sha256": ""}, sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def read(cls, directory: str | Path) -> Manifest:
@@ -94,7 +99,13 @@ class Manifest:
                 )
             manifest = cls(**content)
             sizes = {name: entry["bytes"] for name, entry in manifest.files.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if manifest.sha256 and manifest.sha256 != manifest._own_sha256():
+                raise RetrievalError(
+                    f"{path} was changed (its SHA-256 differs): copy the index again or build it again"
+                )
+        except RetrievalError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise RetrievalError(f"{path} is broken ({error}); build the index again") from error
         for name, size in sizes.items():
             file = directory / name

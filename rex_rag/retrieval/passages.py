@@ -122,11 +122,13 @@ class PassageStore(_Documents):
         self._offsets = np.memmap(offsets, dtype="<u8", mode="r")
         if int(self._offsets[-1]) != text.stat().st_size:
             raise RetrievalError(
-                f"{text} has {text.stat().st_size:,} bytes, but {OFFSETS_FILE} ends at {int(self._offsets[-1]):,}: "
+                f"{text} has {text.stat().st_size:,} bytes, but {offsets} ends at {int(self._offsets[-1]):,}: "
                 "the two do not belong together; build the index again"
             )
         with text.open("rb") as file:
             self._text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # Now, as the rest: another file may lie there later.
+        self._table = self._mapped_table()
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -143,22 +145,28 @@ class PassageStore(_Documents):
         return self._text[int(self._offsets[row]) : int(self._offsets[row + 1]) - 1]
 
     def _lookup_table(self) -> np.ndarray:
-        """Mapped; of a store that has none, made and kept beside it, or in memory where nothing can be written."""
-        import numpy as np
-
-        path, size = self._directory / LOOKUP_FILE, len(self._text)
-        if path.is_file():
-            found = np.memmap(path, dtype="<u8", mode="r") if path.stat().st_size else np.empty(0, dtype="<u8")
-            if len(found) > len(self) and int(found[0]) == size:
-                return np.asarray(found[1:])
-            logger.warning("%s is not of these passages; it is made anew", path)
+        """Of a store that has none: made and kept beside it, or in memory where nothing can be written."""
         table = make_table(self)
+        path = self._directory / LOOKUP_FILE
         try:
             with written_whole(path, alone=False) as file:
-                write_table(file, table, size)
+                write_table(file, table, len(self._text))
         except OSError as error:
             logger.warning("%s cannot be kept (%s): documents are looked up in memory", path, error)
         return table
+
+    def _mapped_table(self) -> np.ndarray | None:
+        import numpy as np
+
+        path = self._directory / LOOKUP_FILE
+        if not path.is_file():
+            return None
+        size = path.stat().st_size
+        found = np.memmap(path, dtype="<u8", mode="r") if size and not size % OFFSET_BYTES else np.empty(0)
+        if len(found) > len(self) and int(found[0]) == len(self._text):
+            return np.asarray(found[1:])
+        logger.warning("%s is not of these passages; it is made anew", path)
+        return None
 
 
 def write_table(file: IO[bytes], table: np.ndarray, text_bytes: int) -> None:

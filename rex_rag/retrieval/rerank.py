@@ -127,6 +127,7 @@ class RerankedRetriever(IndexedRetriever):
         _check_candidates(candidates)
         super().__init__(inner.passages, _describe(inner, scorer, candidates))
         self._inner, self._scorer, self._candidates = inner, scorer, candidates
+        self.held = inner.held
 
     def encode(self, queries: Sequence[str]) -> tuple[list[str], Any]:
         """Keep the queries beside what `inner` makes of them: the cross-encoder reads their words."""
@@ -192,6 +193,9 @@ class RerankedSearch(Retriever):
 
     def close(self) -> None:
         self._inner.close()
+
+    def hold_to(self, index: str) -> None:
+        self._inner.hold_to(index)
 
 
 def rerank(

@@ -16,7 +16,7 @@ from rex_rag.protocols.chat import encode_chat
 from rex_rag.protocols.inert import control_tokens, make_inert
 from rex_rag.rollout.books import RolloutSeconds
 from rex_rag.rollout.driver import Driver
-from rex_rag.rollout.script import Call, Generate, RolloutBudget, Script
+from rex_rag.rollout.script import CHARACTERS_A_TOKEN, Call, Generate, RolloutBudget, Script
 from rex_rag.support.errors import UserError
 from rex_rag.tools.base import Tool, ToolResult
 from rex_rag.types import AnswerSpan, Segment, SegmentKind, Trajectory, Truncation
@@ -112,10 +112,12 @@ class AgentScript:
         if allowance < self._smallest_observation:
             trajectory.truncations[Truncation.SEQUENCE] += 1
             return False
-        inert = [make_inert(result.text, self.control_tokens, self.protocol.marks) for result in results]
+        kept = allowance - len(self._tail_ids)
+        most = kept * CHARACTERS_A_TOKEN
+        inert = [make_inert(result.text[:most], self.control_tokens, self.protocol.marks) for result in results]
         body = self._message_end(trajectory) + self._framing.head + self._framing.between.join(inert)
-        ids, kept = list(self._body_ids(body)), allowance - len(self._tail_ids)
-        if len(ids) > kept:
+        ids = list(self._body_ids(body[:most]))
+        if len(ids) > kept or len(body) > most or any(len(result.text) > most for result in results):
             cause = Truncation.OBSERVATION if allowance < room else Truncation.SEQUENCE
             trajectory.truncations[cause] += 1
             ids = ids[:kept]

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from rex_rag.tools.base import ToolResult
 
 
+# Text of others beyond so many characters for each token that it may take is cut before it is encoded, since a
+# megabyte takes seconds. Four or five are usual; runs of blanks that make longer tokens are no loss.
+CHARACTERS_A_TOKEN = 32
+
+
 @dataclass(frozen=True, slots=True)
 class RolloutBudget:
     """Limits of a rollout, in tokens unless said otherwise. Defaults: METHOD/paper (2048 prompt, 500, 500, 4096)."""

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rex_rag.support.wording import visible
+
 EXPECTED_ERROR = 2
 
 
@@ -21,13 +23,19 @@ class RunEnded(RuntimeError):
 
 def one_line(error: Exception) -> str | None:
     """What to say of an error that the user can mend; None for anything else, a bug, which keeps its traceback."""
+    import httpx
     import yaml
 
+    # What Python 3.11 makes of ELOOP where it resolves a path.
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
+        return visible(f"{error}; name a path that leads somewhere")
+    if isinstance(error, httpx.TransportError):
+        return visible(f"no connection ({type(error).__name__}: {error}); check the network, or work without it")
     if not isinstance(error, UserError | OSError | yaml.YAMLError):
         return None
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
+        return visible(f"{error.filename}: {error.strerror}")
+    return visible(str(error))
 
 
 def refuse(error: Exception) -> int:

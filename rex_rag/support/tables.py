@@ -7,6 +7,8 @@ import io
 import re
 from collections.abc import Sequence
 
+from rex_rag.support.wording import visible
+
 # An underscore inside a word is no emphasis in GitHub's Markdown; escaping it would only make names hard to read.
 _MARKDOWN = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
 _LATEX = {
@@ -95,9 +97,16 @@ def latex_table(
 
 
 def csv_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Comma-separated values with a header line; `None` is an empty field."""
+    """Comma-separated values with a header line; `None` is an empty field, and no text is a spreadsheet's formula."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerow(map(_csv_cell, header))
+    writer.writerows([_csv_cell(cell) for cell in row] for row in rows)
     return text.getvalue()
+
+
+def _csv_cell(cell: object) -> object:
+    if not isinstance(cell, str):
+        return cell
+    cell = visible(cell)
+    return f"'{cell}" if cell.lstrip().startswith(("=", "+", "-", "@")) else cell

@@ -12,9 +12,19 @@ def counted(number: float, noun: str, plural: str | None = None) -> str:
     return f"{figure} {noun if number == 1 else plural or f'{noun}s'}"
 
 
+def visible(text: str) -> str:
+    """Text for a terminal or a log: control characters, which could steer it or hide what stands there, spelled."""
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else ascii(character)[1:-1] for character in text
+    )
+
+
 def shorten(value: object, limit: int = 80) -> str:
     """A value as it may appear in an error message: its repr, cut to `limit` characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:  # a value from JSON may be nested as deeply as the parser goes
+        return f"a {type(value).__name__} that is nested too deeply to be shown"
     return text if len(text) <= limit else text[:limit] + "…"
 
 

@@ -7,7 +7,6 @@ traceback, with exit code 2. A run that ends by itself before it is done says so
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from rex_rag.models.identity import holds_weights
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.load import load_retriever
 from rex_rag.support.errors import from_the_user, refuse
+from rex_rag.support.logs import start_logging
 from rex_rag.support.recipes import with_recipe_path
 from rex_rag.training.checkpoints import find_checkpoint, finished_at
 from rex_rag.training.config import REXRAGConfig
@@ -43,7 +43,7 @@ from rex_rag.training.trainer import REXRAGTrainer
 def main(words: Sequence[str] | None = None) -> int:
     """Train as a command line says, this process's by default; returns the exit code: 0, or 2 for errors a user can
     mend."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    start_logging()
     with ExitStack() as held_folder:
         try:
             trainer, checkpoint = prepare(sys.argv[1:] if words is None else words, held_folder)
@@ -136,10 +136,10 @@ def prepare(words: Sequence[str], held_folder: ExitStack) -> tuple[REXRAGTrainer
     }
     peft_config = get_peft_config(model)
     place, revision = tokenizer_place(name, model.model_revision)
-    tokenizer = AutoTokenizer.from_pretrained(
-        place, revision=revision, padding_side="left", trust_remote_code=config.trust_remote_code
-    )
     with explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(
+            place, revision=revision, padding_side="left", trust_remote_code=config.trust_remote_code
+        )
         trainer = REXRAGTrainer(
             model=load_policy(name, config, quantization, peft_config),
             retriever=retriever,

@@ -95,7 +95,7 @@ def _read_state(file: Path) -> tuple[int, list[dict[str, Any]]]:
     """Steps done, and the log rows."""
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON ({error}); name a {STATE_FILE} that training wrote") from None
     history = state.get("log_history") if isinstance(state, dict) else None
     if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):

@@ -162,6 +162,8 @@ def test_a_set_of_another_size_than_its_name_claims_is_refused(tmp_path):
         ({"path": "someone/questions"}, r"a dataset of the Hub needs `split:`"),
         ({"path": "./nothing.txt"}, r"nothing\.txt: neither a \.jsonl"),
         ("../x/..=some.jsonl", r"cannot name a folder|no such file"),
+        ("results.json=some.jsonl", r"could be that of a run's own file.*call it 'results'"),
+        ("RUN.JSON=some.jsonl", r"could be that of a run's own file"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(spec, message, tmp_path, monkeypatch):

@@ -241,6 +241,17 @@ def test_a_chunk_file_of_other_questions_is_named(world, tmp_path):
     assert not (tmp_path / "run" / "world" / "predictions.jsonl").exists()
 
 
+@pytest.mark.parametrize("content", [b'{"id": "1"', b"\xff\n", b"[1]\n", b"{}\n", b""])
+def test_a_broken_chunk_file_is_named(world, tmp_path, content):
+    run = make_run(world, tmp_path / "run")
+    run.run(Shard(0, 2, helps=False), False)
+    broken = tmp_path / "run" / "world" / "chunks" / "000001.jsonl"
+    broken.write_bytes(content)
+    with pytest.raises(RunError) as raised:
+        run.run(show_progress=False)
+    assert str(broken) in str(raised.value)
+
+
 def test_scores_are_written_beside_the_predictions(reference, tmp_path):
     scores = score_run(reference)
     try:

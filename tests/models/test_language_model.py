@@ -12,15 +12,15 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import openai
 import pytest
 from parts import PASSAGES, STOP_STRINGS
 from transformers import GenerationConfig
 
 from rex_rag.evaluation.methods import Toolbox, make_method
 from rex_rag.evaluation.records import Question
+from rex_rag.models import endpoint
 from rex_rag.models import language_model as models
-from rex_rag.models.endpoint import EndpointError, EndpointOptions, check_endpoint_url, missing_stop
+from rex_rag.models.endpoint import EndpointError, EndpointOptions, check_endpoint_url
 from rex_rag.models.identity import model_identity, tokenizer_sha256
 from rex_rag.models.language_model import (
     ModelError,
@@ -33,10 +33,12 @@ from rex_rag.models.language_model import (
     open_model,
     stored_max_length,
 )
+from rex_rag.models.served_model import missing_stop
 from rex_rag.protocols import SearchR1
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.rollout.script import RolloutBudget
 from tests.evaluation.tiny_run import make_tiny_world
+from tests.odd_servers import answering, fixed
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +164,7 @@ def open_endpoint(url: str, world, **options):
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch):
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr(endpoint, "BACKOFF_SECONDS", 0.01)
 
 
 def test_transformers_ends_rows_at_the_strings_asked_for(greedy, prompts):
@@ -578,3 +580,54 @@ def test_methods_whose_turns_end_at_other_strings_work_where_the_server_cuts_the
             assert trajectory.answer == "oak"
             assert dict(trajectory.truncations) == ({"turn": 1} if name == "search_o1" else {})
         served.close()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"choices": [{"text": "a", "token_ids": [5, -1]}]}',
+        '{"choices": [{"text": "a", "token_ids": [5, 1e3]}]}',
+        '{"choices": [{"text": "a", "token_ids": [true]}]}',
+        '{"choices": [{"text": "a", "token_ids": ["5"]}]}',
+        '{"choices": [{"text": "a", "token_ids": {"0": 5}}]}',
+        '{"choices": [{"text": "a", "token_ids": [99999999]}]}',
+        '{"choices": [{"text": "a", "prompt_token_ids": 7}]}',
+        '{"choices": [{"text": "a"}], "usage": [1]}',
+        '{"choices": {"text": "a"}}',
+        '{"choices": [7]}',
+        '{"choices": ' + "[" * 50_000,
+        '{"choices": [{"text": "' + "\\u001b[2J" * 10 + '"',
+        "[]",
+    ],
+)
+def test_an_answer_out_of_form_is_one_clear_error(world, greedy, prompts, body):
+    server = PlainServer(greedy, takes_ids=True, returns_ids=True)
+    with serving(server) as url:
+        served = open_endpoint(url, world, attempts=2)
+        server.first = [(200, {}, body)] * 2
+        with pytest.raises(EndpointError) as raised:
+            served.generator(()).generate(prompts[:1], 6)
+        said = str(raised.value)
+        assert url in said and len(said) < 1000 and "\x1b" not in said
+        served.close()
+
+
+def test_half_a_surrogate_pair_is_mended_both_ways(world, greedy):
+    """Refused, the same question would end the run again at every resume."""
+    server = PlainServer(greedy, takes_ids=False)
+    with serving(server) as url:
+        served = open_endpoint(url, world)
+        server.first = [(200, {}, '{"choices": [{"text": "red \\ud800 fox", "finish_reason": "stop"}]}')]
+        [row] = served.generator(()).generate([[5, 6]], 6)
+        assert row.ids == greedy.tokenizer("red ? fox", add_special_tokens=False)["input_ids"]
+        served._served.client.complete({"prompt": "half \ud800", "max_tokens": 1})
+        assert server.bodies[-1]["prompt"] == "half ?"
+        served.close()
+
+
+def test_names_that_an_endpoint_tells_are_inert(world, greedy):
+    served = [{"id": f"\x1b[2J{number}" + "x" * 500} for number in range(20)]
+
+    with answering(fixed(json.dumps({"data": served}).encode())) as url, pytest.raises(EndpointError) as raised:
+        open_endpoint(url, world, attempts=1)
+    assert "\x1b" not in str(raised.value) and len(str(raised.value)) < 2000

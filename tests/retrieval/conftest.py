@@ -2,7 +2,7 @@
 
 import pytest
 
-from rex_rag.retrieval.remote import client
+from rex_rag.retrieval.remote import servers
 from rex_rag.retrieval.remote.client import RemoteRetriever
 from tests.retrieval.servers import BehavingServer
 
@@ -25,7 +25,7 @@ def server(behaving_server):
 @pytest.fixture
 def remote(server, monkeypatch):
     """Makes clients of the paths of `server`, or of other URLs, with short pauses and frequent looks."""
-    monkeypatch.setattr(client, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(servers, "PROBE_SECONDS", 0.1)
     opened = []
 
     def make(*names, **options):

@@ -10,13 +10,14 @@ import httpx
 
 
 class AppServer:
-    """Any ASGI application on a free port, up when made."""
+    """Any ASGI application on a port, by default a free one, up when made."""
 
-    def __init__(self, app):
+    def __init__(self, app, port=0):
         import uvicorn
 
         listener = socket.socket()
-        listener.bind(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         # Its access log would hold what tests say that the library does not log.
         config = uvicorn.Config(app, log_config=None, log_level="warning", timeout_graceful_shutdown=2)
@@ -60,10 +61,10 @@ def search_r1_app(retriever, asked=None):
 class Running(AppServer):
     """A retrieval server made from `load` and `options`, or any other `app` that is asked like one."""
 
-    def __init__(self, load=None, options=None, app=None, **arguments):
+    def __init__(self, load=None, options=None, app=None, port=0, **arguments):
         from rex_rag.retrieval.server.app import create_app
 
-        super().__init__(app or create_app(load, options, **arguments))
+        super().__init__(app or create_app(load, options, **arguments), port)
         self.http = httpx.Client(base_url=self.url, timeout=20, trust_env=False)
 
     def ready(self):

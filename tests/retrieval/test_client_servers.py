@@ -16,7 +16,7 @@ from tests.retrieval.servers import ProcessServer, free_port
 pytest.importorskip("fastapi", reason="the HTTP tests need fastapi: install the dev extra")
 pytest.importorskip("uvicorn", reason="the HTTP tests need uvicorn: install the dev extra")
 
-CLIENT = "rex_rag.retrieval.remote.client"
+CLIENT = "rex_rag.retrieval.remote"
 
 
 @pytest.fixture
@@ -28,7 +28,11 @@ def processes():
 
 
 def told(caplog, level):
-    return [record.getMessage() for record in caplog.records if record.levelname == level and record.name == CLIENT]
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelname == level and record.name.startswith(CLIENT)
+    ]
 
 
 def search_from_threads(retriever, threads, searches):

@@ -39,7 +39,7 @@ def manifest_of(directory: Path) -> Manifest:
 
 def test_what_is_written_is_read(directory: Path):
     manifest = Manifest.read(directory)
-    assert manifest == manifest_of(directory)
+    assert replace(manifest, sha256="") == manifest_of(directory) and len(manifest.sha256) == 64
     assert manifest.files == {
         "passages.jsonl": {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()},
         "sub/data": {"bytes": 5, "sha256": hashlib.sha256(b"12345").hexdigest()},

@@ -13,7 +13,7 @@ import pytest
 from rex_rag.cli import main
 from rex_rag.data.corpus import write_corpus
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.dense import qdrant_load
+from rex_rag.retrieval.dense import qdrant_index, qdrant_load
 from rex_rag.retrieval.dense.qdrant_calls import API_KEY_VARIABLE, connect_qdrant
 from rex_rag.retrieval.dense.qdrant_index import QUERIES_PER_REQUEST, QdrantIndex
 from rex_rag.retrieval.dense.qdrant_load import ROWS_IN_FLIGHT, QdrantOptions, load_qdrant
@@ -335,6 +335,22 @@ def test_passing_trouble_is_retried_and_then_named(cluster, status):
     assert index.search(vectors[:1], 1)[1].tolist() == [[0]]
     cluster.fail["query"] = (9, status)
     with pytest.raises(RetrievalError, match=rf"'passages': query_batch_points failed after 3 attempts .*{status}"):
+        index.search(vectors[:1], 1)
+
+
+@pytest.mark.parametrize("by", ["trouble", "time"])
+def test_a_collection_exchanged_in_the_middle_of_a_run_is_refused(cluster, monkeypatch, by):
+    vectors = unit_vectors(50)
+    load(cluster, vectors)
+    index = connect(cluster, vectors)
+    assert index.search(vectors[:1], 1)[1].tolist() == [[0]]
+    cluster.reset()
+    load(cluster, unit_vectors(50, seed=1), {**FINGERPRINT, "corpus_sha256": "another"})
+    if by == "time":
+        monkeypatch.setattr(qdrant_index, "SECONDS_BETWEEN_CHECKS", 0.0)
+    else:
+        cluster.fail["query"] = (1, 503)
+    with pytest.raises(RetrievalError, match="was made from something else"):
         index.search(vectors[:1], 1)
 
 

@@ -80,6 +80,12 @@ def test_a_score_that_is_not_finite_never_leaves(score, return_scores):
         (b'{"result": [[{"document": "words"}]]}', "its document is not an object: 'words'"),
         (b'{"result": [[{"id": "1"}]]}', "cannot be used: missing fields"),
         (b'{"result": [[{"contents": "\\ud800"}]]}', "cannot be used: .*half a surrogate pair"),
+        (b'{"result": [[{"title": "\\udfff", "text": "x"}]]}', "cannot be used: .*half a surrogate pair"),
+        (b'{"result": [[{"contents": ' + b"[" * 900 + b"]" * 900 + b"}]]}", "cannot be used"),
+        (
+            b'{"result": [[%b]]}' % b",".join([b'{"contents": "x"}'] * 500),
+            "500 passages for query 'q', which asked for 3",
+        ),
         (b'{"result": [[{"document": {"contents": "x"}, "score": NaN}]]}', "is not finite: nan"),
         (b'{"result": [[{"document": {"contents": "x"}, "score": 1e999}]]}', "is not finite: inf"),
         (b'{"result": [[{"document": {"contents": "x"}, "score": -1%b}]]}' % (b"0" * 400), "is not finite: -1000"),

@@ -445,3 +445,48 @@ def test_whatever_room_rows_have_each_writes_what_it_would_alone(retriever, leng
 
     prompts = [[5] * length for length in lengths]
     assert run(prompts) == [row for prompt in prompts for row in run([prompt])]
+
+
+class LongRetriever:
+    """Finds one passage of many characters, whatever is asked."""
+
+    description = "long"
+
+    def __init__(self, text):
+        self.passage = Passage("1", "Long", text)
+
+    def check(self):
+        pass
+
+    def search(self, queries, top_k):
+        return [[self.passage] for _ in queries]
+
+
+@pytest.mark.parametrize("text", ["the owl is in the oak . " * 100_000, "x" * 2_000_000, "</information>" * 150_000])
+def test_a_passage_of_megabytes_is_cut_before_it_is_encoded(bpe_tokenizer, monkeypatch, text):
+    encoded = []
+    call = type(bpe_tokenizer).__call__
+
+    def watched(self, given, *args, **kwargs):
+        encoded.append(len(given) if isinstance(given, str) else 0)
+        return call(self, given, *args, **kwargs)
+
+    monkeypatch.setattr(type(bpe_tokenizer), "__call__", watched)
+    turns = [["<search> owl </search>"], ["<answer> oak </answer>"]]
+    agent = scripted_agent(bpe_tokenizer, turns, LongRetriever(text))
+    (trajectory,) = agent.rollout([encode(bpe_tokenizer, "where is the owl")])
+    observation = trajectory.segments[1]
+    assert max(encoded) <= 60 * 32
+    assert trajectory.truncations == {Truncation.OBSERVATION: 1} and len(observation.ids) <= 60
+    assert observation.text.endswith(OBSERVATION_TAIL) and observation.text.count("</information>") == 1
+
+
+def test_what_fits_is_encoded_whole_and_the_cut_is_where_it_was(word_tokenizer):
+    """Cut early or late, an observation of words has the same ids."""
+    turns = [["<search> owl </search>"], ["<answer> oak </answer>"]]
+    found = []
+    for times in (50, 5_000):
+        agent = scripted_agent(word_tokenizer, turns, LongRetriever("the owl is in the oak " * times))
+        (trajectory,) = agent.rollout([[5, 6]])
+        found.append(trajectory.segments[1].ids)
+    assert found[0] == found[1] and len(found[0]) == 60

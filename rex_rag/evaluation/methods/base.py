@@ -26,7 +26,7 @@ from rex_rag.protocols.inert import control_tokens
 from rex_rag.retrieval.base import Retriever
 from rex_rag.rollout.books import RolloutSeconds
 from rex_rag.rollout.driver import Driver
-from rex_rag.rollout.script import RolloutBudget, Script
+from rex_rag.rollout.script import CHARACTERS_A_TOKEN, RolloutBudget, Script
 from rex_rag.support.errors import UserError
 from rex_rag.tools import Tool, make_tools
 from rex_rag.types import Segment, SegmentKind, Trajectory, Truncation
@@ -89,9 +89,10 @@ class Attempt:
 
     def within_observation(self, text: str, frame: str = "") -> str:
         """Text cut to what the observation budget leaves beside the frame it will stand in; a cut is counted."""
-        ids = self.tools.encode(text)
         limit = max(0, self.tools.budget.max_observation_tokens - len(self.tools.encode(frame)))
-        if len(ids) <= limit:
+        most = limit * CHARACTERS_A_TOKEN
+        ids = self.tools.encode(text[:most])
+        if len(ids) <= limit and len(text) <= most:
             return text
         self.trajectory.truncations[Truncation.OBSERVATION] += 1
         return self.tools.decode(ids[:limit]).rstrip("\ufffd")

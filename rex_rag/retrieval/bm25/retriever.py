@@ -210,7 +210,7 @@ def read_settings(directory: Path) -> dict:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         known = settings["format"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RetrievalError(f"{path} cannot be read ({error!r}); build the index again") from error
     if known != FORMAT:
         raise RetrievalError(f"{path} has format {known!r}, this version reads {FORMAT}; build the index again")

@@ -138,5 +138,5 @@ def _read_json(path: Path, default=None):
         return {} if default is None else default
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RetrievalError(f"{path} is not JSON ({error}); fetch the checkpoint again") from error

@@ -11,6 +11,7 @@ from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.index_kind import IndexKind, SearchOptions
 from rex_rag.retrieval.manifest import ENCODER_FOLDER_FILE
 from rex_rag.support.durable import written_whole
+from rex_rag.support.wording import shorten
 from rex_rag.types import Passage
 
 if TYPE_CHECKING:
@@ -188,9 +189,15 @@ class DenseKind(IndexKind):
 
         spec = spec_from_dict(manifest.encoder)
         # Queries take one device; the CPU unless told otherwise, since the GPUs of this machine may be training.
-        encoder = Encoder(
-            spec, list(options.devices[:1]) or ["cpu"], location=options.encoder or _encoder_folder(directory, spec)
-        )
+        devices = list(options.devices[:1]) or ["cpu"]
+        location = options.encoder or _encoder_folder(directory, spec)
+        try:
+            encoder = Encoder(spec, devices, location=location)
+        except RetrievalError as error:
+            if location is None or options.encoder:
+                raise
+            note = directory / ENCODER_FOLDER_FILE
+            raise RetrievalError(f"{error} (it was looked for where {note} says; else: retriever_encoder)") from error
         check_encoder(encoder, *read_check_vectors(directory, passages))
         index = _open_vectors(directory, manifest, len(passages), encoder.dimension, options)
         short = short_name(spec.name, spec.revision)
@@ -219,11 +226,11 @@ def _encoder_folder(directory: Path, spec: EncoderSpec) -> str | None:
         return None
     note = directory / ENCODER_FOLDER_FILE
     # Without the note: an index of an earlier version, whose manifest holds the path, or one that was published.
-    folder = note.read_text(encoding="utf-8").strip() if note.is_file() else spec.name
-    if not Path(folder).expanduser().is_dir():
+    folder = note.read_text(encoding="utf-8", errors="replace").strip() if note.is_file() else spec.name
+    if not folder or not Path(folder).is_dir():
         raise RetrievalError(
             f"{directory} was built with a local encoder, {spec.name} ({spec.revision}), and there is no folder "
-            f"{folder!r} here; say where it lies: retriever_encoder"
+            f"{shorten(folder)} here, as {note} has it; say where it lies: retriever_encoder"
         )
     return folder
 

@@ -9,7 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rex_rag.retrieval.base import EngineAway, RetrievalError
+from rex_rag.support.http import bound
 from rex_rag.support.politeness import PassingTrouble, persist
+from rex_rag.support.secrets import hide
+from rex_rag.support.tables import one_line
 from rex_rag.support.wording import counted
 
 if TYPE_CHECKING:
@@ -22,6 +25,7 @@ API_KEY_VARIABLE = "QDRANT_API_KEY"
 FINGERPRINT_KEY = "rex_rag_fingerprint"  # as one string of JSON, since clients and servers drop nulls from objects
 COMPLETE_KEY = "rex_rag_complete"
 MAX_BACKOFF_SECONDS = 30.0
+_MOST_SAID_CHARACTERS = 500
 
 
 def connect_qdrant(url: str | None = None, timeout: float = 60.0) -> QdrantClient:
@@ -55,7 +59,7 @@ def connect_qdrant(url: str | None = None, timeout: float = 60.0) -> QdrantClien
             f"the environment variable {API_KEY_VARIABLE} holds characters that no key has; set it anew"
         )
     try:
-        return QdrantClient(
+        client = QdrantClient(
             url=url,
             api_key=key or None,
             timeout=max(1, round(timeout)),
@@ -64,6 +68,8 @@ def connect_qdrant(url: str | None = None, timeout: float = 60.0) -> QdrantClien
         )
     except ValueError as error:
         raise RetrievalError(f"the Qdrant address {url!r} is malformed ({error}); use https://host:6333") from error
+    bound(client.http.client._client)
+    return client
 
 
 class NotApplied(Exception):
@@ -77,6 +83,7 @@ class QdrantCalls:
         if max_attempts < 1 or backoff < 0:
             raise RetrievalError(f"max_attempts={max_attempts}, backoff={backoff}; at least 1 attempt and 0 seconds")
         self.client, self.collection = client, collection
+        self.troubles = 0  # attempts that failed so far
         self._max_attempts, self._backoff = max_attempts, backoff
 
     def __call__(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -102,6 +109,7 @@ class QdrantCalls:
                 raise
 
         def say(number: int, trouble: PassingTrouble, delay: float) -> None:
+            self.troubles += 1
             logger.warning("Qdrant: attempt %d of %d failed (%s)", number, self._max_attempts, trouble)
 
         def failed(said: str, way_out: str) -> str:
@@ -125,7 +133,8 @@ class QdrantCalls:
 
 
 def _said(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    said = hide(f"{type(error).__name__}: {error}", os.environ.get(API_KEY_VARIABLE, "").strip())
+    return one_line(said)[:_MOST_SAID_CHARACTERS]
 
 
 def check_reachable(url: str, collection: str, max_attempts: int = 3, backoff: float = 0.5) -> None:

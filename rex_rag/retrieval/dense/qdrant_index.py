@@ -1,8 +1,9 @@
 """Vectors in Qdrant: a cluster by URL for corpora beyond one machine, or its embedded mode in this process.
 
 Invariants: a point's id is its passage's row; a collection carries the fingerprint of what it was loaded from, and
-neither loading into it nor searching it works under another one; a collection counts as complete only after every row
-was counted in it. Passages are not in Qdrant: they stay in the `PassageStore` of the index directory.
+neither loading into it nor searching it works under another one, which is asked for again after every trouble and from
+time to time; a collection counts as complete only after every row was counted in it. Passages are not in Qdrant: they
+stay in the `PassageStore` of the index directory.
 
 The embedded mode lives in memory only and is filled again from vectors at each start: its own on-disk format is
 pickled, and unpickling a file runs whatever code is in it. It searches exactly, in Python: for tests and small
@@ -12,6 +13,7 @@ corpora.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from qdrant_client import QdrantClient
 
 QUERIES_PER_REQUEST = 64
+# How often a collection that answers is asked what it is made of; after each trouble it is too.
+SECONDS_BETWEEN_CHECKS = 10.0
 
 
 class QdrantIndex:
@@ -70,11 +74,8 @@ class QdrantIndex:
                 f"there is no Qdrant collection {collection!r} at {address}; load it with `rex-rag index`, or check "
                 "name and address"
             )
-        if not is_complete(self._calls, full_fingerprint(fingerprint, rows, dimension)):
-            raise RetrievalError(
-                f"the Qdrant collection {collection!r} is incomplete: its load was interrupted; run the same "
-                "`rex-rag index` again, it continues"
-            )
+        self._wanted = full_fingerprint(fingerprint, rows, dimension)
+        self._check_collection()
         count = self._calls(client.count, collection, exact=True).count
         if count != rows:
             raise RetrievalError(
@@ -151,6 +152,15 @@ class QdrantIndex:
                     rows[position, : len(hits)] = found
         return scores, rows
 
+    def _check_collection(self) -> None:
+        """Raise `RetrievalError` unless the collection is complete and made of what is searched for."""
+        self._checked, self._seen_troubles = time.monotonic(), self._calls.troubles
+        if not is_complete(self._calls, self._wanted):
+            raise RetrievalError(
+                f"the Qdrant collection {self._calls.collection!r} is incomplete: its load was interrupted; run the "
+                "same `rex-rag index` again, it continues"
+            )
+
     def _ask(self, vectors: np.ndarray, top_k: int) -> list[Any]:
         from qdrant_client import models
 
@@ -170,6 +180,10 @@ class QdrantIndex:
         else:
             with self._lock:
                 answers = self._calls(self._calls.client.query_batch_points, self._calls.collection, requests)
+        # Behind the answers, so that what was exchanged before them is noticed.
+        long_ago = time.monotonic() - self._checked > SECONDS_BETWEEN_CHECKS
+        if not self._embedded and (long_ago or self._calls.troubles != self._seen_troubles):
+            self._check_collection()
         if len(answers) != len(vectors):
             raise RetrievalError(f"{self._description} gave {len(answers)} answers to {len(vectors)} queries")
         return answers

@@ -13,6 +13,7 @@ from rex_rag.data.corpus import corpus_files
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.bm25.kind import BM25Kind
 from rex_rag.retrieval.dense.kind import DenseKind
+from rex_rag.retrieval.held import HASHED_AT_OPENING_BYTES, HeldFiles
 from rex_rag.retrieval.index.passage_writer import scan_corpus
 from rex_rag.retrieval.index_kind import IndexKind, SearchOptions
 from rex_rag.retrieval.indexed import IndexedRetriever
@@ -27,6 +28,9 @@ def open_index(
     directory: Path, options: SearchOptions | None = None, corpus: Sequence[str | Path] = ()
 ) -> IndexedRetriever:
     """Open an index directory for searching, once manifest, files and encoder have been checked.
+
+    `HASHED_AT_OPENING_BYTES` of its files are hashed, the rest compared by size; that is hashed where the name of the
+    index goes on a card (`held.HeldFiles.verify`). All are held from here on.
 
     corpus: files that the index must have been built from; none: whatever it was built from.
 
@@ -44,7 +48,10 @@ def open_index(
         )
     if corpus:
         manifest.check_corpus([asdict(file) for file in scan_corpus(corpus_files(corpus))], directory)
-    passages = PassageStore(directory)
+    held = HeldFiles(directory, manifest)
+    held.verify(HASHED_AT_OPENING_BYTES)
+    with held.explained():
+        passages = PassageStore(directory)
     if len(passages) != manifest.passages:
         raise RetrievalError(
             f"{directory} holds {counted(len(passages), 'passage')}, its manifest says {manifest.passages:,}; "
@@ -58,4 +65,8 @@ def open_index(
                 f"retriever_{option.name}={value!r}; leave it out"
             )
     name = f"over {counted(len(passages), 'passage')} (index {directory.resolve().name}, {manifest.fingerprint})"
-    return kind.open(directory, manifest, passages, options, name)
+    with held.explained():
+        retriever = kind.open(directory, manifest, passages, options, name)
+    held.check_places()
+    retriever.held = held
+    return retriever

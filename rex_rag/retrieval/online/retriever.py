@@ -12,24 +12,23 @@ Keys come from the environment. They are in no error, no log line and no file.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import AnyStr
-from urllib.parse import quote
 
 import httpx
 
 from rex_rag.retrieval.base import DEFAULT_MAX_ATTEMPTS, RetrievalError, Retriever, check_request
 from rex_rag.retrieval.online.cache import CacheMode, Hit, OnlineCache, normalize_query
 from rex_rag.retrieval.online.engines import ENGINES, RESULTS_PER_SEARCH, SearchEngine, TooManySearches, UnusableAnswer
+from rex_rag.support.http import bounded_client, parse_json
 from rex_rag.support.politeness import PassingTrouble, persist, retry_after
+from rex_rag.support.secrets import hide
+from rex_rag.support.tables import one_line
 from rex_rag.support.wording import shorten
 from rex_rag.types import Passage
 
@@ -44,7 +43,6 @@ MAX_ANSWER_BYTES = 4 * 2**20  # a page of ten results is some tens of kilobytes
 MAX_QUERY_CHARACTERS = 1024
 CHECK_QUERY = "Who wrote Hamlet?"
 NOTHING_FOUND = Passage("nothing-found", "No results", "The search engine found no page for this query.")
-_LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
 class QuotaExceeded(RetrievalError):
@@ -105,7 +103,7 @@ class OnlineRetriever(Retriever):
         self._max_searches = max_searches
         self._timeout, self._max_attempts, self._backoff = timeout, max_attempts, backoff
         self._url = httpx.URL((address or self._engine.address).rstrip("/") + self._engine.path)
-        self._http = httpx.Client(timeout=timeout, trust_env=self._url.host not in _LOOPBACK_HOSTS)
+        self._http = bounded_client(self._url.host, timeout)
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix=f"search-{engine}")
         self._lock = threading.Lock()
         self._closed = False
@@ -221,15 +219,15 @@ class OnlineRetriever(Retriever):
     def _attempt(self, query: str) -> list[Hit]:
         status, reason, headers, body = self._get(query)
         try:
-            answer = json.loads(body)
-        except (ValueError, RecursionError):
+            answer = parse_json(body)
+        except ValueError:
             answer = None
         if status == 200:
             if not isinstance(answer, dict):
                 raise PassingTrouble(f"the answer is no JSON object: {shorten(body.decode('utf-8', 'replace'))}")
             return self._engine.read(answer)
         said, spent = self._engine.read_error(answer)
-        said = f"HTTP {status} {reason}: {shorten(said or body.decode('utf-8', 'replace'), 300)}"
+        said = f"HTTP {status} {one_line(reason)}: {shorten(said or body.decode('utf-8', 'replace'), 300)}"
         if spent:
             raise self._error(
                 QuotaExceeded,
@@ -249,34 +247,23 @@ class OnlineRetriever(Retriever):
 
     def _get(self, query: str) -> tuple[int, str, httpx.Headers, bytes]:
         parameters, headers = self._engine.request(query, self._credentials)
-        deadline = time.monotonic() + self._timeout
-        body = bytearray()
+        extensions = {"max_bytes": MAX_ANSWER_BYTES}
         try:
-            with self._http.stream("GET", self._url, params=parameters, headers=headers) as response:
-                for chunk in response.iter_bytes():
-                    body += chunk
-                    if len(body) > MAX_ANSWER_BYTES:
-                        raise PassingTrouble(f"the answer is longer than {MAX_ANSWER_BYTES:,} bytes")
-                    # The client's read timeout starts anew with each chunk, so a dripping server would never hit it.
-                    if time.monotonic() > deadline:
-                        raise PassingTrouble(f"the answer was not complete after {self._timeout:g} s")
+            response = self._http.get(self._url, params=parameters, headers=headers, extensions=extensions)
         except httpx.TimeoutException as error:
             raise PassingTrouble(f"no answer within {self._timeout:g} s ({type(error).__name__})") from None
-        except (httpx.TransportError, httpx.DecodingError) as error:
+        except httpx.RequestError as error:
             raise PassingTrouble(f"connection failed ({type(error).__name__}: {error})") from None
-        # Before anything is cut to length: half of a key would not be recognised.
-        return response.status_code, response.reason_phrase, response.headers, self._without_keys(bytes(body))
+        # Before anything is cut to length: half of a key would not be recognised. Latin-1 gives every byte back.
+        body = self._without_keys(response.content.decode("latin-1")).encode("latin-1")
+        return response.status_code, response.reason_phrase, response.headers, body
 
     def _error(self, kind: type[RetrievalError], query: str, attempts: int, cause: str) -> RetrievalError:
         spent = f" after {attempts} attempt{'s' * (attempts > 1)}" if attempts else ""
         return kind(self._without_keys(f"{self._engine.title} search for {query!r} failed{spent}: {cause}"))
 
-    def _without_keys(self, text: AnyStr) -> AnyStr:
-        key = self._credentials.get(self._engine.key_variable)
-        for spelling in (key, quote(key, safe="")) if key else ():
-            hidden = (spelling, "***") if isinstance(text, str) else (spelling.encode(), b"***")
-            text = text.replace(*hidden)
-        return text
+    def _without_keys(self, text: str) -> str:
+        return hide(text, self._credentials.get(self._engine.key_variable, ""))
 
 
 def _read_credentials(engine: SearchEngine, required: bool) -> dict[str, str]:

@@ -2,16 +2,18 @@
 
 Every attempt ends within its time, in rankings or in one of two kinds of trouble: `PassingTrouble`, which another
 attempt may be spared, and `Refusal`, which the same request would meet again at the same server.
+
+Invariant: all answers that are given come from servers that search the same, as far as servers tell what they search
+(`Pledge`): ours tell it with every answer, others at most on their health page, which is read after each trouble.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
-import json
 import logging
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +22,7 @@ import httpx
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.remote.wire import (
     HEALTH_PATH,
+    INDEX_HEADER,
     READ_PATH,
     SEARCH_PATH,
     UnusableRanking,
@@ -28,29 +31,33 @@ from rex_rag.retrieval.remote.wire import (
     decode_rankings,
     encode_keys,
     encode_request,
+    index_of,
 )
+from rex_rag.support.http import AnswerTooLarge, bounded_client, parse_json
 from rex_rag.support.politeness import retry_after
+from rex_rag.support.secrets import hide
+from rex_rag.support.tables import one_line
 from rex_rag.support.wording import shorten
 from rex_rag.types import Passage
 
 logger = logging.getLogger(__name__)
 
-# A server that does not accept a connection within this time is away; waiting for an answer may take longer.
-MAX_CONNECT_SECONDS = 10.0
 # Health is answered without work: a server that takes longer is no use to anybody.
 PROBE_TIMEOUT_SECONDS = 2.0
-# Servers drop idle connections (uvicorn after 5 s); a request sent at that moment would look like a dead server.
-KEEPALIVE_SECONDS = 3.0
+HEALTH_TIMEOUT_SECONDS = 10.0
 # 256 queries of 100 passages of 10 kB each; beyond it something is wrong, and memory is at stake.
 MAX_RESPONSE_BYTES = 256 * 2**20
+# A smaller request is answered in less: so much for each passage asked for, and for each document.
+MAX_PASSAGE_BYTES = 2**20
+MAX_DOCUMENT_BYTES = 64 * 2**20
+MAX_HEALTH_BYTES = 2**20
 MAX_RETRY_AFTER_SECONDS = 30.0
 # Statuses below 500 that say "later" rather than "no": the server gave up waiting, or is asked too much at once.
 _PASSING_STATUSES = (408, 429)
 # What a server without documents to read answers: it knows no such page, or its engine only searches.
 _NOT_OFFERED = (404, 405, 501)
 _JSON = {"Content-Type": "application/json"}
-# An address on this machine is never behind the proxy that the environment may name.
-_LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+_MOST_TOLD_CHARACTERS = 64
 
 
 class Trouble(Exception):
@@ -74,19 +81,45 @@ class NotOffered(Refusal):
     """The server answers searches alone: no fault of it, and none of the request."""
 
 
+class OtherIndex(Refusal):
+    """The server searches something else than was searched before."""
+
+
+class Pledge:
+    """What the servers of one list search: whoever tells it first, all are held to it from then on."""
+
+    def __init__(self) -> None:
+        self.index: str | None = None
+        self._first = ""
+        self._lock = threading.Lock()
+
+    def hold(self, who: str, told: str | None) -> None:
+        """Raise `OtherIndex` unless `told` is what was told before; None where nothing was told."""
+        with self._lock:
+            if self.index is None:
+                self.index, self._first = told, who
+            if told != self.index:
+                said = "does not say what it searches" if told is None else f"searches something else ({told})"
+                raise OtherIndex(
+                    f"it {said}, and this run began with what {self._first} told ({self.index}): figures would be of "
+                    "neither; serve that index again, and name servers of one index"
+                )
+
+
 class Endpoint:
     """A server's address with its pooled connections. Safe to share between threads.
 
     Args:
         url: http(s) address of the server, with or without the final `/retrieve`.
-        timeout: seconds one attempt may take.
+        timeout: seconds one attempt may take, all in all.
+        pledge: what the server is held to; its own by default.
 
     Raises:
         RetrievalError: for a malformed address.
     """
 
-    def __init__(self, url: str, timeout: float) -> None:
-        host = check_url(url)
+    def __init__(self, url: str, timeout: float, pledge: Pledge | None = None) -> None:
+        self._host = check_url(url)
         base = url.rstrip("/").removesuffix(SEARCH_PATH)
         self._read_url = httpx.URL(base + READ_PATH).copy_with(userinfo=b"")
         # Without a user name or password: httpx logs the addresses it asks, and ours stand in errors and model cards.
@@ -94,13 +127,16 @@ class Endpoint:
         self._health_url = httpx.URL(base + HEALTH_PATH).copy_with(userinfo=b"")
         self.url = str(self._search_url)
         self._timeout = timeout
-        self._connect_timeout = min(timeout, MAX_CONNECT_SECONDS)
-        self._trust_env = host not in _LOOPBACK_HOSTS
-        # Reading certificates takes 30 ms; plain HTTP on this machine, without a proxy, never looks at one.
-        certified = self._trust_env or self._search_url.scheme == "https"
-        self._ssl = httpx.create_ssl_context(verify=certified, trust_env=self._trust_env)
+        self._pledge = pledge or Pledge()
+        # What a server that does not tell it with its answers told on its health page, asked after each trouble.
+        self._told: str | None = None
+        self._asked = False
+        # Reading certificates takes 30 ms; one context serves all clients.
+        self._ssl = httpx.create_ssl_context(trust_env=self._search_url.scheme == "https")
         credentials = httpx.URL(url)
         self._auth = (credentials.username, credentials.password) if credentials.userinfo else None
+        together = ":".join(self._auth or ())
+        self._secrets = (credentials.password, base64.b64encode(together.encode()).decode() if together else "")
         # A client for each request under way, the last one used first: one client shared by 64 threads takes four
         # times the CPU a request, since it looks through all of its connections at each.
         self._idle: list[httpx.Client] = []
@@ -122,14 +158,11 @@ class Endpoint:
                 raise PassingTrouble("the client was closed")
             client = self._idle.pop() if self._idle else None
         if client is None:
-            client = httpx.Client(
+            client = bounded_client(
+                self._host,
+                self._timeout,
                 auth=self._auth,
-                timeout=httpx.Timeout(self._timeout, connect=self._connect_timeout),
-                limits=httpx.Limits(keepalive_expiry=KEEPALIVE_SECONDS),
-                # Between machines of one rack packing passages costs more than sending them.
-                headers={"Accept-Encoding": "identity"},
                 verify=self._ssl,
-                trust_env=self._trust_env,
             )
         try:
             yield client
@@ -146,28 +179,44 @@ class Endpoint:
         return self._ask(
             self._search_url,
             encode_request(queries, top_k),
+            len(queries) * top_k * MAX_PASSAGE_BYTES,
             lambda body: decode_rankings(body, queries, top_k, self._tell_left_out),
         )
 
     def read(self, keys: Sequence[str]) -> list[list[Passage]]:
         """Ask once for documents. Raises as `search`, and `NotOffered` for a server that has no such page."""
         return self._ask(
-            self._read_url, encode_keys(keys), lambda body: decode_documents(body, keys, self._tell_left_out)
+            self._read_url,
+            encode_keys(keys),
+            len(keys) * MAX_DOCUMENT_BYTES,
+            lambda body: decode_documents(body, keys, self._tell_left_out),
         )
 
+    @property
+    def told(self) -> str | None:
+        """What the server told of what it searches, as far as it was asked."""
+        return self._told
+
     def _ask(
-        self, url: httpx.URL, content: bytes, decode: Callable[[bytes], list[list[Passage]]]
+        self, url: httpx.URL, content: bytes, most_bytes: int, decode: Callable[[bytes], list[list[Passage]]]
     ) -> list[list[Passage]]:
-        response, body = self._post(url, content)
-        status = response.status_code
+        try:
+            response = self._post(url, content, MAX_PASSAGE_BYTES + most_bytes)
+            body, status = response.content, response.status_code
+            if status == 200:
+                self._hold(response.headers.get(INDEX_HEADER))
+        except PassingTrouble:
+            self._asked = False
+            raise
         if status != 200:
-            said = f"HTTP {status} {response.reason_phrase}: {shorten(body.decode('utf-8', 'replace'), 200)}"
+            said = f"HTTP {status} {shorten(response.reason_phrase)}: {self._shown(body)}"
             if url == self._read_url and status in _NOT_OFFERED:
                 raise NotOffered(
                     f"{said}; the server only searches, as Search-R1's own does: serve the index with "
                     "`rex-rag serve`, or leave reading documents out"
                 )
             if status >= 500 or status in _PASSING_STATUSES:
+                self._asked = False
                 raise PassingTrouble(said, retry_after=retry_after(response.headers, MAX_RETRY_AFTER_SECONDS))
             raise Refusal(f"{said}; the server refuses this request, so it was not repeated: check the URL")
         try:
@@ -185,70 +234,73 @@ class Endpoint:
             self._told_left_out = True
             logger.warning("%s: %s; such results are left out of rankings from now on without a word", self.url, said)
 
+    def _hold(self, told: str | None) -> None:
+        """Hold an answer to the pledge. `told`: with the answer, None of a server that does not do that."""
+        if told is None and not self._asked:
+            self._told, self._asked = index_of(self.health()), True
+        elif told is not None:
+            self._told = one_line(told)[:_MOST_TOLD_CHARACTERS]
+        self._pledge.hold(self.url, self._told)
+
+    def _shown(self, body: bytes) -> str:
+        return shorten(hide(body.decode("utf-8", "replace"), *self._secrets), 200)
+
     def probe(self) -> None:
         """Ask for the server's health. A server that knows no such question (Search-R1's own: 404) is up.
 
         Raises:
             PassingTrouble: when it does not answer within `PROBE_TIMEOUT_SECONDS`, or says that it is not ready.
+            OtherIndex: when it says that it searches something else than it is held to.
         """
-        timeout = min(PROBE_TIMEOUT_SECONDS, self._timeout)
         try:
-            # The status is the whole answer: a body is not waited for.
-            with self._client() as client, client.stream("GET", self._health_url, timeout=timeout) as response:
-                status = response.status_code
-        except httpx.HTTPError as error:
+            response = self._get_health(PROBE_TIMEOUT_SECONDS)
+        except httpx.RequestError as error:
             raise PassingTrouble(f"no sign of life ({type(error).__name__}: {error})", away=True) from error
+        status = response.status_code
         if status >= 500 or status in _PASSING_STATUSES:
-            said = f"not ready: HTTP {status} {response.reason_phrase} from {HEALTH_PATH}"
+            said = f"not ready: HTTP {status} {shorten(response.reason_phrase)} from {HEALTH_PATH}"
             raise PassingTrouble(said, away=True, retry_after=retry_after(response.headers, MAX_RETRY_AFTER_SECONDS))
+        told = index_of(_object(response.content))
+        # One that says nothing here may do so with its answers.
+        if told is not None and self._pledge.index is not None:
+            self._pledge.hold(self.url, told)
 
     def health(self) -> dict[str, Any]:
         """What the server says of itself; empty for one that is away or says nothing that can be read."""
-        timeout = min(MAX_CONNECT_SECONDS, self._timeout)
-        deadline = time.monotonic() + timeout
         try:
-            with self._client() as client, client.stream("GET", self._health_url, timeout=timeout) as response:
-                said = json.loads(self._read(response, deadline))
-        except (httpx.HTTPError, Trouble, ValueError, RecursionError):
+            return _object(self._get_health(HEALTH_TIMEOUT_SECONDS).content)
+        except (httpx.RequestError, Trouble):
             return {}
-        return said if isinstance(said, dict) else {}
 
-    def _post(self, url: httpx.URL, content: bytes) -> tuple[httpx.Response, bytes]:
-        deadline = time.monotonic() + self._timeout
+    def _get_health(self, seconds: float) -> httpx.Response:
+        with self._client() as client:
+            extensions = {"max_bytes": MAX_HEALTH_BYTES}
+            return client.get(self._health_url, timeout=min(seconds, self._timeout), extensions=extensions)
+
+    def _post(self, url: httpx.URL, content: bytes, most_bytes: int) -> httpx.Response:
+        extensions = {"max_bytes": min(most_bytes, MAX_RESPONSE_BYTES)}
         try:
-            with (
-                self._client() as client,
-                client.stream("POST", url, content=content, headers=_JSON) as response,
-            ):
-                return response, self._read(response, deadline)
+            with self._client() as client:
+                return client.post(url, content=content, headers=_JSON, extensions=extensions)
         except httpx.ConnectTimeout as error:
-            raise PassingTrouble(f"no connection within {self._connect_timeout:g} s", away=True) from error
+            raise PassingTrouble(f"no connection in time ({error})", away=True) from error
         except httpx.TimeoutException as error:
             raise PassingTrouble(f"no answer within {self._timeout:g} s ({type(error).__name__})") from error
         except httpx.TransportError as error:
             raise PassingTrouble(f"connection failed ({type(error).__name__}: {error})", away=True) from error
+        except AnswerTooLarge as error:
+            raise Refusal(f"{error}: ask for fewer passages, or for fewer queries a request") from error
         except httpx.DecodingError as error:
-            raise Refusal(f"the answer's content encoding is broken ({error})") from error
-
-    def _read(self, response: httpx.Response, deadline: float) -> bytes:
-        _check_size(int(response.headers.get("content-length", 0)))
-        chunks, size = [], 0
-        for chunk in response.iter_bytes():
-            chunks.append(chunk)
-            size += len(chunk)
-            _check_size(size)
-            # The connection's read timeout starts anew with each chunk: a dripping server would never hit it.
-            if time.monotonic() > deadline:
-                raise PassingTrouble(f"the answer was not complete after {self._timeout:g} s")
-        return b"".join(chunks)
+            raise Refusal(f"the answer cannot be read ({error})") from error
 
 
-def _check_size(size: int) -> None:
-    if size > MAX_RESPONSE_BYTES:
-        raise Refusal(
-            f"an answer of at least {size:,} bytes, beyond the {MAX_RESPONSE_BYTES:,} that are read: ask for fewer "
-            "passages, or for fewer queries a request"
-        )
+def _object(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body; empty for anything else."""
+    try:
+        said = parse_json(body)
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def without_password(url: str) -> str:

@@ -18,7 +18,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rex_rag.data.corpus import CorpusError, passage_from_row
@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 SEARCH_PATH = "/retrieve"
 READ_PATH = "/read"
 HEALTH_PATH = "/health"
+# With every answer of ours: a digest of what is searched and how, so that no other index can answer unnoticed.
+INDEX_HEADER = "X-Rex-Rag-Index"
+# A server that over-fetches is cut to what was asked for; one that sends far more is broken or means harm.
+MAX_SURPLUS_PASSAGES = 100
 
 
 class WireError(ValueError):
@@ -39,6 +43,19 @@ class WireError(ValueError):
 
 class UnusableRanking(WireError):
     """A ranking in the right form, none of whose passages can be used."""
+
+
+def index_digest(identity: Mapping[str, Any]) -> str | None:
+    """Sixteen hexadecimal digits of what a server says of what it searches; None where it has no fingerprint."""
+    if not isinstance(identity.get("fingerprint"), str):
+        return None
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def index_of(health: Mapping[str, Any]) -> str | None:
+    """The same from a health page."""
+    identity = health.get("identity")
+    return index_digest(identity) if isinstance(identity, dict) else None
 
 
 def encode_request(queries: Sequence[str], top_k: int) -> bytes:
@@ -96,6 +113,8 @@ def decode_rankings(
     for entry, query in zip(rankings, queries, strict=True):
         if not entry:
             raise WireError(f"the result of query {shorten(query)} is empty")
+        if len(entry) > top_k + MAX_SURPLUS_PASSAGES:
+            raise WireError(f"{len(entry):,} passages for query {shorten(query)}, which asked for {top_k}")
     return [
         _read_passages(entry, f"query {shorten(query)}", top_k, tell)
         for entry, query in zip(rankings, queries, strict=True)

@@ -20,20 +20,29 @@ from time import perf_counter
 from typing import Any
 
 from rex_rag.retrieval.base import CannotRead, RetrievalError, Retriever, as_retriever
-from rex_rag.retrieval.remote.wire import HEALTH_PATH, READ_PATH, SEARCH_PATH
+from rex_rag.retrieval.remote.wire import HEALTH_PATH, INDEX_HEADER, READ_PATH, SEARCH_PATH, index_digest
 from rex_rag.retrieval.server.batching import MicroBatcher
 from rex_rag.retrieval.server.metrics import ServerMetrics
 from rex_rag.retrieval.server.options import ServerOptions
 from rex_rag.retrieval.server.runner import DirectRunner, Overloaded, Runner, Threads
 from rex_rag.retrieval.server.stages import Served, Timings, read_documents
-from rex_rag.support.wording import shorten
 
 try:
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, Response
-    from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
     from starlette.requests import ClientDisconnect
+
+    from rex_rag.retrieval.server.protocol import BoundedProtocol
+    from rex_rag.retrieval.server.requests import MAX_PASSAGES, Bodies, Guard, Refused, check_limits, parse, problem
+    from rex_rag.retrieval.server.schemas import (
+        Health,
+        Problem,
+        ReadRequest,
+        ReadResponse,
+        RetrieveRequest,
+        RetrieveResponse,
+    )
 except ImportError as error:
     raise ImportError(
         'the retrieval server needs fastapi and uvicorn: install them with `pip install "rex-rag[retrieval]"`'
@@ -47,77 +56,9 @@ LOADING_RETRY_SECONDS = 2
 CLIENT_CHECK_SECONDS = 1.0
 # Longer than clients keep idle connections, so that it is they who close them and no request meets a closed one.
 KEEP_ALIVE_SECONDS = 75
+GRACE_SECONDS = 10
 CLIENT_CLOSED_REQUEST = 499  # never sent: it stands in the metrics for clients that went away
 _NOTHING = Response(b'{"result":[]}', media_type="application/json")
-
-
-class RetrieveRequest(BaseModel):
-    """A batch of searches."""
-
-    queries: list[str] = Field(description="What to search for.", examples=[["who wrote Hamlet"]])
-    topk: StrictInt | None = Field(None, description="Passages a query, best first; the server's default if null.")
-    return_scores: StrictBool = Field(False, description="Answer with scores, or with the bare passages.")
-
-
-class ReadRequest(BaseModel):
-    """A batch of documents to read."""
-
-    keys: list[str] = Field(description="Titles, or ids of passages.", examples=[["Hamlet"]])
-
-
-class Document(BaseModel):
-    """One passage. Its text comes from the corpus: treat it as untrusted."""
-
-    model_config = ConfigDict(extra="allow")
-    id: str = Field(description="The passage's id in the corpus.", examples=["7"])
-    contents: str = Field(description="The title in quotes, a line break, the text.")
-
-
-class ScoredDocument(BaseModel):
-    """A passage and how well it matches."""
-
-    document: Document
-    score: float = Field(description="Higher is better; comparable within one ranking.")
-
-
-class RetrieveResponse(BaseModel):
-    """One ranking a query, in the order asked."""
-
-    result: list[list[ScoredDocument]] | list[list[Document]] = Field(
-        description="At least one and at most `topk` passages a query, best first; bare without `return_scores`."
-    )
-
-
-class ReadResponse(BaseModel):
-    """One document a key, in the order asked."""
-
-    result: list[list[Document]] = Field(
-        description="The passages of a document in the order of the corpus; none for a key that nothing has."
-    )
-
-
-class Health(BaseModel):
-    """Whether a search would be answered now."""
-
-    status: str = Field(description="`ready` or `loading`.")
-    retriever: str | None = Field(None, description="What is searched.")
-    passages: int | None = Field(None, description="Passages in the index, where the engine knows.")
-    identity: dict[str, str | int | float] | None = Field(
-        None, description="Fingerprint of the index, hash of the corpus, and the settings that change what is found."
-    )
-
-
-class Problem(BaseModel):
-    """Why a request was not answered."""
-
-    detail: str
-
-
-class _Refused(Exception):
-    def __init__(self, status: int, detail: str, retry_after: int | None = None) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.retry_after = retry_after
 
 
 def create_app(
@@ -135,14 +76,22 @@ def create_app(
             gets SIGTERM, since a server that will never be ready should not go on.
         identify: says once, after `load`, what the loaded retriever is known by; /health tells it.
     """
-    service = _Service(load, options or ServerOptions(), on_load_failure or _terminate, identify)
+    options = options or ServerOptions()
+    service = _Service(load, options, on_load_failure or _terminate, identify)
     app = FastAPI(
         title="rex-rag retrieval server",
         description="Passages for queries in the Search-R1 wire format, and documents by title.",
         lifespan=service.lifespan,
+        # Their scripts would come from elsewhere; /openapi.json says the same.
+        docs_url=None,
+        redoc_url=None,
     )
+    app.add_middleware(Guard, options=options)
     problems = {
+        408: {"model": Problem, "description": "The body did not come in time."},
         413: {"model": Problem, "description": "The body is larger than the limit."},
+        415: {"model": Problem, "description": "The body is not announced as application/json."},
+        421: {"model": Problem, "description": "Another Host than this machine, on loopback."},
         422: {"model": Problem, "description": "Malformed, or more than a limit allows."},
         500: {"model": Problem, "description": "A query could not be answered."},
         503: {"model": Problem, "description": "Loading, or too much waits: come back after Retry-After seconds."},
@@ -183,6 +132,8 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT, then finish what was accepted; a second signal ends the process at once.
 
+    What is not finished `GRACE_SECONDS` later, such as half a request or an answer that nobody reads, is dropped.
+
     Args:
         identify: see `create_app`.
 
@@ -206,7 +157,14 @@ def serve(
 
     app = create_app(load_for_good, options, stop, identify)
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, lifespan="on"
+        app,
+        http=BoundedProtocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        lifespan="on",
     )
     server = _Server(config)
     with _bind(options) as listener:
@@ -237,7 +195,9 @@ class _Service:
         self._load = load
         self._identify = identify
         self._identity: dict[str, Any] = {}
+        self._index: str | None = None
         self._options = options
+        self._bodies = Bodies(options.max_body_bytes)
         self._on_load_failure = on_load_failure
         self._metrics = ServerMetrics()
         self._retriever: Retriever | None = None
@@ -260,6 +220,7 @@ class _Service:
             retriever.warm_up()  # not at a client's cost
             if self._identify is not None:
                 self._identity = dict(self._identify(retriever))
+                self._index = index_digest(self._identity)
         except BaseException as error:
             then, argument = self._on_load_failure, error
         else:
@@ -287,6 +248,12 @@ class _Service:
     async def health(self) -> Response:
         if self._retriever is None:
             return JSONResponse({"status": "loading"}, 503, {"Retry-After": str(LOADING_RETRY_SECONDS)})
+        held = self._retriever.stages.held if self._retriever.stages is not None else None
+        try:
+            if held is not None:
+                held.check()
+        except RetrievalError as error:
+            return JSONResponse({"status": "changed", "detail": str(error)}, 503)
         said = {
             "status": "ready",
             "retriever": self._retriever.description,
@@ -309,48 +276,54 @@ class _Service:
         self._metrics.in_flight.inc()
         try:
             if self._runner is None:
-                raise _Refused(503, "the index is still being loaded; ask /health", LOADING_RETRY_SECONDS)
+                raise Refused(503, "the index is still being loaded; ask /health", LOADING_RETRY_SECONDS)
             response = await answer(request, started)
         except ClientDisconnect:
             response = Response(status_code=CLIENT_CLOSED_REQUEST)
-        except _Refused as refused:
-            response = _problem(refused.status, str(refused), refused.retry_after)
+        except Refused as refused:
+            response = problem(refused.status, str(refused), refused.retry_after)
         except Overloaded as error:
-            response = _problem(503, str(error), error.retry_after)
+            response = problem(503, str(error), error.retry_after)
         except CannotRead as error:
-            response = _problem(501, str(error))
+            response = problem(501, str(error))
         except RetrievalError as error:
             logger.warning("a request failed: %s", error)
-            response = _problem(500, str(error))
+            response = problem(500, str(error))
         finally:
             self._metrics.in_flight.dec()
         self._metrics.request(response.status_code)
         return response
 
     async def _search(self, request: Request, started: float) -> Response:
-        asked = _parse(
+        asked = parse(
             RetrieveRequest,
             '{"queries": ["…"], "topk": 3, "return_scores": true}',
-            await _read_body(request, self._options.max_body_bytes),
+            await self._bodies.read(request),
         )
         top_k = self._options.default_top_k if asked.topk is None else asked.topk
         # An engine may give fewer passages than the options allow, and its refusal would look like passing trouble.
         most = min(self._options.max_top_k, self._retriever.max_top_k or self._options.max_top_k)
-        _check_limits(asked.queries, "query", "queries", self._options)
+        check_limits(asked.queries, "query", "queries", self._options)
         if not 1 <= top_k <= most:
-            raise _Refused(422, f"topk is {top_k}, and it must be between 1 and the limit of {most}")
+            raise Refused(422, f"topk is {top_k}, and it must be between 1 and the limit of {most}")
+        if len(asked.queries) * top_k > MAX_PASSAGES:
+            raise Refused(
+                422,
+                f"{len(asked.queries)} queries of {top_k} passages, and the limit is {MAX_PASSAGES} passages a "
+                "request; send several requests",
+            )
         if not asked.queries:
             return _NOTHING
         served = await self._wait(request, self._runner.submit(asked.queries, top_k, asked.return_scores))
         if served is not None:
             served.timings.finish(perf_counter() - started)
             self._metrics.answered(len(asked.queries), served.timings)
-        return _response(served)
+        return self._response(served)
 
     async def _read(self, request: Request, started: float) -> Response:
-        body = await _read_body(request, self._options.max_body_bytes)
-        keys = _parse(ReadRequest, '{"keys": ["…"]}', body).keys
-        _check_limits(keys, "key", "keys", self._options)
+        body = await self._bodies.read(request)
+        keys = parse(ReadRequest, '{"keys": ["…"]}', body).keys
+        check_limits(keys, "key", "keys", self._options)
         if not keys:
             return _NOTHING
         served = await self._wait(
@@ -358,7 +331,15 @@ class _Service:
         )
         if served is not None:
             served.timings.finish(perf_counter() - started)
-        return _response(served)
+        return self._response(served)
+
+    def _response(self, served: Served | None) -> Response:
+        if served is None:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        headers = {"Server-Timing": _server_timing(served.timings)}
+        if self._index is not None:
+            headers[INDEX_HEADER] = self._index
+        return Response(served.body, media_type="application/json", headers=headers)
 
     async def _wait(self, request: Request, future: asyncio.Future[Served]) -> Served | None:
         """The answer, or `None` when the client went away: nobody should search for it then."""
@@ -408,60 +389,6 @@ def _bind(options: ServerOptions) -> socket.socket:
 def _terminate(error: BaseException) -> None:
     logger.critical("the index could not be loaded, the server ends", exc_info=error)
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-async def _read_body(request: Request, limit: int) -> bytes:
-    announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > limit:
-        raise _too_large(f"is {int(announced)} bytes long", limit)
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise _too_large(f"is longer than {limit} bytes", limit)
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def _too_large(said: str, limit: int) -> _Refused:
-    return _Refused(413, f"the body {said}, and the limit is {limit} bytes; send fewer queries a request")
-
-
-def _parse(model: type[BaseModel], example: str, body: bytes) -> Any:
-    try:
-        return model.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        found = "" if first["type"] in ("json_invalid", "missing") else f", found {shorten(first['input'])}"
-        raise _Refused(422, f"{f'{place}: ' if place else ''}{first['msg']}{found}; a request is {example}") from None
-
-
-def _check_limits(texts: list[str], one: str, several: str, options: ServerOptions) -> None:
-    if len(texts) > options.max_queries:
-        raise _Refused(
-            422, f"{len(texts)} {several}, and the limit is {options.max_queries} a request; send several requests"
-        )
-    for position, text in enumerate(texts):
-        if len(text) > options.max_query_characters:
-            raise _Refused(
-                422,
-                f"{one} {position} of {len(texts)} has {len(text)} characters, and the limit is "
-                f"{options.max_query_characters}; shorten it",
-            )
-
-
-def _response(served: Served | None) -> Response:
-    if served is None:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(
-        served.body, media_type="application/json", headers={"Server-Timing": _server_timing(served.timings)}
-    )
-
-
-def _problem(status: int, detail: str, retry_after: int | None = None) -> Response:
-    headers = None if retry_after is None else {"Retry-After": str(retry_after)}
-    return JSONResponse({"detail": detail}, status, headers)
 
 
 def _server_timing(timings: Timings) -> str:

@@ -281,7 +281,11 @@ class MicroBatcher:
                     request.future.set_result(Served(body, request.timings))
 
     def _fetch(self, requests: list[_Request]) -> list[tuple[bytes | Exception, float]]:
-        return [timed(attempt, render, self._retriever, request.rankings, request.with_scores) for request in requests]
+        def answer(request: _Request) -> bytes:
+            with self._retriever.watched():
+                return render(self._retriever, request.rankings, request.with_scores)
+
+        return [timed(attempt, answer, request) for request in requests]
 
     async def _in_thread(self, name: str, function: Callable, *arguments: Any) -> Any:
         return await self._loop.run_in_executor(self._threads[name], function, *arguments)

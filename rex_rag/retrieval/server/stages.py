@@ -79,12 +79,13 @@ def search_indexed(
     retriever: IndexedRetriever, queries: list[str], top_k: int, with_scores: bool, timings: Timings
 ) -> bytes:
     """Search with an indexed retriever stage by stage; fills in `timings` and returns the body of an answer."""
-    encoded, timings.encode = timed(retriever.encode, queries)
-    rankings, timings.search = timed(_rank_once, retriever, queries, encoded, top_k)
-    for query, ranking in zip(queries, rankings, strict=True):
-        if isinstance(ranking, Exception):
-            raise RetrievalError(f"the query {shorten(query)} could not be answered: {ranking}")
-    body, timings.fetch = timed(render, retriever, rankings, with_scores)
+    with retriever.watched():
+        encoded, timings.encode = timed(retriever.encode, queries)
+        rankings, timings.search = timed(_rank_once, retriever, queries, encoded, top_k)
+        for query, ranking in zip(queries, rankings, strict=True):
+            if isinstance(ranking, Exception):
+                raise RetrievalError(f"the query {shorten(query)} could not be answered: {ranking}")
+        body, timings.fetch = timed(render, retriever, rankings, with_scores)
     return body
 
 
@@ -127,7 +128,8 @@ def rank(retriever: IndexedRetriever, queries: list[str], top_k: int, encoded: A
     try:
         if isinstance(encoded, _NotEncoded):
             raise encoded.error
-        return _rank_once(retriever, queries, encoded, top_k)
+        with retriever.watched():
+            return _rank_once(retriever, queries, encoded, top_k)
     except Exception as error:
         if len(queries) == 1 or isinstance(error, EngineAway):
             return [error] * len(queries)
