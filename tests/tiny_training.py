@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from datasets import Dataset
-from parts import make_tiny_model, make_word_tokenizer
+from parts import make_bpe_tokenizer, make_tiny_model, make_word_tokenizer
 from peft import PeftModel
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 
@@ -26,6 +28,32 @@ def save_tiny_policy(folder: Path) -> Path:
     (folder / "prompt.txt").write_text("Question: {question}")
     (folder / "pool.txt").write_text("<think> Wait I may be wrong .\n<think> Maybe not so .\n<think> Hold on .\n")
     return folder
+
+
+def write_tiny_recipe(folder: Path, **changes: Any) -> Path:
+    """A recipe of two updates of a tiny model that writes tags at random, with all its files, in a folder."""
+    # AutoTokenizer takes any tokenizer of a Qwen2 model for Qwen2's own, and this one is made like that.
+    tokenizer = make_bpe_tokenizer()
+    make_tiny_model(tokenizer).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "prompt.txt").write_text("Question: {question}")
+    rows = [{"question": f"where is the {word}", "golden_answers": ["oak"]} for word in ("owl", "fox")]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "corpus.jsonl").write_text('{"id": "1", "contents": "\\"Owl\\"\\nthe owl is in the oak"}\n')
+    settings = {
+        "model_name_or_path": str(folder / "model"),
+        "datasets": [{"path": str(folder / "questions.jsonl")}],
+        "retriever": "bm25",
+        "corpus": str(folder / "corpus.jsonl"),
+        "output_dir": str(folder / "run"),
+        "prompt_template": str(folder / "prompt.txt"),
+        **{"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"},
+        **{"num_probe_slots": 0, "num_generations": 2, "per_device_train_batch_size": 4, "max_steps": 2},
+        **{"max_turns": 1, "max_prompt_length": 64, "max_turn_tokens": 8, "max_observation_tokens": 48},
+        **{"max_sequence_length": 192, "save_strategy": "no", "disable_tqdm": True, "dtype": "float32"},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings | changes))
+    return folder / "recipe.yaml"
 
 
 def brevity(completions, **_):

@@ -167,15 +167,11 @@ def _disk(report: Report, config: REXRAGConfig, model: Any) -> None:
         return
     parameters = _parameters(folder)
     one = weights + _BYTES_OF_ADAM * parameters
-    saves = (
-        max(config.max_steps // int(config.save_steps), 1) if config.max_steps > 0 and config.save_steps >= 1 else 1
-    )
+    known = config.max_steps > 0 and config.save_steps >= 1
+    saves = max(config.max_steps // int(config.save_steps), 1) if known else 1
     count = min(saves, config.save_total_limit or saves)
-    place = next(
-        path
-        for path in (Path(config.output_dir).resolve(), *Path(config.output_dir).resolve().parents)
-        if path.exists()
-    )
+    output = Path(config.output_dir).resolve()
+    place = next(path for path in (output, *output.parents) if path.exists())
     free = shutil.disk_usage(place).free
     said = f"{count} checkpoints of {one / 1e9:.3g} GB, {free / 1e9:.3g} GB free in {place}"
     if count * one > free:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rex_rag.commands.terminal import positive
+from rex_rag.support.numbers import clock, is_number
 
 _SHOWN = 600  # characters of a segment
 
@@ -67,9 +68,9 @@ def _progress(rows: Sequence[Mapping[str, Any]], trained: Sequence[Mapping[str, 
     if total := last.get("max_steps"):
         said += f" of {total}"
         left = (total - last["step"]) * _median([row["step_time"] for row in trained[-20:] if "step_time" in row])
-        said += f", about {_clock(left)} of training left" if left else ", done" if "train_runtime" in rows[-1] else ""
+        said += f", about {clock(left)} of training left" if left else ", done" if "train_runtime" in rows[-1] else ""
     if when := rows[-1].get("time"):
-        said += f"; last logged {_clock(max(time.time() - when, 0))} ago"
+        said += f"; last logged {clock(max(time.time() - when, 0))} ago"
     return said
 
 
@@ -77,21 +78,12 @@ def _median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2] if values else 0.0
 
 
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
-
-
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    shown = [column for column in _COLUMNS if any(_is_number(row.get(column[1])) for row in rows)]
+    shown = [column for column in _COLUMNS if any(is_number(row.get(column[1])) for row in rows)]
     cells = [[title for title, _, _ in shown]]
-    cells += [[format(row[key], form) if _is_number(row.get(key)) else "" for _, key, form in shown] for row in rows]
+    cells += [[format(row[key], form) if is_number(row.get(key)) else "" for _, key, form in shown] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and value == value
 
 
 def _health(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -8,7 +8,6 @@ and further sources in the mixture do not change it.
 from __future__ import annotations
 
 import logging
-import math
 import random
 from collections import Counter
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from rex_rag.data.question_rows import (
     no_column,
     read_row,
 )
+from rex_rag.support.numbers import is_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -87,7 +87,7 @@ class QuestionSource:
                 f"{self.path}: fraction={self.fraction} and max_questions={self.max_questions} both limit the source; "
                 "set one of them"
             )
-        if self.fraction is not None and not (_is_number(self.fraction) and 0 < self.fraction <= 1):
+        if self.fraction is not None and not (is_number(self.fraction) and 0 < self.fraction <= 1):
             raise QuestionError(f"{self.path}: fraction={self.fraction!r}; it must be in (0, 1]")
         check_count(self.max_questions, f"{self.path}: max_questions")
         if self.answers_column is not None:
@@ -284,7 +284,3 @@ def _make_ids_unique(parts: list[list[dict[str, Any]]]) -> None:
 def _first(ids: list[str]) -> str:
     named = ", ".join(ids[:_IDS_NAMED_IN_WARNINGS])
     return named + (", …" if len(ids) > _IDS_NAMED_IN_WARNINGS else "")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

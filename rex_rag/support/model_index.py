@@ -6,7 +6,6 @@ form. Whatever else the card says stays; results written before stay too, unless
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rex_rag.support.durable import written_whole
 from rex_rag.support.errors import UserError
 from rex_rag.support.log_rows import EXACT_MATCH, UNNAMED_SET, evaluated_sets
+from rex_rag.support.numbers import is_number
 from rex_rag.support.tables import markdown_table, markdown_text
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def training_results(log_history: Sequence[Mapping[str, Any]], decoded: str) -> 
     last: dict[str, tuple[Any, float]] = {}
     for row in log_history:
         for name, prefix in evaluated_sets(row).items():
-            if _is_number(value := row[prefix + EXACT_MATCH]):
+            if is_number(value := row[prefix + EXACT_MATCH]):
                 last[name or UNNAMED_SET] = row.get("step"), value
     results = []
     for name, (step, value) in sorted(last.items()):
@@ -135,10 +135,6 @@ def training_results(log_history: Sequence[Mapping[str, Any]], decoded: str) -> 
             )
         )
     return results
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _content(path: Path) -> str:

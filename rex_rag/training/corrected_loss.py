@@ -95,10 +95,10 @@ class CorrectedLoss(EvaluationLog):
         per_token_kl = log_ratio.exp() - log_ratio - 1
         bounded = inputs.get("kl_bounded", torch.zeros_like(clipped))
         sums = segment_sums(inputs["segment_kinds"], mask, clipped, per_token_kl, bounded)
-        totals = self.accelerator.reduce(sums, reduction="sum")
         good = mask.bool() & (inputs["advantages"].unsqueeze(1) > 0)
-        good_sums = torch.stack([per_token_logps[good].sum(), good.sum().to(per_token_logps.dtype)])
-        likelihood, tokens = self.accelerator.reduce(good_sums.float(), reduction="sum").tolist()
+        good_sums = torch.stack([per_token_logps[good].sum().float(), good.sum().float()])
+        totals, good_totals = self.accelerator.reduce(torch.cat([sums, good_sums]), reduction="sum").split([8, 2])
+        likelihood, tokens = good_totals.tolist()
         if tokens:
             self.log_metric("likelihood/good", likelihood / tokens)
         clips = self.loss_type in CLIPPED_LOSSES and self.importance_sampling_level == "token"

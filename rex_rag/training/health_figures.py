@@ -5,11 +5,12 @@ The bounds were set on HopWorld, by healthy runs and by runs broken on purpose (
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
+
+from rex_rag.support.numbers import is_number
 
 PATIENCE = 3  # logs in a row with a figure out of bounds
 FIRST = 5  # logs whose median tells what a run began with
@@ -52,7 +53,7 @@ class Figures:
 
     def add(self, step: int, logs: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
         """Take a log in; returns (value, reference) of every figure out of bounds."""
-        values = {name: float(logs[name]) for name in BOUNDS if _is_number(logs.get(name))}
+        values = {name: float(logs[name]) for name in BOUNDS if is_number(logs.get(name))}
         out = {}
         for name, value in values.items():
             known = (self.recent if BOUNDS[name].lately else self.first).get(name)
@@ -67,7 +68,3 @@ class Figures:
             self.first[name] = [*self.first.get(name, []), value][:FIRST]
             self.recent[name] = [*self.recent.get(name, []), value][-RECENT:]
         return out
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from rex_rag.support.log_rows import EXACT_MATCH, evaluated_sets
+from rex_rag.support.numbers import clock, is_number
 
 _SHOWN = (
     ("EM", EXACT_MATCH),
@@ -45,19 +45,10 @@ class ProgressLine(TrainerCallback):
         left = elapsed / done * (state.max_steps - state.global_step)
         tqdm.write(
             f"step {state.global_step}/{state.max_steps}  {_values(logs)}  {elapsed / done:.1f} s/step  "
-            f"{_clock(left)} left"
+            f"{clock(left)} left"
         )
 
 
 def _values(logs: dict, prefix: str = "") -> str:
     shown = [(label, logs.get(prefix + key)) for label, key in _SHOWN]
-    return "  ".join(f"{label} {value:.2f}" for label, value in shown if _is_number(value))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not math.isnan(value)
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+    return "  ".join(f"{label} {value:.2f}" for label, value in shown if is_number(value))

@@ -23,8 +23,6 @@ _FILES = (
     *("adapter_model.safetensors", "adapter_model.bin", ADAPTER_FILE, TRAINER_STATE_FILE, "training_args.bin"),
     LOG_FILE,
 )
-
-
 LOCK_FILE = ".train.lock"
 
 
@@ -97,10 +95,14 @@ def held(output_dir: str, *, here: bool) -> Iterator[None]:
         yield
         return
     output.mkdir(parents=True, exist_ok=True)
-    with locked(output / LOCK_FILE) as ours:
+    lock = output / LOCK_FILE
+    with locked(lock) as ours:
         if not ours:
             raise FolderError(
                 f"another run is training into {output} now ({LOCK_FILE} is locked); name another output_dir, or wait "
                 "for it to end"
             )
-        yield
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)

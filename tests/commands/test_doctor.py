@@ -1,10 +1,7 @@
 """`rex-rag doctor` finds what would stop a run, all of it, and lets two steps of a stand-in run."""
 
-import json
-
 import pytest
-import yaml
-from parts import make_bpe_tokenizer, make_tiny_model
+from tiny_training import write_tiny_recipe
 
 from rex_rag.cli import main
 from rex_rag.commands import doctor
@@ -13,38 +10,17 @@ from rex_rag.commands import doctor
 @pytest.fixture
 def recipe(tmp_path):
     """A recipe as a function of changes to it, all of whose files are there."""
-    tokenizer = make_bpe_tokenizer()
-    make_tiny_model(tokenizer).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "prompt.txt").write_text("Question: {question}")
-    rows = [{"question": f"where is the {word}", "golden_answers": ["oak"]} for word in ("owl", "fox")]
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "corpus.jsonl").write_text('{"id": "1", "contents": "\\"Owl\\"\\nthe owl is in the oak"}\n')
-
-    def write(**changes):
-        settings = {
-            "model_name_or_path": str(tmp_path / "model"),
-            "datasets": [{"path": str(tmp_path / "questions.jsonl")}],
-            "retriever": "bm25",
-            "corpus": str(tmp_path / "corpus.jsonl"),
-            "output_dir": str(tmp_path / "run"),
-            "prompt_template": str(tmp_path / "prompt.txt"),
-            **{"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"},
-            **{"num_probe_slots": 2, "num_generations": 4, "per_device_train_batch_size": 4, "max_steps": 20},
-            **{"max_turns": 1, "max_prompt_length": 64, "max_turn_tokens": 8, "max_observation_tokens": 48},
-            **{"max_sequence_length": 256, "save_steps": 10, "dtype": "float32", "keep_ratio": 0.4},
-        }
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(settings | changes))
-        return str(path)
-
-    return write
+    shared = {"num_probe_slots": 2, "num_generations": 4, "max_steps": 20, "save_strategy": "steps", "save_steps": 10}
+    shared |= {"max_sequence_length": 256, "keep_ratio": 0.4}
+    return lambda **changes: str(write_tiny_recipe(tmp_path, **shared | changes))
 
 
 def examined(capsys, *words):
     code = main(["doctor", *words])
-    lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
-    return code, {(mark, name): text for mark, name, text in lines}
+    found: dict[tuple[str, str], str] = {}
+    for mark, name, text in (line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()):
+        found[mark, name] = f"{found.get((mark, name), '')} {text}".strip()
+    return code, found
 
 
 def test_a_well_recipe_is_well(recipe, capsys):
@@ -58,14 +34,14 @@ def test_a_well_recipe_is_well(recipe, capsys):
 
 def test_every_problem_is_told_at_once(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 1000})())
-    config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
-    config.pop("eos_token", None)
-    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(config))
-    code, found = examined(capsys, recipe(use_cpu=False, question_column="ask"), "--no_dry_run")
+    path = recipe(use_cpu=False, question_column="ask")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    code, found = examined(capsys, path, "--no_dry_run")
     assert code == 1
     assert "set save_total_limit" in found["PROBLEM", "disk"]
     assert "no column 'ask'" in found["PROBLEM", "questions"]
-    assert {name for mark, name in found if mark == "PROBLEM"} >= {"machine", "disk", "questions"}
+    assert "has no chat_template; take" in found["PROBLEM", "tokenizer"]
+    assert "no GPU" in found["PROBLEM", "machine"]
 
 
 def test_wrong_settings_and_a_server_that_is_down(recipe, capsys):

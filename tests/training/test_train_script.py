@@ -14,6 +14,7 @@ import pytest
 import yaml
 from parts import make_bpe_tokenizer, make_tiny_model
 from peft import LoraConfig, get_peft_model
+from tiny_training import write_tiny_recipe
 from transformers import Qwen2ForCausalLM
 
 from rex_rag.retrieval.base import RetrievalError
@@ -30,33 +31,7 @@ def script() -> ModuleType:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    """Two updates of a tiny model that writes tags at random."""
-    # AutoTokenizer takes any tokenizer of a Qwen2 model for Qwen2's own, and this one is made like that.
-    tokenizer = make_bpe_tokenizer()
-    make_tiny_model(tokenizer).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "prompt.txt").write_text("Question: {question}")
-    (tmp_path / "questions.jsonl").write_text(
-        "".join(
-            json.dumps({"question": f"where is the {word}", "golden_answers": ["oak"]}) + "\n"
-            for word in ("owl", "fox")
-        )
-    )
-    (tmp_path / "corpus.jsonl").write_text('{"id": "1", "contents": "\\"Owl\\"\\nthe owl is in the oak"}\n')
-    settings = {
-        "model_name_or_path": str(tmp_path / "model"),
-        "datasets": [{"path": str(tmp_path / "questions.jsonl")}],
-        "retriever": "bm25",
-        "corpus": str(tmp_path / "corpus.jsonl"),
-        "output_dir": str(tmp_path / "run"),
-        "prompt_template": str(tmp_path / "prompt.txt"),
-        **{"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"},
-        **{"num_probe_slots": 0, "num_generations": 2, "per_device_train_batch_size": 4, "max_steps": 2},
-        **{"max_turns": 1, "max_prompt_length": 64, "max_turn_tokens": 8, "max_observation_tokens": 48},
-        **{"max_sequence_length": 192, "save_strategy": "no", "disable_tqdm": True, "dtype": "float32"},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
-    return tmp_path / "recipe.yaml"
+    return write_tiny_recipe(tmp_path)
 
 
 def start(script: ModuleType, monkeypatch: pytest.MonkeyPatch, recipe: Path, *words: str) -> int:
