@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag import __version__
-from rex_rag.commands import ask, coverage, evaluate, pictures, recipe, report, retrieval
+from rex_rag.commands import ask, coverage, evaluate, pictures, plan, recipe, report, retrieval
 from rex_rag.commands.sections import describe_unknown
 from rex_rag.commands.terminal import positive
 from rex_rag.support.errors import EXPECTED_ERROR, UserError, from_the_user, one_line
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, words = parser.parse_known_args(arguments)
     forwarded = options.command in _FORWARDED
-    if options.command == "check":
+    if options.command in ("check", "plan"):
         options.overrides = words
     elif options.command == "ask" and options.question is None and len(words) == 1 and words[0][:1] != "-":
         options.question = words[0]  # behind an option, where argparse no longer looks for it
@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     retrieval.add_search(commands)
     retrieval.add_bench(commands)
     recipe.add_recipe(commands)
+    plan.add_plan(commands)
     report.add_report(commands)
     report.add_compare(commands)
     pictures.add_view(commands)

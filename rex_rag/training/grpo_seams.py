@@ -221,7 +221,14 @@ class GRPOSeams(GRPOTrainer):
         return self.scored_batch(output)
 
     def _score_live_rows(
-        self, forward: Callable[..., tuple], model, input_ids, attention_mask, logits_to_keep, batch_size=None, **others
+        self,
+        forward: Callable[..., tuple],
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        **others,
     ):
         """Rows that are not live are not sent through the model; their log-probabilities are 0.
 
