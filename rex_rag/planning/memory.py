@@ -115,7 +115,7 @@ def _buffers(recipe: Recipe, launch: Launch, shape: ModelShape) -> dict[str, flo
 def activation_bytes(recipe: Recipe, shape: ModelShape, rows: int, length: int) -> tuple[float, float]:
     """What the forward pass keeps of rows of one length, and what one layer's backward pass adds at its peak."""
     tokens = rows * length
-    layer = shape.saved_bytes(2, masked=True) * tokens
+    layer = shape.saved_bytes(2) * tokens
     if recipe.use_peft:  # adapters read a float32 copy of what their matrix reads
         layer += tokens * sum(4 * shape.linears[name][0] for name in recipe.lora_modules)
     ends = rows * length**2 + tokens * shape.hidden * (4 + recipe.weight_bytes)  # the mask, and the last norm

@@ -60,21 +60,19 @@ class ModelShape:
         """Keys and values of one token in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
-    def saved_bytes(self, width: int, *, masked: bool) -> int:
+    def saved_bytes(self, width: int) -> int:
         """Bytes a token that autograd keeps of one layer for the backward pass.
 
         Args:
             width: bytes of an activation: 2 in bfloat16, 4 in float32.
-            masked: whether rows are padded, so that keys and values are repeated for every head.
         """
-        inner, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        inner = self.heads * self.head_dim
         # A norm squares and scales in float32: the input once, or its float32 copy; and what its weight multiplies.
         norms = 2 * (4 + width) * self.hidden
-        # Inputs of q, k, v and of gate, up; rotated q, k and v; attention's output, and its log-sum a head; o's input
-        # is that output laid out anew.
-        attention = (self.hidden + 3 * inner if masked else self.hidden + inner + 2 * kv) * width
-        attention += 2 * inner * width + 4 * self.heads
-        # gate, its activation, up, their product.
+        # Inputs of q, k, v; rotated q, and k and v repeated for every head, as padded rows need; attention's output,
+        # its log-sum a head, and the output laid out anew.
+        attention = (self.hidden + 5 * inner) * width + 4 * self.heads
+        # Inputs of gate and up; gate, its activation, up, their product.
         return norms + attention + (self.hidden + 4 * self.intermediate) * width
 
     def forward_flops(self, tokens: float, context: float, scored: float) -> float:

@@ -7,16 +7,18 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl.kernels import chunked_logprob
+from trl.trainer import utils as trainer_utils
 from trl.trainer.utils import add_fused_lm_head
 
-from rex_rag.planning.memory import activation_bytes, gpu_memory, head_bytes
+from rex_rag.planning import memory
+from rex_rag.planning.memory import activation_bytes, gpu_memory, head_bytes, loss_bytes
 from rex_rag.planning.settings import Launch, Recipe
 from rex_rag.planning.shape import ModelShape
 
 SHAPE = ModelShape(
-    hidden=128, layers=4, heads=4, kv_heads=2, intermediate=512, vocabulary=20_000, is_tied=True, head_dim=32
+    hidden=128, layers=4, heads=4, kv_heads=2, intermediate=704, vocabulary=5_000, is_tied=True, head_dim=32
 )
-ROWS, LENGTH = 4, 192
+ROWS, LENGTH = 4, 384
 
 
 def make_model(dtype: torch.dtype) -> Qwen2ForCausalLM:
@@ -83,6 +85,12 @@ def test_weights_gradients_and_adamw_are_what_torch_holds():
         assert planned[name] == pytest.approx(size, rel=0.001), name
 
 
+def without_cpu_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's kernels fold a tile in place, and multiply into float32; here they are left out, so buffers remain."""
+    for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
+        monkeypatch.setattr(chunked_logprob, name, lambda *args, **kwargs: None)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_what_autograd_keeps(checkpointing: bool):
     model = make_model(torch.bfloat16)
@@ -93,10 +101,34 @@ def test_activations_are_what_autograd_keeps(checkpointing: bool):
     assert planned == pytest.approx(kept_for_backward(model), rel=0.06)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_peak_of_forward_and_backward_is_what_torch_allocates(checkpointing: bool, monkeypatch: pytest.MonkeyPatch):
+    """Tiles of few words, so that the peak is in the layers; GPU kernels as below."""
+    without_cpu_copies(monkeypatch)
+    monkeypatch.setattr(trainer_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 1000)
+    monkeypatch.setattr(memory, "TILE_WORDS", 1000)
+    model = make_model(torch.bfloat16)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    tracker = MemTracker()
+    tracker.track_external(model)
+    with tracker:
+        log_probs(model).sum().backward()
+    measured = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    recipe = Recipe(
+        dtype="bfloat16",
+        gradient_checkpointing=checkpointing,
+        per_device_train_batch_size=ROWS,
+        num_generations=ROWS,
+        num_probe_slots=0,
+        max_sequence_length=LENGTH,
+    )
+    states = 2 * SHAPE.parameters * 2  # weights and gradients
+    assert states + loss_bytes(recipe, SHAPE) == pytest.approx(measured, rel=0.15)
+
+
 def test_log_probs_take_a_tile_of_logits_and_the_heads_gradient(monkeypatch: pytest.MonkeyPatch):
-    """A GPU's kernels fold a tile in place, and multiply into float32; here they are left out, so buffers remain."""
-    for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
-        monkeypatch.setattr(chunked_logprob, name, lambda *args, **kwargs: None)
+    without_cpu_copies(monkeypatch)
     tokens = ROWS * LENGTH
     weight = torch.nn.Parameter(torch.zeros(SHAPE.vocabulary, SHAPE.hidden, dtype=torch.bfloat16))
     tracker = MemTracker()
