@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag import __version__
-from rex_rag.commands import ask, coverage, doctor, evaluate, pictures, recipe, report, retrieval, watch
+from rex_rag.commands import ask, coverage, doctor, evaluate, pictures, plan, recipe, report, retrieval, watch
 from rex_rag.commands.terminal import positive
 from rex_rag.support.errors import EXPECTED_ERROR, UserError, from_the_user, one_line
 from rex_rag.support.logs import start_logging
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, words = parser.parse_known_args(arguments)
     forwarded = options.command in _FORWARDED
-    if options.command in ("check", "doctor"):
+    if options.command in ("check", "doctor", "plan"):
         options.overrides = words
     elif options.command == "ask" and options.question is None and len(words) == 1 and words[0][:1] != "-":
         options.question = words[0]  # behind an option, where argparse no longer looks for it
@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     retrieval.add_search(commands)
     retrieval.add_bench(commands)
     recipe.add_recipe(commands)
+    plan.add_plan(commands)
     report.add_report(commands)
     report.add_compare(commands)
     doctor.add_doctor(commands)

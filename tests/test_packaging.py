@@ -84,7 +84,7 @@ LAYERS = (
     ("rollout",),
     ("agent", "probes", "correction"),
     ("evaluation",),
-    ("training", "visualization"),
+    ("training", "visualization", "planning"),
     ("quickstart", "commands"),
     ("cli", "train", "evaluate"),
 )
@@ -138,7 +138,7 @@ def test_modules_stay_readable_in_one_sitting(module: str):
 def light_modules() -> list[str]:
     names = ["rex_rag"]
     names += [f"rex_rag.{name}" for name in ("types", "answers", "agent", "probes.pool", "cli")]
-    light = ("protocols", "retrieval", "data", "tools", "rollout", "visualization")
+    light = ("protocols", "retrieval", "data", "tools", "rollout", "visualization", "planning")
     return names + [name for name in MODULES if part_of(name) in light]
 
 

@@ -10,6 +10,10 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from trl import TrlParser
 
+from rex_rag.cli import _parser
+from rex_rag.planning.memory import GIB
+from rex_rag.planning.plan import make_plan
+from rex_rag.planning.seconds import Assumptions
 from rex_rag.training.recipe import RECIPE_PARTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,10 +22,11 @@ OURS = ("quickstart", "hotpotqa_sample", "gemma-3-270m")
 METHODS = ("grpo", "rex_rag", "rex_rag_dapo")
 RECIPES = sorted(
     path.relative_to(ROOT).as_posix()
-    for folder in (*OURS, "Qwen2.5-3B", "Qwen2.5-7B")
+    for folder in (*OURS, *(f"Qwen2.5-{size}" for size in ("0.5B", "1.5B", "3B", "7B")))
     for path in (ROOT / "recipes" / folder).glob("*.yaml")
 )
-PAPER_RECIPES = [path for path in RECIPES if path.startswith("recipes/Qwen")]
+PAPER_RECIPES = [path for path in RECIPES if path.startswith(("recipes/Qwen2.5-3B", "recipes/Qwen2.5-7B"))]
+ONE_GPU_RECIPES = ["recipes/Qwen2.5-0.5B/rex_rag.yaml", "recipes/Qwen2.5-1.5B/rex_rag_lora.yaml"]
 HEADER_LAUNCH = re.compile(r"accelerate launch --config_file (\S+) -m (\S+) --config (\S+)")
 
 
@@ -53,6 +58,7 @@ def values(recipe: str) -> dict:
 
 def test_all_recipes_are_there():
     assert [
+        *ONE_GPU_RECIPES,
         *(
             f"recipes/Qwen2.5-{size}/{name}.yaml"
             for size in ("3B", "7B")
@@ -127,7 +133,7 @@ def test_header_shows_an_override_that_parses(recipe: str):
         assert found == [value] or str(found) == value
 
 
-@pytest.mark.parametrize("recipe", PAPER_RECIPES)
+@pytest.mark.parametrize("recipe", [*ONE_GPU_RECIPES, *PAPER_RECIPES])
 def test_every_number_has_its_source_beside_it(recipe: str):
     lines = (ROOT / recipe).read_text(encoding="utf-8").splitlines()
     numbers = [line for line in lines if re.match(r"\w+: [\d.]", line)]
@@ -209,6 +215,35 @@ def test_batch_arithmetic_gives_the_papers_steps_on_eight_gpus(recipe: str):
     assert 512 / updates == 256 and config.max_steps == 1005 * updates and int(saved) == 50 * updates
 
 
+@pytest.mark.parametrize("recipe", ONE_GPU_RECIPES)
+def test_planned_hours_and_overrides_of_the_header_hold(recipe: str):
+    """Its own plan, GRPO's override, and for the larger model the override under it."""
+    text = header(recipe)
+    [command] = re.findall(r"rex-rag (plan .+)", text)
+    options = _parser().parse_args(command.split())
+
+    def plan(*overrides: str):
+        given = Assumptions(queries_per_second=options.queries_per_second)
+        return make_plan(options.recipe, overrides, gpus=options.gpus, gpu=options.gpu, given=given)[0]
+
+    plans = [plan()]
+    if larger := re.search(r"The 3B model on one GPU:\n((?:--.+\n)+)", text):
+        flags = larger[1].split()
+        parse(recipe, *flags)
+        plans.append(plan(*(word for pair in pairs(flags) if pair[0] != "--output_dir" for word in pair)))
+    for one in plans:
+        assert one.fits
+        assert f"{one.step:.0f} s" in text and f"{one.hours:.1f} h" in text
+        assert f"{one.memory.peak / GIB:.1f}" in text
+    *_, config, _ = parse(recipe, *re.search(r"this recipe with\n?(.+\n--.+)", text)[1].split())
+    assert config.num_probe_slots == 0
+    assert config.generation_batch_size // config.num_generations == 64
+
+
+def pairs(flags: list[str]) -> list[tuple[str, str]]:
+    return list(zip(flags[::2], flags[1::2], strict=True))
+
+
 @pytest.mark.parametrize("size", ["3B", "7B"])
 def test_methods_differ_only_where_they_must(size: str):
     rex, grpo, dapo = (values(f"recipes/Qwen2.5-{size}/{name}.yaml") for name in ("rex_rag", "grpo", "rex_rag_dapo"))
@@ -240,6 +275,8 @@ def test_accelerate_config_loads(path: Path):
         ("ddp", "MULTI_GPU", 8, None),
         ("ddp_cpu", "MULTI_GPU", 2, None),
         ("zero2", "DEEPSPEED", 8, 2),
+        ("zero2_2nodes", "DEEPSPEED", 16, 2),
+        ("zero2_8nodes", "DEEPSPEED", 64, 2),
         ("zero3", "DEEPSPEED", 8, 3),
         ("zero3_cpu", "DEEPSPEED", 2, 3),
         ("fsdp2", "FSDP", 8, None),
@@ -248,7 +285,7 @@ def test_accelerate_config_loads(path: Path):
 def test_accelerate_config_is_what_its_name_says(name: str, kind: str, processes: int, stage: int | None):
     config = load_config_from_file(str(ACCELERATE / f"{name}.yaml"))
     assert config.distributed_type.value == kind
-    assert config.num_processes == processes
+    assert config.num_processes == processes and config.num_machines == max(1, processes // 8)
     assert config.deepspeed_config.get("zero_stage") == stage
     if kind == "FSDP":
         assert config.fsdp_config["fsdp_version"] == 2

@@ -9,7 +9,7 @@ What is changed with respect to GRPOTrainer, and why:
   would read what was retrieved. `environment_factory` runs TRL's own tool loop, which knows no budgets, no probes and
   no rows that a filter drops.
 - `_calculate_rewards`, `_generate_and_score_completions`: hooks before and behind; rows that are not `live` are left
-  out of the scoring passes and dropped behind them.
+  out of the scoring passes, which take the others by length, and dropped behind them.
 - `_get_per_token_logps_and_entropies`: `around_forward` puts a function around the parent's forward pass for the time
   of one call of the parent: while a batch is scored, and while a loss is computed, where the hook `before_loss` has to
   stand between the pass and the parent's reading of `old_per_token_logps` and `advantages`.
@@ -55,7 +55,7 @@ from rex_rag.training.checkpoints import (
     disk_errors_explained,
     put_in_place,
 )
-from rex_rag.training.trim import in_two_buckets, trimmed
+from rex_rag.training.trim import by_length, in_two_buckets, trimmed
 
 REFERENCE_ADAPTER = "ref"  # TRL's name for it
 
@@ -257,15 +257,30 @@ class GRPOSeams(GRPOTrainer):
             output = super()._generate_and_score_completions(inputs)
         return self.scored_batch(output)
 
-    def _score_live_rows(self, forward: Callable[..., tuple], model, input_ids, attention_mask, *args, **kwargs):
-        """Rows that are not live are not sent through the model; their log-probabilities are 0."""
-        live = self.live
-        if live is None:
-            return forward(model, input_ids, attention_mask, *args, **kwargs)
-        logps, entropies, aux_loss = forward(model, input_ids[live], attention_mask[live], *args, **kwargs)
+    def _score_live_rows(
+        self,
+        forward: Callable[..., tuple],
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        **others,
+    ):
+        """Rows that are not live are not sent through the model; their log-probabilities are 0.
+
+        More rows than a pass takes are scored in the order of their lengths, each pass without the others' padding.
+        """
+        live = slice(None) if self.live is None else self.live
+        ids, mask = input_ids[live], attention_mask[live]
+        if batch_size is None or len(ids) <= batch_size or any(value is not None for value in others.values()):
+            logps, *rest = forward(model, ids, mask, logits_to_keep, batch_size=batch_size, **others)
+        else:
+            logps = by_length(forward, model, ids, mask, logits_to_keep, batch_size, self.pad_to_multiple_of)
+            rest = None, None
         unpacked = logps.new_zeros(input_ids.size(0), logps.size(1))
         unpacked[live] = logps
-        return unpacked, entropies, aux_loss
+        return unpacked, *rest
 
     def log_probs(self, contexts: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]) -> list[list[float]]:
         """log pi_theta of ids behind contexts, row by row. A collective: processes score equally many rows."""

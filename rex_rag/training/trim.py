@@ -69,6 +69,38 @@ def in_two_buckets(
     return logps, entropies, None
 
 
+def by_length(
+    forward: Callable[..., tuple],
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    logits_to_keep: int,
+    batch_size: int,
+    multiple: int | None = None,
+) -> torch.Tensor:
+    """Log-probabilities of many rows, scored `batch_size` at once in the order of their lengths, each batch trimmed.
+
+    forward: TRL's `_get_per_token_logps_and_entropies`, which would pad every batch to the longest row of all. As many
+    passes as there, so that processes stay in step where passes are collective. Padding gets 0, as there.
+
+    Returns:
+        (B, logits_to_keep).
+    """
+    prompt = input_ids.size(1) - logits_to_keep
+    lengths = attention_mask.sum(dim=1)
+    output = None
+    for rows in lengths.argsort(stable=True).split(batch_size):
+        mask = attention_mask[rows]
+        kept = _rounded(_extent(mask[:, prompt:]), logits_to_keep, multiple)
+        start = prompt - _rounded(_extent(mask[:, :prompt].flip(1)), prompt, multiple)
+        place = slice(start, prompt + kept)
+        logps, _, _ = forward(model, input_ids[rows, place], mask[:, place], kept, batch_size=batch_size)
+        if output is None:
+            output = logps.new_zeros(len(input_ids), logits_to_keep)
+        output[rows, :kept] = logps
+    return output
+
+
 def _lengths(mask: torch.Tensor) -> torch.Tensor:
     """(B,) how many columns from the left hold all that each row has."""
     return (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).max(dim=1).values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rex_rag.training.trim import in_two_buckets, trimmed
+from rex_rag.training.trim import by_length, in_two_buckets, trimmed
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -69,3 +69,24 @@ def test_two_buckets_give_what_one_pass_gives():
     shapes.clear()
     in_two_buckets(forward, None, ids[:1], mask[:1], 6, compute_entropy=False)
     assert shapes == [(1, 9)]  # nothing to take apart
+
+
+def test_rows_by_length_get_what_one_pass_gives_each_batch_without_the_others_padding():
+    shapes = []
+
+    def forward(model, input_ids, attention_mask, logits_to_keep, batch_size):
+        shapes.append(tuple(input_ids.shape))
+        logps = (input_ids * 10 + input_ids.roll(1, dims=1))[:, -logits_to_keep:].float()
+        return logps * attention_mask[:, -logits_to_keep:], None, None
+
+    mask = torch.zeros(5, 9, dtype=torch.long)
+    for row, (prompt, length) in enumerate(((3, 2), (3, 6), (1, 1), (2, 2), (1, 1))):
+        mask[row, 3 - prompt : 3 + length] = 1
+    ids = (1 + torch.arange(45).view(5, 9)) * mask
+    logps = by_length(forward, None, ids, mask, 6, batch_size=2)
+    # Lengths 2 and 2, 4 and 5, 9: prompts of 1, 3 and 3 tokens, completions of 1, 2 and 6.
+    assert shapes == [(2, 2), (2, 5), (1, 9)]
+    assert torch.equal(logps, forward(None, ids, mask, 6, batch_size=5)[0])
+    shapes.clear()
+    by_length(forward, None, ids, mask, 6, batch_size=2, multiple=4)
+    assert shapes == [(2, 7), (2, 7), (1, 9)]  # a prompt's three columns are no multiple of four, and stay

@@ -1,0 +1,146 @@
+"""What the plan counts, against what torch really allocates and keeps, for a tiny Qwen2 on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from trl.kernels import chunked_logprob
+from trl.trainer import utils as trainer_utils
+from trl.trainer.utils import add_fused_lm_head
+
+from rex_rag.planning import memory
+from rex_rag.planning.memory import activation_bytes, gpu_memory, head_bytes, loss_bytes
+from rex_rag.planning.settings import Launch, Recipe
+from rex_rag.planning.shape import ModelShape
+
+SHAPE = ModelShape(
+    hidden=128, layers=4, heads=4, kv_heads=2, intermediate=704, vocabulary=5_000, is_tied=True, head_dim=32
+)
+ROWS, LENGTH = 4, 384
+
+
+def make_model(dtype: torch.dtype) -> Qwen2ForCausalLM:
+    config = Qwen2Config(
+        vocab_size=SHAPE.vocabulary,
+        hidden_size=SHAPE.hidden,
+        num_hidden_layers=SHAPE.layers,
+        num_attention_heads=SHAPE.heads,
+        num_key_value_heads=SHAPE.kv_heads,
+        intermediate_size=SHAPE.intermediate,
+        tie_word_embeddings=SHAPE.is_tied,
+        head_dim=SHAPE.head_dim,
+    )
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config).to(dtype).train()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    return model
+
+
+def log_probs(model: torch.nn.Module) -> torch.Tensor:
+    """As TRL asks for them: left-padded rows, every token labelled."""
+    ids = torch.randint(0, SHAPE.vocabulary, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    return model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs
+
+
+def kept_for_backward(model: torch.nn.Module) -> int:
+    """Bytes of storages that autograd keeps, parameters left out, each once."""
+    parameters = {value.untyped_storage().data_ptr() for value in model.parameters()}
+    sizes: dict[int, int] = {}
+    held = []  # alive, so that no address is used twice
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        held.append(value)
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        output = log_probs(model)
+    assert output.requires_grad
+    return sum(sizes.values())
+
+
+def test_parameters_of_the_tiny_model_are_counted_to_the_last_one():
+    assert sum(value.numel() for value in make_model(torch.float32).parameters()) == SHAPE.parameters
+
+
+def test_weights_gradients_and_adamw_are_what_torch_holds():
+    model = make_model(torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters())
+    log_probs(model).sum().backward()
+    optimizer.step()
+    measured = {
+        "weights": sum(value.nbytes for value in model.parameters()),
+        "gradients": sum(value.grad.nbytes for value in model.parameters()),
+        "optimiser": sum(part.nbytes for state in optimizer.state.values() for part in state.values()),
+    }
+    planned = gpu_memory(Recipe(), Launch(1, 1, "single", False, ""), SHAPE, 2**30).resident
+    for name, size in measured.items():
+        assert planned[name] == pytest.approx(size, rel=0.001), name
+
+
+def without_cpu_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's kernels fold a tile in place, and multiply into float32; here they are left out, so buffers remain."""
+    for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
+        monkeypatch.setattr(chunked_logprob, name, lambda *args, **kwargs: None)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_autograd_keeps(checkpointing: bool):
+    model = make_model(torch.bfloat16)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    recipe = Recipe(dtype="bfloat16", gradient_checkpointing=checkpointing)
+    planned, _ = activation_bytes(recipe, SHAPE, ROWS, LENGTH)
+    assert planned == pytest.approx(kept_for_backward(model), rel=0.06)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_peak_of_forward_and_backward_is_what_torch_allocates(checkpointing: bool, monkeypatch: pytest.MonkeyPatch):
+    """Tiles of few words, so that the peak is in the layers; GPU kernels as below."""
+    without_cpu_copies(monkeypatch)
+    monkeypatch.setattr(trainer_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 1000)
+    monkeypatch.setattr(memory, "TILE_WORDS", 1000)
+    model = make_model(torch.bfloat16)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    tracker = MemTracker()
+    tracker.track_external(model)
+    with tracker:
+        log_probs(model).sum().backward()
+    measured = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    recipe = Recipe(
+        dtype="bfloat16",
+        gradient_checkpointing=checkpointing,
+        per_device_train_batch_size=ROWS,
+        num_generations=ROWS,
+        num_probe_slots=0,
+        max_sequence_length=LENGTH,
+    )
+    states = 2 * SHAPE.parameters * 2  # weights and gradients
+    assert states + loss_bytes(recipe, SHAPE) == pytest.approx(measured, rel=0.15)
+
+
+def test_log_probs_take_a_tile_of_logits_and_the_heads_gradient(monkeypatch: pytest.MonkeyPatch):
+    without_cpu_copies(monkeypatch)
+    tokens = ROWS * LENGTH
+    weight = torch.nn.Parameter(torch.zeros(SHAPE.vocabulary, SHAPE.hidden, dtype=torch.bfloat16))
+    tracker = MemTracker()
+    tracker.track_external(weight)
+    with tracker:
+        hidden = torch.zeros(tokens, SHAPE.hidden, dtype=torch.bfloat16, requires_grad=True)
+        targets = torch.zeros(tokens, dtype=torch.long)
+        output = chunked_logprob.ChunkedLogProbFunction.apply(
+            hidden, weight, None, targets, 1.0, 32_768, None, 1.0, ("log_probs", "entropy")
+        )
+        output[0].sum().backward()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    measured = sum(size for part, size in peak.items() if part != "Total") - weight.nbytes
+    planned = head_bytes(Recipe(dtype="bfloat16"), SHAPE, tokens)
+    assert planned == pytest.approx(measured, rel=0.02)
