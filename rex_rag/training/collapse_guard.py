@@ -85,12 +85,7 @@ class CollapseGuard(TrainerCallback):
             return
         control.should_training_stop = True
         control.should_save = False
-        # Figures are of rollouts from before an update: the weights of the checkpoint before these are broken already.
-        updates = math.ceil(args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps)
-        before = self.figures.out_since - updates
-        if self._went_to is not None and self.figures.out_since - self._went_to <= RECENT:
-            before = min(before, self._went_to - FURTHER_BACK)  # it was not good, whatever its figures said
-        good = newest_whole(args.output_dir, before=before)
+        good = self._last_good(args)
         if self.mode == "rollback" and good is not None and self.rollbacks < MOST_ROLLBACKS:
             self.rollbacks += 1
             self._scale_wanted *= LEARNING_RATE_FACTOR
@@ -103,3 +98,14 @@ class CollapseGuard(TrainerCallback):
             f"{what}. Stopped{tried}; {named}. Start from it (model_name_or_path) with a lower learning_rate, or with "
             "llds_weight 0.1"
         )
+
+    def _last_good(self, args: Any) -> Path | None:
+        """The newest whole checkpoint from before the breach; further back where a rollback did not help."""
+        # Figures are of rollouts from before an update: the weights of the checkpoint before these are broken already.
+        updates = math.ceil(args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps)
+        before = self.figures.out_since - updates
+        if self._went_to is None or self.figures.out_since - self._went_to > RECENT:
+            return newest_whole(args.output_dir, before=before)
+        further = newest_whole(args.output_dir, before=min(before, self._went_to - FURTHER_BACK))
+        # With none there, the same one again, at a still lower rate.
+        return further or newest_whole(args.output_dir, before=min(before, self._went_to + 1))

@@ -130,9 +130,9 @@ def test_rollback_goes_on_from_before_with_a_lower_learning_rate(policy, tmp_pat
     assert [rates[step] for step in (2, 3, 5, 6, 9)] == pytest.approx([2e-3, 6e-4, 6e-4, 1.8e-4, 1.8e-4])
 
 
-@pytest.mark.parametrize(("before", "said"), [(0, "after 1 rollback; .* holds no"), (3, "after 3 rollbacks; .*-2\\b")])
-def test_where_going_back_does_not_help_it_stops(policy, tmp_path, before, said):
-    """The first rollback goes to checkpoint-2; nothing lies far enough before it for a second one."""
+@pytest.mark.parametrize("before", [0, 3])
+def test_where_going_back_does_not_help_it_stops(policy, tmp_path, before):
+    """The first rollback goes to checkpoint-2, and so do the others, as nothing lies far enough before it."""
     trainer = make(policy, tmp_path / "out", "rollback")
     guard = trainer.collapse_guard
     guard.rollbacks = before
@@ -143,9 +143,9 @@ def test_where_going_back_does_not_help_it_stops(policy, tmp_path, before, said)
             return type(guard).on_log(guard, args, state, control, logs=logs, **kwargs)
 
     guard.on_log = log
-    with pytest.raises(Collapsed, match=said):
+    with pytest.raises(Collapsed, match=r"after 3 rollbacks; .*-2\b"):
         trainer.train()
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 * (1 if before else 0.3))
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 * (1 if before else 0.3**3))
 
 
 @pytest.mark.parametrize(
