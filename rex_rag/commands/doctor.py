@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.support.errors import UserError, one_line
+from rex_rag.support.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,7 +98,8 @@ def examine_all(words: list[str], report: Report, *, dry_run: bool) -> None:
     from rex_rag.training.preflight import examine, read_settings
 
     _versions(report)
-    found = report.tried("recipe", lambda: examine(read_settings(words)))
+    settings = report.tried("recipe", lambda: read_settings(words))
+    found = None if settings is None else report.tried("recipe", lambda: examine(settings))
     if found is None:
         return
     for name, problems in (("settings", found.settings), ("machine", found.here), ("retriever", found.waiting)):
@@ -108,6 +110,8 @@ def examine_all(words: list[str], report: Report, *, dry_run: bool) -> None:
         return
     report.ok("settings", "every key is known and every value goes with the others")
     questions, _, retriever, config, model = parts
+    if not settings.get("use_cpu"):
+        report.tried("memory", lambda: _memory(report, words))
     report.tried("disk", lambda: _disk(report, config, model))
     tokenizer = report.tried("tokenizer", lambda: _tokenizer(report, config, model))
     report.tried("questions", lambda: _questions(report, questions))
@@ -156,6 +160,36 @@ def _versions(report: Report) -> None:
     else:
         shown = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl"))
         report.ok("versions", shown)
+
+
+def _memory(report: Report, words: list[str]) -> None:
+    """Whether the plan fits the GPUs that are here, with the recipe's batch shared among them."""
+    from rex_rag.planning.memory import GIB
+    from rex_rag.planning.plan import made_to_fit, make_plan
+
+    sizes = _gpu_sizes()
+    if not sizes:
+        report.left_out("memory", "no GPU here; `rex-rag plan RECIPE --gpus N --memory G` says what a run takes")
+        return
+    try:
+        plan, _ = make_plan(words[1], words[2:], gpus=len(sizes), memory=min(sizes) // GIB)
+    except UserError as error:
+        report.left_out("memory", f"no plan: {error}")
+        return
+    said = f"{plan.memory.peak / GIB:.1f} of {plan.gpu.memory} GiB planned on each of {counted(len(sizes), 'GPU')}"
+    if plan.fits:
+        report.ok("memory", said)
+        return
+    other = made_to_fit(plan)
+    way_out = f"{other.flags(plan)} fits" if other else "no setting here makes it fit"
+    report.problem("memory", f"{said}; {way_out}; see rex-rag plan")
+
+
+def _gpu_sizes() -> list[int]:
+    """Bytes of each GPU that this process sees."""
+    import torch
+
+    return [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
 
 
 def _disk(report: Report, config: REXRAGConfig, model: Any) -> None:

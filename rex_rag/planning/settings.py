@@ -13,6 +13,7 @@ import yaml
 from rex_rag.support.errors import UserError
 from rex_rag.support.recipes import recipe_path
 from rex_rag.support.wording import describe_unknown
+from rex_rag.training.preflight import read_settings, recipe_keys
 
 _LAUNCH = re.compile(r"--config_file (\S+)")
 _KINDS = {"NO": "single", "MULTI_GPU": "ddp", "FSDP": "fsdp"}
@@ -140,23 +141,22 @@ def read_recipe(
         Recipe, launch and what is to be said of either.
 
     Raises:
-        UserError: for an override that is not read here, and for batches that cannot be shared so.
+        UserError: for a key that is none, and for batches that cannot be shared so.
     """
     path = recipe_path(name)
-    text = path.read_text(encoding="utf-8")
-    content = yaml.safe_load(text)
-    if not isinstance(content, dict) or "model_name_or_path" not in content:
+    settings, given = read_settings(["--config", str(path), *overrides]), read_settings(overrides)
+    if unknown := [key for key in settings if key not in (allowed := recipe_keys())]:
+        raise UserError(describe_unknown(unknown, sorted(allowed)))
+    if "model_name_or_path" not in settings:
         raise UserError(f"{path} is no training recipe: it has no model_name_or_path; `rex-rag recipe` lists some")
     known = [entry.name for entry in fields(Recipe)]
-    given = dict(_pairs(overrides))
-    if unknown := [key for key in given if key not in known]:
-        raise UserError(f"{describe_unknown(unknown, known)} (`rex-rag check` takes every setting of training)")
-    recipe = Recipe(**{key: value for key, value in (content | given).items() if key in known})
+    recipe = Recipe(**{key: settings[key] for key in known if settings.get(key) is not None})
+    text = path.read_text(encoding="utf-8")
     header = _LAUNCH.search(text)
     file = accelerate or ("recipes/accelerate_configs/single_gpu.yaml" if gpus == 1 or not header else header[1])
     processes = yaml.safe_load(recipe_path(header[1]).read_text())["num_processes"] if header else 1
     launch = _launch(file, gpus, nodes)
-    said = [f"not counted, though the recipe sets it: {key}" for key in _NOT_COUNTED if key in content]
+    said = [f"not counted, though the recipe sets it: {key}" for key in _NOT_COUNTED if key in settings]
     if gpus != processes and "steps_per_generation" not in given:
         scaled = {
             key: getattr(recipe, key) * processes / gpus
@@ -192,10 +192,3 @@ def _launch(file: str, gpus: int, nodes: int) -> Launch:
             "recipes/accelerate_configs/zero2.yaml, and a number of GPUs that the nodes share evenly"
         )
     return Launch(gpus, nodes, sharding, deepspeed.get("offload_optimizer_device", "none") != "none", str(file))
-
-
-def _pairs(words: Sequence[str]) -> list[tuple[str, Any]]:
-    names, values = words[::2], words[1::2]
-    if len(names) != len(values) or any(name[:2] != "--" for name in names):
-        raise UserError(f"overrides are pairs `--key value`, but here stand {' '.join(words)!r}")
-    return [(name[2:], yaml.safe_load(value)) for name, value in zip(names, values, strict=True)]

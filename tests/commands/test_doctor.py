@@ -53,6 +53,13 @@ def test_wrong_settings_and_a_server_that_is_down(recipe, capsys):
     assert "first mend retriever" in found["left", "out"]
 
 
+@pytest.mark.parametrize(("gibibytes", "mark"), [(1, "PROBLEM"), (8, "ok")])
+def test_the_plan_is_held_against_the_gpus_that_are_here(recipe, capsys, monkeypatch, gibibytes, mark):
+    monkeypatch.setattr(doctor, "_gpu_sizes", lambda: [gibibytes * 2**30])
+    _, found = examined(capsys, recipe(use_cpu=False), "--no_dry_run")
+    assert f"of {gibibytes} GiB planned on each of 1 GPU" in found[mark, "memory"]
+
+
 @pytest.mark.slow
 def test_two_steps_of_a_stand_in_are_trained(recipe, capsys):
     code, found = examined(capsys, recipe())
