@@ -89,13 +89,12 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _health(rows: Sequence[Mapping[str, Any]]) -> str:
     from rex_rag.training.health_figures import Figures
 
-    figures, out = Figures(), {}
+    figures = Figures()
     for row in rows:
-        out = figures.add(row["step"], row)
-    if not out:
+        figures.add(row["step"], row)
+    if not figures.out:
         return "health: all figures within bounds"
-    named = ", ".join(f"{name} {value:.3g} (was {reference:.3g})" for name, (value, reference) in out.items())
-    return f"health: OUT OF BOUNDS since step {figures.out_since}: {named}"
+    return f"health: OUT OF BOUNDS since step {figures.out_since}: {figures}"
 
 
 def _evaluations(rows: Sequence[Mapping[str, Any]]) -> list[str]:

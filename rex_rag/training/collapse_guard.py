@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from rex_rag.support.errors import RunEnded
 from rex_rag.support.wording import counted
 from rex_rag.training.checkpoints import newest_whole, step_of
-from rex_rag.training.health_figures import PATIENCE, RECENT, Figures
+from rex_rag.training.health_figures import RECENT, Figures
 
 logger = get_logger(__name__)
 
@@ -28,7 +28,7 @@ class Collapsed(RunEnded):
 
 
 class CollapseGuard(TrainerCallback):
-    """Watches what is logged, and acts when a figure has been out of bounds for `PATIENCE` logs in a row.
+    """Watches what is logged, and acts when a figure has been out of bounds in `PATIENCE` of its logs in a row.
 
     Args:
         mode: `"warn"` says so once; `"stop"` ends the run; `"rollback"` ends it too, and leaves in `go_back_to` the
@@ -71,12 +71,10 @@ class CollapseGuard(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if self.mode == "off" or "loss" not in (logs or {}):
             return
-        out = self.figures.add(state.global_step, logs)
-        if not self._max_over_ranks(int(self.figures.out_count == PATIENCE)):
+        if not self._max_over_ranks(int(self.figures.add(state.global_step, logs))):
             return
         what = (
-            f"step {state.global_step}: the policy seems to break, since step {self.figures.out_since}: "
-            + ", ".join(f"{name} {value:.3g} (was {reference:.3g})" for name, (value, reference) in out.items())
+            f"step {state.global_step}: the policy seems to break, since step {self.figures.out_since}: {self.figures}"
         )
         if self.mode == "warn":
             logger.warning(

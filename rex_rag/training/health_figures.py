@@ -12,7 +12,7 @@ from typing import Any
 
 from rex_rag.support.numbers import is_number
 
-PATIENCE = 3  # logs in a row with a figure out of bounds
+PATIENCE = 3  # logs of a figure in a row, out of bounds
 FIRST = 5  # logs whose median tells what a run began with
 RECENT = 20  # logs whose median tells what it has been like lately
 
@@ -38,33 +38,56 @@ BOUNDS = {
 }
 
 
+@dataclass(frozen=True)
+class Out:
+    """A figure out of bounds: its last value, what it was seen from, since which step, in how many of its logs."""
+
+    value: float
+    reference: float
+    since: int
+    logs: int
+
+
 @dataclass
 class Figures:
-    """The figures of a run's logs, and since when one of them is out of bounds. Knows no trainer and no files.
+    """The figures of a run's logs, and which of them are out of bounds.
 
-    first, recent: name -> values of logs within bounds, the earliest and the latest. out_since: the step of the first
-    log of those in a row that are out of bounds; out_count: how many they are.
+    A figure of rollouts is in the first log of a generation alone, and stays what it was through the others.
+    first, recent: name -> values within bounds, the earliest and the latest.
     """
 
     first: dict[str, list[float]] = field(default_factory=dict)
     recent: dict[str, list[float]] = field(default_factory=dict)
-    out_since: int | None = None
-    out_count: int = 0
+    out: dict[str, Out] = field(default_factory=dict)
+    _told: bool = False
 
-    def add(self, step: int, logs: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-        """Take a log in; returns (value, reference) of every figure out of bounds."""
-        values = {name: float(logs[name]) for name in BOUNDS if is_number(logs.get(name))}
-        out = {}
-        for name, value in values.items():
-            known = (self.recent if BOUNDS[name].lately else self.first).get(name)
-            if known and BOUNDS[name].is_out(value, median(known)):
-                out[name] = (value, median(known))
-        if out:
-            self.out_since = step if self.out_since is None else self.out_since
-            self.out_count += 1
-            return out
-        self.out_since, self.out_count = None, 0
-        for name, value in values.items():
+    def add(self, step: int, logs: Mapping[str, Any]) -> bool:
+        """Take a log in; returns whether a figure has been out of bounds in `PATIENCE` of its logs in a row.
+
+        That is told once, until all are within bounds again.
+        """
+        for name, bound in BOUNDS.items():
+            if not is_number(logs.get(name)):
+                continue
+            value = float(logs[name])
+            known = (self.recent if bound.lately else self.first).get(name)
+            if known and bound.is_out(value, median(known)):
+                before = self.out.get(name)
+                since, count = (before.since, before.logs) if before else (step, 0)
+                self.out[name] = Out(value, median(known), since, count + 1)
+                continue
+            self.out.pop(name, None)
             self.first[name] = [*self.first.get(name, []), value][:FIRST]
             self.recent[name] = [*self.recent.get(name, []), value][-RECENT:]
-        return out
+        breaks = any(out.logs >= PATIENCE for out in self.out.values())
+        told, self._told = self._told, breaks or (self._told and bool(self.out))
+        return breaks and not told
+
+    @property
+    def out_since(self) -> int | None:
+        """The step since which some figure has been out of bounds."""
+        return min((out.since for out in self.out.values()), default=None)
+
+    def __str__(self) -> str:
+        """What is out of bounds, and what it was."""
+        return ", ".join(f"{name} {out.value:.3g} (was {out.reference:.3g})" for name, out in self.out.items())

@@ -11,7 +11,7 @@ from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.support.errors import UserError
 from rex_rag.training.checkpoints import checkpoints
 from rex_rag.training.collapse_guard import Collapsed
-from rex_rag.training.health_figures import BOUNDS, Figures
+from rex_rag.training.health_figures import BOUNDS, Figures, Out
 from rex_rag.training.metrics import is_garbled, is_repetitive
 from rex_rag.training.run_settings import changed_settings
 from rex_rag.types import Segment, SegmentKind, Trajectory
@@ -28,28 +28,42 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BOUNDS)
 def test_each_figure_breaks_by_itself_and_a_missing_one_does_not(name):
-    figures = Figures()
+    figures, broken = Figures(), HEALTHY | {name: BROKEN[name]}
     for step in range(1, 4):
-        assert figures.add(step, HEALTHY) == {}
-    assert figures.add(4, {}) == {} and figures.add(5, {name: float("nan")}) == {}
-    assert figures.add(6, HEALTHY | {name: BROKEN[name]}) == {name: (BROKEN[name], HEALTHY[name])}
-    assert (figures.out_since, figures.out_count) == (6, 1)
-    figures.add(7, HEALTHY | {name: BROKEN[name]})
-    assert (figures.out_since, figures.out_count) == (6, 2)
-    figures.add(8, HEALTHY)
-    assert (figures.out_since, figures.out_count) == (None, 0)
+        figures.add(step, HEALTHY)
+    figures.add(4, {})
+    figures.add(5, {name: float("nan")})
+    assert figures.out == {} and figures.out_since is None
+    assert [figures.add(step, broken) for step in (6, 7)] == [False, False]
+    assert figures.out == {name: Out(BROKEN[name], HEALTHY[name], since=6, logs=2)} and figures.out_since == 6
+    assert not figures.add(8, HEALTHY) and figures.out == {}
+    # Told once, and once again after all was well.
+    assert [figures.add(step, broken) for step in range(9, 14)] == [False, False, True, False, False]
+    assert [figures.add(step, one) for step, one in enumerate([HEALTHY, *[broken] * 3], 14)] == [False] * 3 + [True]
+
+
+def test_figures_of_rollouts_stand_through_the_updates_of_a_generation():
+    """Four updates a generation: three generations out of bounds, though nine logs between say nothing of it."""
+    figures, update = Figures(), {"kl/policy": 0.1}
+    for step in range(1, 9):
+        figures.add(step, HEALTHY if step % 4 == 1 else update)
+    told = [figures.add(step, BROKEN | update if step % 4 == 1 else update) for step in range(9, 21)]
+    assert told.index(True) == 8 and sum(told) == 1 and figures.out_since == 9  # in the log of step 17
 
 
 def test_a_policy_that_was_bad_at_the_start_is_not_broken():
     base = HEALTHY | {"unanswered/rate": 0.9, "invalid_actions/mean": 3.0, "repetitive/rate": 0.6, "entropy": 3.0}
     figures = Figures()
-    assert all(figures.add(step, base) == {} for step in range(10))
+    assert not any(figures.add(step, base) for step in range(10)) and not figures.out
 
 
 def test_lengths_may_grow_over_a_run_and_not_at_once():
     figures = Figures()
-    assert all(figures.add(step, {"completions/mean_length": 100.0 * 1.02**step}) == {} for step in range(150))
-    assert figures.add(150, {"completions/mean_length": 100.0 * 1.02**150 * 5}) != {}
+    for step in range(150):
+        figures.add(step, {"completions/mean_length": 100.0 * 1.02**step})
+        assert not figures.out
+    figures.add(150, {"completions/mean_length": 100.0 * 1.02**150 * 5})
+    assert figures.out
 
 
 def written(*texts, ids=None):
