@@ -17,6 +17,7 @@ from rex_rag import __version__
 from rex_rag.commands import ask, coverage, doctor, evaluate, pictures, plan, recipe, report, retrieval, watch
 from rex_rag.commands.terminal import positive
 from rex_rag.support.errors import EXPECTED_ERROR, UserError, from_the_user, one_line
+from rex_rag.support.hub import bound_hub_requests
 from rex_rag.support.logs import start_logging
 from rex_rag.support.recipes import recipe_path
 from rex_rag.support.wording import counted
@@ -34,6 +35,8 @@ _FORWARDED = {
     "coverage": (coverage.coverage, "how many gold answers a corpus and a retriever hold"),
 }
 
+_OPENING_MODELS = ("ask", "bench", "doctor", "reliability", "search")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0, 2 for errors a user can mend (one line on stderr), or its own."""
@@ -47,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif words and not forwarded:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     start_logging()
+    if forwarded or options.command in _OPENING_MODELS:
+        bound_hub_requests()
     try:
         code = None
         if forwarded:

@@ -61,7 +61,7 @@ class Report:
         try:
             return examine()
         except Exception as error:
-            said = one_line(error) or f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            said = " ".join((one_line(error) or f"{type(error).__name__}: {error}").split())[:400]
             self.problem(name, said)
             return None
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rex_rag.commands.sections import parse_section
 from rex_rag.support.errors import UserError, refuse
+from rex_rag.support.hub import bound_hub_requests
 from rex_rag.support.logs import start_logging
 from rex_rag.support.wording import counted
 
@@ -38,6 +39,7 @@ def main() -> int:
     """Evaluate as this process's command line says; returns the exit code: 0, 2 for errors a user can mend, 130 after
     Ctrl-C."""
     start_logging()
+    bound_hub_requests()
     try:
         evaluate(sys.argv[1:])
     except KeyboardInterrupt:

@@ -28,12 +28,13 @@ from rex_rag.models.identity import holds_weights
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.load import load_retriever
 from rex_rag.support.errors import from_the_user, refuse
+from rex_rag.support.hub import bound_hub_requests
 from rex_rag.support.logs import start_logging
 from rex_rag.support.recipes import with_recipe_path
 from rex_rag.training.checkpoints import find_checkpoint, finished_at
 from rex_rag.training.config import REXRAGConfig
 from rex_rag.training.progress_line import ProgressLine
-from rex_rag.training.push import bound_hub_requests, push
+from rex_rag.training.push import push
 from rex_rag.training.recipe import RECIPE_PARTS
 from rex_rag.training.run_folder import check_folder, clear_folder, held
 from rex_rag.training.run_settings import changed_settings, recorded_settings, run_settings
@@ -44,6 +45,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Train as a command line says, this process's by default; returns the exit code: 0, or 2 for errors a user can
     mend."""
     start_logging()
+    bound_hub_requests()
     with ExitStack() as held_folder:
         try:
             trainer, checkpoint = prepare(sys.argv[1:] if words is None else words, held_folder)
@@ -109,8 +111,6 @@ def prepare(words: Sequence[str], held_folder: ExitStack) -> tuple[REXRAGTrainer
     name = model.model_name_or_path
     check_model(name, model.model_revision)
     checkpoint = find_checkpoint(config.resume_from_checkpoint, config.output_dir)
-    if config.push_to_hub:
-        bound_hub_requests()
     if checkpoint is not None:
         refuse_finished(config, checkpoint)
     held_folder.enter_context(held(config.output_dir, here=config.process_index == 0))

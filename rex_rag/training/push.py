@@ -1,4 +1,4 @@
-"""Uploads of a trained model that end, one way or the other: bounded requests, further attempts, a line at the end."""
+"""Uploads of a trained model that end, one way or the other: further attempts, and a line at the end."""
 
 from __future__ import annotations
 
@@ -13,19 +13,10 @@ from rex_rag.support.errors import RunEnded
 logger = get_logger(__name__)
 
 PAUSES = (5.0, 30.0)  # seconds before a further attempt
-_CONNECT_SECONDS, _SILENT_SECONDS = 10.0, 120.0
 
 
 class NotPushed(RunEnded):
     """The Hub did not take the model; it is whole on disk, and the message says how to push it later."""
-
-
-def bound_hub_requests() -> None:
-    """Let no request to the Hub wait for ever: huggingface_hub sets no limit by itself."""
-    import httpx
-    from huggingface_hub import get_session
-
-    get_session().timeout = httpx.Timeout(_SILENT_SECONDS, connect=_CONNECT_SECONDS)
 
 
 def push(upload: Callable[[], object], folder: str, repository: str, pauses: tuple[float, ...] = PAUSES) -> None:

@@ -20,14 +20,15 @@ from pathlib import Path
 import rex_rag.training.push as pushing
 pushing.PAUSES = (0.1, 0.1)
 pushing.push.__defaults__ = ((0.1, 0.1),)
-pushing._SILENT_SECONDS = 1.0
+from rex_rag.support import hub
+hub._SILENT_SECONDS = 1.0
 from parts import PASSAGES
 from tiny_training import save_tiny_policy, tiny_trainer
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.support.errors import RunEnded, refuse
 from rex_rag.training.launch import run
 folder, token = Path(sys.argv[1]), sys.argv[2]
-pushing.bound_hub_requests()
+hub.bound_hub_requests()
 trainer = tiny_trainer(
     save_tiny_policy(folder / "tiny"), folder / "out", BM25Retriever(PASSAGES), max_steps=1, save_strategy="no",
     per_device_train_batch_size=18, max_turns=1, retrieval_top_k=1, num_probe_slots=0, push_to_hub=True,
