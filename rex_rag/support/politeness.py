@@ -32,6 +32,11 @@ def pause(attempt: int, backoff: float, longest: float) -> float:
     return min(longest, backoff * 2 ** min(attempt - 1, 60)) * _jitter.uniform(0.5, 1.0)
 
 
+def longest_wait(attempts: int, backoff: float, longest: float) -> float:
+    """Seconds that so many attempts wait for each other at most, without what they take themselves."""
+    return sum(min(longest, backoff * 2 ** min(attempt - 1, 60)) for attempt in range(1, attempts))
+
+
 def retry_after(headers: Mapping[str, str], longest: float) -> float:
     """Seconds that an HTTP answer asks to be spared, 0 to `longest`; it may name a number or a date."""
     value = headers.get("retry-after", "").strip()

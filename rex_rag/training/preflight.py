@@ -28,6 +28,7 @@ from rex_rag.models.files import HUB_NAME, check_model
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.load import RetrieverArguments
 from rex_rag.support.errors import EXPECTED_ERROR, one_line
+from rex_rag.support.politeness import longest_wait
 from rex_rag.support.recipes import with_recipe_path
 from rex_rag.support.wording import describe_unknown
 
@@ -226,7 +227,15 @@ def _examine_retriever(retriever: RetrieverArguments, found: Findings) -> None:
             port = place.port or (443 if place.scheme == "https" else 80)
             socket.create_connection((place.hostname, port), timeout=_SECONDS).close()
         except OSError as error:
-            found.waiting.append(f"the retriever at {url} does not answer ({error.strerror or error})")
+            from rex_rag.retrieval.remote.client import DEFAULT_BACKOFF_SECONDS
+            from rex_rag.retrieval.remote.servers import MAX_BACKOFF_SECONDS
+
+            attempts = retriever.retriever_max_attempts
+            seconds = longest_wait(attempts, DEFAULT_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS)
+            found.waiting.append(
+                f"the retriever at {url} does not answer ({error.strerror or error}); a run waits for it, for "
+                f"{seconds:.0f} s at most (retriever_max_attempts {attempts})"
+            )
 
 
 def _is_there(path: str) -> bool:
@@ -245,7 +254,7 @@ def refuse_at_once(words: Sequence[str]) -> int:
     found = _tried(problems, lambda: examine(read_settings(words))) or Findings(problems)
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     for line in found.waiting if speaks else []:
-        sys.stderr.write(f"{line}; it may be starting, so training waits for it at first, some minutes at most\n")
+        sys.stderr.write(f"{line}\n")
     problems = found.settings + found.here
     if not problems:
         return 0

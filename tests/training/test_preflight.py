@@ -66,7 +66,7 @@ def test_settings_of_the_recipes_are_right(recipe):
         ({"eval_benchmarks": ["mine=none.jsonl"]}, "here", "none.jsonl, which is no file"),
         ({"retriever": "./none", "corpus": None}, "here", "no such directory"),
         ({"use_cpu": False}, "here", "no GPU"),
-        ({"retriever": "http://127.0.0.1:9", "corpus": None}, "waiting", "http://127.0.0.1:9 does not answer"),
+        ({"retriever": "http://127.0.0.1:9", "corpus": None}, "waiting", "a run waits for it, for 362 s at most"),
     ],
 )
 def test_what_is_amiss_is_named(good, change, where, named, monkeypatch):
