@@ -170,7 +170,7 @@ def _examine_trackers(report_to: str | Sequence[str] | None, found: Findings) ->
     names = [report_to] if isinstance(report_to, str) else report_to or []
     for name in names if list(names) != ["none"] else []:
         if name not in _TRACKERS and name not in (known := _all_trackers()):
-            reason = "which is whatever happens to be installed" if name == "all" else "which is none"
+            reason = "which is whatever happens to be installed" if name == "all" else "which is no tracker"
             found.settings.append(
                 f"report_to names {name!r}, {reason}; name {', '.join(_TRACKERS)}, none, or another that transformers "
                 f"takes ({', '.join(sorted(known - set(_TRACKERS)))})"

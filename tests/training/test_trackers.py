@@ -32,7 +32,7 @@ def test_a_run_can_be_read_back_and_goes_on_as_one(make, tmp_path, request, monk
     first = make(max_steps=2, save_strategy="steps", save_steps=2)
     first.train()
     make(max_steps=3).train(resume_from_checkpoint=str(tmp_path / "my-run" / "checkpoint-2"))
-    assert not asked  # no login, no Hub, no server
+    assert not asked  # no server; the Hub neither, with HF_HUB_OFFLINE=1
     [run] = trackio.Api().runs(request.node.name)
     assert run.name == "my-run"
     logs = SQLiteStorage.get_logs(request.node.name, "my-run")
@@ -56,7 +56,7 @@ def test_starting_anew_under_the_same_name_is_another_run(make, request):
     assert [run.name for run in trackio.Api().runs(request.node.name)] == ["my-run", "my-run"]
 
 
-@pytest.mark.parametrize("failing", ["init", "log", "Table", "finish"])
+@pytest.mark.parametrize("failing", ["init", "log", "finish"])
 def test_a_tracker_that_fails_does_not_end_a_run(make, monkeypatch, caplog, failing):
     calls = []
 
