@@ -84,7 +84,8 @@ LAYERS = (
     ("rollout",),
     ("agent", "probes", "correction"),
     ("evaluation",),
-    ("training", "visualization", "planning"),
+    ("training", "visualization"),
+    ("planning",),
     ("quickstart", "commands"),
     ("cli", "train", "evaluate"),
 )

@@ -158,6 +158,8 @@ class REXRAGConfig(GRPOConfig):
     > - `beta`: Defaults to `0.001` instead of `0.0` (paper section 4.1).
     > - `use_bias_correction_kl`: Defaults to `False` instead of `True` (the plain k3 estimator, as in the paper).
     > - `per_device_train_batch_size`: Defaults to `10`, one question a micro-batch.
+    > - `run_name`: Defaults to the last part of `output_dir`, so that a tracker's run goes on where training does.
+    > - `trackio_static_space_id`: Defaults to `False` instead of `None`: nothing is published unasked.
     """
 
     num_generations: int | None = field(
@@ -289,6 +291,8 @@ class REXRAGConfig(GRPOConfig):
         if self.max_completion_length is None:
             self.max_completion_length = self.max_sequence_length
         super().__post_init__()
+        self.run_name = self.run_name or Path(self.output_dir).resolve().name
+        self.trackio_static_space_id = self.trackio_static_space_id or False
         self._refuse(data_loading_problems(self))
         self._refuse_split_groups()
         self._prepare_generation()

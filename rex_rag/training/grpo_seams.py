@@ -1,4 +1,4 @@
-"""TRL's and Trainer's private names: every override and every read of them, in one class.
+"""TRL's and Trainer's private names: every override and read of them, in one class; trackers' are in `trackers`.
 
 Read with trl 1.16 and transformers 5.17.
 

@@ -43,6 +43,11 @@ _DECLARED = (
 _LIGHT = (QuestionArguments, EvaluationSetArguments, RetrieverArguments)
 _TEXT_FILES = ("prompt_template", "feedback_text", "exploration_prompts")
 _GPU_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+# Trackers with an extra of this package, and the modules of which one is enough.
+_TRACKERS = {
+    **{"trackio": ("trackio",), "wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")},
+    "mlflow": ("mlflow",),
+}
 _SECONDS = 3.0  # for a server or the Hub to answer
 
 
@@ -119,6 +124,7 @@ def examine(settings: Mapping[str, Any]) -> Findings:
         own = {one.name: settings[one.name] for one in fields(part) if settings.get(one.name) is not None}
         made[part] = _tried(found.settings, lambda part=part, own=own: part(**own))
     found.here += _model_problems(settings)
+    _examine_trackers(settings.get("report_to"), found)
     for name in _TEXT_FILES:
         if isinstance(settings.get(name), str) and not Path(settings[name]).is_file():
             found.settings.append(f"{name} is {settings[name]!r}, which is not a file here ({Path.cwd()})")
@@ -159,6 +165,28 @@ def _model_problems(settings: Mapping[str, Any]) -> Iterator[str]:
         yield from problems
     elif problem := _hub_problem(name, settings.get("model_revision")):
         yield f"model_name_or_path is {name!r}, and there is no such folder here ({Path.cwd()}); {problem}"
+
+
+def _examine_trackers(report_to: str | Sequence[str] | None, found: Findings) -> None:
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    for name in names if list(names) != ["none"] else []:
+        if name not in _TRACKERS and name not in (known := _all_trackers()):
+            reason = "which is whatever happens to be installed" if name == "all" else "which is no tracker"
+            found.settings.append(
+                f"report_to names {name!r}, {reason}; name {', '.join(_TRACKERS)}, none, or another that transformers "
+                f"takes ({', '.join(sorted(known - set(_TRACKERS)))})"
+            )
+        elif name in _TRACKERS and not any(map(importlib.util.find_spec, _TRACKERS[name])):
+            found.here.append(f"report_to names {name!r}, which is not installed: pip install 'rex-rag[{name}]'")
+
+
+def _all_trackers() -> set[str]:
+    """Every name that transformers takes, read from where it lists them."""
+    [root] = importlib.util.find_spec("transformers").submodule_search_locations
+    tree = ast.parse(Path(root, "integrations", "integration_utils.py").read_text(encoding="utf-8"))
+    tables = (node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict))
+    table = next(node for node in tables if ast.unparse(node.targets[0]) == "INTEGRATION_TO_CALLBACK")
+    return {key.value for key in table.value.keys}
 
 
 def _hub_problem(name: str, revision: str | None) -> str | None:

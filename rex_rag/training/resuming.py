@@ -15,6 +15,7 @@ from rex_rag.training.grpo_seams import GRPOSeams
 from rex_rag.training.interruption import StopOnSignal
 from rex_rag.training.run_log import RunLog
 from rex_rag.training.run_settings import changed_settings, recorded_settings
+from rex_rag.training.trackers import guard_trackers
 from rex_rag.training.watchdog import watched
 
 logger = get_logger(__name__)
@@ -34,6 +35,7 @@ class ResumableTrainer(GRPOSeams):
         self.collapse_guard = CollapseGuard(self.args.collapse_guard, self.max_over_ranks)
         for callback in (RunLog(), self.stop_on_signal, self.collapse_guard):
             self.add_callback(callback)
+        guard_trackers(self)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """As in the parent; `True` takes the newest whole checkpoint, and what lies beyond it is put aside.

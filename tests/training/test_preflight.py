@@ -12,6 +12,7 @@ from hub_stand_in import hub_stand_in
 from parts import make_tiny_model, make_word_tokenizer
 from trl import TrlParser
 
+from rex_rag.training import preflight
 from rex_rag.training.preflight import examine, read_settings, recipe_keys
 from rex_rag.training.recipe import RECIPE_PARTS
 
@@ -65,6 +66,8 @@ def test_settings_of_the_recipes_are_right(recipe):
         ({"prompt_template": "none.txt"}, "settings", "prompt_template is 'none.txt'"),
         ({"eval_benchmarks": ["mine=none.jsonl"]}, "here", "none.jsonl, which is no file"),
         ({"retriever": "./none", "corpus": None}, "here", "no such directory"),
+        ({"report_to": "wanbd"}, "settings", "name trackio, wandb, tensorboard, mlflow, none"),
+        ({"report_to": ["trackio", "all"]}, "settings", "whatever happens to be installed"),
         ({"use_cpu": False}, "here", "no GPU"),
         ({"retriever": "http://127.0.0.1:9", "corpus": None}, "waiting", "a run waits for it, for 362 s at most"),
     ],
@@ -74,6 +77,15 @@ def test_what_is_amiss_is_named(good, change, where, named, monkeypatch):
     found = examine({name: value for name, value in (good | change).items() if value is not None})
     said = {name: " ".join(getattr(found, name)) for name in ("settings", "here", "waiting")}
     assert named in said.pop(where) and not any(said.values())
+
+
+def test_a_tracker_that_is_not_installed_is_told_with_the_way_out(good, monkeypatch):
+    monkeypatch.setitem(preflight._TRACKERS, "wandb", ("wandb_that_is_not_here",))
+    found = examine(good | {"report_to": ["trackio", "wandb"]})
+    assert found.settings == [] and len(found.here) == 1
+    assert "pip install 'rex-rag[wandb]'" in found.here[0]
+    for without in ("none", ["none"], [], None, "clearml"):  # the last one is transformers' to refuse
+        assert examine(good | {"report_to": without}).here == []
 
 
 @pytest.mark.parametrize(
