@@ -31,6 +31,7 @@ from rex_rag.models.files import (
 from rex_rag.models.identity import TokenizerFiles, model_identity, tokenizer_sha256
 from rex_rag.models.served_model import EndpointModel, EndpointStream
 from rex_rag.support.errors import UserError
+from rex_rag.support.tokenization import open_tokenizer
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -423,12 +424,10 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: naming where it was looked for.
     """
-    from transformers import AutoTokenizer
-
     where = options.tokenizer or options.name
     try:
         revision = None if options.tokenizer else options.revision
-        return AutoTokenizer.from_pretrained(where, revision=revision, padding_side="left", trust_remote_code=False)
+        return open_tokenizer(where, revision)
     # Libraries below raise KeyError, TypeError and errors of their own for a tokenizer that is not there or broken.
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
