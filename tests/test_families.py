@@ -12,14 +12,16 @@ from datasets import Dataset
 from families import FAMILIES, WINDOW, mistral_tokenizer
 from parts import PASSAGES, STOP_STRINGS, ScriptedGenerator, play, token_gradients
 from tiny_training import write_tiny_recipe
-from transformers import LlamaTokenizer
+from transformers import GenerationConfig, LlamaTokenizer
 
 from rex_rag.cli import main
 from rex_rag.commands.doctor import save_stand_in
 from rex_rag.evaluation.methods import Toolbox, make_method
 from rex_rag.evaluation.records import Question
+from rex_rag.models.language_model import end_token_ids
 from rex_rag.probes.pool import DEFAULT_POOL
 from rex_rag.protocols import ToolCall, ToolCalls
+from rex_rag.protocols.inert import control_tokens
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.rollout.agent import Agent
 from rex_rag.support.tokenization import decode_on, encode_on, open_tokenizer
@@ -86,6 +88,10 @@ def test_a_prompt_is_the_templates_with_one_begin_token(family, trainer, folder)
         if tokenizer.bos_token_id is not None:
             assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
         assert toolbox.encode_chat(method.prompt_text(Question("1", row["question"], ("x",)))) == ids
+    control = control_tokens(tokenizer)
+    hostile = toolbox.encode_chat(method.prompt_text(Question("2", "".join(control), ("x",))))
+    for token in tokenizer.convert_tokens_to_ids(control):
+        assert hostile.count(token) == ids.count(token)
 
 
 @contextmanager
@@ -177,12 +183,15 @@ def test_a_step_trains_what_was_sampled_and_a_probe_keeps_its_originals_ids(trai
         assert torch.allclose(logps[place, : len(ids)].float(), alone, atol=1e-4)
 
 
-def test_a_training_step_is_taken(trainer):
+def test_a_training_step_is_taken_and_the_model_keeps_its_end_tokens(family, trainer, tmp_path):
     play(trainer.sampler.agent, ScriptedGenerator(trainer.tokenizer, TURNS))
     trainer.train()
     [row] = [row for row in trainer.state.log_history if "loss" in row]
     assert (row["probes/made"], row["probes/kept"]) == (3, 2)
     assert math.isfinite(row["loss"]) and math.isfinite(row["kl"]) and row["grad_norm"] > 0
+    trainer.save_model(str(tmp_path))
+    kept = end_token_ids(open_tokenizer(str(tmp_path)), GenerationConfig.from_pretrained(tmp_path))
+    assert set(trainer.tokenizer.convert_tokens_to_ids(list(family.ends))) <= set(kept)
 
 
 CALLED = ("qwen3", "qwen3_no_thinking", "qwen3_instruct_2507")

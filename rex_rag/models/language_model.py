@@ -13,7 +13,7 @@ import importlib.util
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -444,8 +444,14 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> list[int]:
-    """The ids that end a row: the tokenizer's end token and those that the model names, ascending."""
-    named = getattr(generation_config, "eos_token_id", None)
+    """The ids that end a row: the tokenizer's end token and those that the model names, ascending.
+
+    generation_config: the model's, or a mapping, which is what vLLM gives.
+    """
+    if isinstance(generation_config, Mapping):
+        named = generation_config.get("eos_token_id")
+    else:
+        named = getattr(generation_config, "eos_token_id", None)
     found = {tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])}
     return sorted(token for token in found if token is not None)
 
