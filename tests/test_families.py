@@ -18,6 +18,7 @@ from rex_rag.cli import main
 from rex_rag.commands.doctor import save_stand_in
 from rex_rag.evaluation.methods import Toolbox, make_method
 from rex_rag.evaluation.records import Question
+from rex_rag.evaluation.token_reliability import token_texts
 from rex_rag.models.language_model import end_token_ids
 from rex_rag.probes.pool import DEFAULT_POOL
 from rex_rag.protocols import ToolCall, ToolCalls
@@ -267,4 +268,5 @@ def test_text_goes_on_without_a_blank_that_nobody_wrote(legacy):
         [before] = encode_on(tokenizer, ["tree"])
         assert tokenizer.decode(before + ids) == "tree" + text
         assert decode_on(tokenizer, [ids]) == [text]
+        assert "".join(token_texts(tokenizer, ids)).replace("\ufffd", "") == text
     assert tokenizer.decode(tokenizer("tree", add_special_tokens=False)["input_ids"] * 2) == "tree tree"
