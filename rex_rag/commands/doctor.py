@@ -228,16 +228,13 @@ def _parameters(folder: Path) -> int:
 
 def _tokenizer(report: Report, config: REXRAGConfig, model: Any) -> PreTrainedTokenizerBase:
     """Ends, padding, template, and tags that come back as they went in."""
-    from transformers import AutoTokenizer
-
     from rex_rag.models.adapters import tokenizer_place
-    from rex_rag.protocols.chat import encode_chat
-    from rex_rag.protocols.inert import ALL_TAGS
+    from rex_rag.protocols.inert import ALL_TAGS, THINK_TAGS
+    from rex_rag.rollout.agent import AgentScript
+    from rex_rag.support.tokenization import open_tokenizer
 
     place, revision = tokenizer_place(model.model_name_or_path, model.model_revision)
-    tokenizer = AutoTokenizer.from_pretrained(
-        place, revision=revision, padding_side="left", trust_remote_code=config.trust_remote_code
-    )
+    tokenizer = open_tokenizer(place, revision, trust_remote_code=config.trust_remote_code)
     protocol = config.agent_protocol()
     if tokenizer.eos_token_id is None:
         report.problem("tokenizer", f"{place} names no eos_token, so that no rollout would end; set it and save again")
@@ -250,10 +247,13 @@ def _tokenizer(report: Report, config: REXRAGConfig, model: Any) -> PreTrainedTo
         if tag not in tokenizer.decode(ids, skip_special_tokens=False):
             report.problem("tokenizer", f"{tag} does not come back from the tokens of {place}; use another protocol")
     if report.is_well or not any(name == "tokenizer" and mark == "PROBLEM" for mark, name, _ in report.lines):
-        prompt = encode_chat(tokenizer, protocol.messages("who?"), config.chat_template_kwargs, protocol.schemas)
-        report.ok(
-            "tokenizer", f"{len(tokenizer):,} tokens, tags whole, a prompt of {len(prompt)} tokens and the question"
-        )
+        script = AgentScript(protocol, tokenizer, config.rollout_budget(), config.chat_template_kwargs)
+        prompt = script.encode("who?")
+        said = f"{len(tokenizer):,} tokens, tags whole, a prompt of {len(prompt)} tokens and the question"
+        [text] = script.decode([prompt])
+        if text.rfind(THINK_TAGS[0]) > text.rfind(THINK_TAGS[1]):
+            said += f"; the chat template opens {THINK_TAGS[0]}, so that the model begins inside a thought"
+        report.ok("tokenizer", said)
     return tokenizer
 
 
@@ -276,23 +276,30 @@ def _retriever(report: Report, arguments: Any, top_k: int) -> None:
         retriever.close()
 
 
+def save_stand_in(folder: str, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+    """A model of a few thousand parameters with this tokenizer, into a folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    # A Llama, since beside a Qwen2 model AutoTokenizer reads every tokenizer as Qwen2's.
+    shape = LlamaConfig(
+        **sizes,
+        **heads,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def _dry_run(report: Report, words: list[str], config: REXRAGConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Two steps of a model of a few thousand parameters with this tokenizer, in a process of its own."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
     with tempfile.TemporaryDirectory() as scratch:
-        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
-        shape = Qwen2Config(
-            **sizes,
-            **heads,
-            vocab_size=len(tokenizer),
-            max_position_embeddings=config.max_sequence_length,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        )
-        Qwen2ForCausalLM(shape).save_pretrained(f"{scratch}/model")
-        tokenizer.save_pretrained(f"{scratch}/model")
+        save_stand_in(f"{scratch}/model", tokenizer, config.max_sequence_length)
         own = {
             **_STAND_IN,
             "model_name_or_path": f"{scratch}/model",

@@ -191,7 +191,6 @@ def _answer(
 ) -> tuple[Trajectory, dict[str, Any]]:
     """One model's greedy trajectory and the picture of it. Models are loaded one after the other."""
     import torch
-    from transformers import AutoTokenizer
 
     from rex_rag.evaluation.token_reliability import score_trajectory
     from rex_rag.models.files import explained, load_causal_lm
@@ -199,12 +198,13 @@ def _answer(
     from rex_rag.retrieval.load import load_retriever
     from rex_rag.rollout.agent import Agent
     from rex_rag.rollout.script import RolloutBudget
+    from rex_rag.support.tokenization import open_tokenizer
     from rex_rag.tools import make_tools
     from rex_rag.visualization.reliability_picture import reliability_record
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with explained(path):
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
+        tokenizer = open_tokenizer(path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = load_causal_lm(path, dtype="auto").to(device).eval()

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rex_rag.support.errors import UserError
+from rex_rag.support.tokenization import decode_on
 from rex_rag.types import SegmentKind, Trajectory
 
 if TYPE_CHECKING:
@@ -132,10 +133,9 @@ def score_trajectory(
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """The text of each token; a character spread over several is the text of the last, the others get U+FFFD."""
     texts = []
-    for place, token in enumerate(ids, start=1):
-        text = tokenizer.decode([token])
+    for place, text in enumerate(decode_on(tokenizer, [[token] for token in ids]), start=1):
         if _PARTIAL in text:
-            joined = (tokenizer.decode(ids[max(place - count, 0) : place]) for count in _SPREAD)
+            joined = decode_on(tokenizer, [ids[max(place - count, 0) : place] for count in _SPREAD])
             text = next((whole for whole in joined if _PARTIAL not in whole), text)
         texts.append(text)
     return texts

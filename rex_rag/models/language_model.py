@@ -13,7 +13,7 @@ import importlib.util
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from rex_rag.models.files import (
 from rex_rag.models.identity import TokenizerFiles, model_identity, tokenizer_sha256
 from rex_rag.models.served_model import EndpointModel, EndpointStream
 from rex_rag.support.errors import UserError
+from rex_rag.support.tokenization import open_tokenizer
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -423,12 +424,10 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: naming where it was looked for.
     """
-    from transformers import AutoTokenizer
-
     where = options.tokenizer or options.name
     try:
         revision = None if options.tokenizer else options.revision
-        return AutoTokenizer.from_pretrained(where, revision=revision, padding_side="left", trust_remote_code=False)
+        return open_tokenizer(where, revision)
     # Libraries below raise KeyError, TypeError and errors of their own for a tokenizer that is not there or broken.
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -445,8 +444,14 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> list[int]:
-    """The ids that end a row: the tokenizer's end token and those that the model names, ascending."""
-    named = getattr(generation_config, "eos_token_id", None)
+    """The ids that end a row: the tokenizer's end token and those that the model names, ascending.
+
+    generation_config: the model's, or a mapping, which is what vLLM gives.
+    """
+    if isinstance(generation_config, Mapping):
+        named = generation_config.get("eos_token_id")
+    else:
+        named = getattr(generation_config, "eos_token_id", None)
     found = {tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])}
     return sorted(token for token in found if token is not None)
 

@@ -21,6 +21,7 @@ from rex_rag.models.endpoint import (
 )
 from rex_rag.support.errors import UserError
 from rex_rag.support.tables import one_line
+from rex_rag.support.tokenization import encode_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -187,7 +188,7 @@ class EndpointModel:
         return Generation(ids, is_cut=choice.get("finish_reason") == "length" and not ends)
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return encode_on(self.tokenizer, [text])[0]
 
 
 def missing_stop(text: str, stop_strings: Sequence[str], reason: object = None) -> str:

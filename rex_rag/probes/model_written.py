@@ -12,6 +12,7 @@ from rex_rag.protocols.chat import encode_chat
 from rex_rag.protocols.inert import THINK_TAGS, make_inert
 from rex_rag.rollout.cuts import tokens_before
 from rex_rag.rollout.script import Generate, Script, Written
+from rex_rag.support.tokenization import encode_on
 from rex_rag.types import Trajectory
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class EndpointExplorer(Explorer):
             return None
         text = " ".join(sentence.group().split())
         script = self._script
-        ids = script.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = encode_on(script.tokenizer, [text])[0]
         forbidden = any(mark in text for mark in (*script.protocol.marks, *script.control_tokens))
         return None if forbidden or len(ids) > MAX_DOUBT_TOKENS else _before_the_answer(script, failed, text, ids)
 
@@ -168,7 +169,7 @@ def _before_the_answer(
     answered = failed.original.segments[span.segment]
     kept, leftover = tokens_before(answered, span.offset, script.decode)
     opening = leftover + f"{THINK_TAGS[0]} "
-    opening_ids = script.tokenizer(opening, add_special_tokens=False)["input_ids"]
+    opening_ids = encode_on(script.tokenizer, [opening])[0]
     return Proposal(
         failed.index,
         span.segment,

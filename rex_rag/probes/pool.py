@@ -19,6 +19,7 @@ from rex_rag.probes.explorer import Explorer, Failed, Proposal, Score
 from rex_rag.protocols.inert import ANSWER_TAGS, INFORMATION_TAGS, SEARCH_TAGS, THINK_TAGS
 from rex_rag.rollout.cuts import tokens_before
 from rex_rag.support.errors import UserError
+from rex_rag.support.tokenization import encode_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,7 +108,7 @@ class ExplorationPool:
         """Tokenise every prompt behind `leftover`, the characters that a dropped straddling token leaves over."""
         if leftover not in self._encoded:
             texts = [leftover + prompt for prompt in self.prompts]
-            ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            ids = encode_on(self.tokenizer, texts)
             if self.density == "exact":
                 logprobs = pool_log_probs(ids)
             else:

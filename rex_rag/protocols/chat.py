@@ -10,6 +10,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.support.errors import UserError
+from rex_rag.support.tokenization import open_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -140,16 +141,13 @@ def encode_chat(
 
 
 def policy_tokenizer(model: str | PreTrainedModel, args: GRPOConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies with a policy, as TRL loads it where none is given."""
-    from transformers import AutoProcessor
+    """The tokenizer that lies with a policy."""
     from trl.trainer.utils import get_config_model_id
 
     named = isinstance(model, str)
-    return AutoProcessor.from_pretrained(
+    return open_tokenizer(
         model if named else get_config_model_id(model.config),
-        revision=(args.model_init_kwargs or {}).get("revision") if named else None,
-        truncation_side="left",
-        padding_side="left",
+        (args.model_init_kwargs or {}).get("revision") if named else None,
         trust_remote_code=args.trust_remote_code,
     )
 

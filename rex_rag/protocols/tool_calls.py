@@ -37,7 +37,8 @@ TOOL_FEEDBACK_TEXT = (
 
 _CALL = re.compile(rf"{CALL_TAGS[0]}((?:(?!{CALL_TAGS[0]}).)*?){CALL_TAGS[1]}", re.DOTALL)
 _ANSWER = re.compile(rf"{ANSWER_TAGS[0]}((?:(?!{ANSWER_TAGS[0]}).)*?){ANSWER_TAGS[1]}", re.DOTALL)
-# Stand for what is inserted while a template is read; no template writes them.
+# Stand for what is said and inserted while a template is read; no template writes them.
+_SOUGHT = "sought-by-the-model"
 _SAID, _FIRST, _SECOND, _TOLD = "said-by-the-model", "first-result", "second-result", "told-by-the-user"
 
 
@@ -88,14 +89,14 @@ class ToolCalls(Protocol):
         """Read off the chat template: what it writes between a model's message and the next one.
 
         Raises:
-            ValueError: for a tokenizer without a chat template, or with one that knows no tool turns.
+            ValueError: for a tokenizer without a chat template, or with one that knows no tool turns, does not tell
+                the model of its tools, or has it call them in another form.
         """
-
         asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SAID}]
         results = [{"role": "tool", "content": _FIRST}, {"role": "tool", "content": _SECOND}]
-        with_tools = render_chat(tokenizer, [*asked, *results], settings, self.schemas)
         told = render_chat(tokenizer, [*asked, {"role": "user", "content": _TOLD}], settings, self.schemas)
         try:
+            with_tools = render_chat(tokenizer, [*asked, *results], settings, self.schemas)
             head, rest = with_tools.split(_SAID)[1].split(_FIRST)
             between, tail = rest.split(_SECOND)
             before, after = told.split(_SAID)[1].split(_TOLD)
@@ -105,9 +106,34 @@ class ToolCalls(Protocol):
                 "role 'tool'), which the protocol 'tool_calls' needs; use a model whose template does, or the "
                 "protocol 'search_r1'"
             ) from None
+        if self.tools and not self._is_told(tokenizer, settings):
+            raise UserError(
+                f"the chat template of {tokenizer.name_or_path!r} does not have tools called as the protocol "
+                f"'tool_calls' reads it, JSON between {CALL_TAGS[0]} and {CALL_TAGS[1]}, so that no call would be "
+                "valid; use a model whose template does, as those of Qwen2.5 and Qwen3, or the protocol 'search_r1'"
+            )
         ends = [token for token in control_tokens(tokenizer) if head.startswith(token) and before.startswith(token)]
         end = max(ends, key=len, default="")
         return Framing(head[len(end) :], between, tail, f"{before[len(end) :]}{self.feedback}{after}", end)
+
+    def _is_told(self, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any] | None) -> bool:
+        """Whether a chat template tells the model of its tools, and writes a call as it is read here.
+
+        One that writes nothing for a call, as a small one may, leaves its form to the prompt.
+        """
+        asked, tool = {"role": "user", "content": "?"}, next(iter(self.tools.values()))
+        if render_chat(tokenizer, [asked], settings, self.schemas) == render_chat(tokenizer, [asked], settings):
+            return False
+        call = ToolCall(tool.name, dict.fromkeys(tool.parameters.get("properties", ()), _SOUGHT))
+        function = {"name": call.name, "arguments": dict(call.arguments)}
+        calls = [{"id": "call00000", "type": "function", "function": function}]
+        said = {"role": "assistant", "content": _SAID, "tool_calls": calls}
+        try:
+            written = render_chat(tokenizer, [asked, said], settings, self.schemas)
+        except UserError:
+            return False
+        action = self.parse(written.rpartition(_SAID)[2])
+        return _SOUGHT not in written or (action is not None and action.calls == (call,))
 
     def write_call(self, call: ToolCall) -> str:
         self._tool(call.name, "a demonstration")

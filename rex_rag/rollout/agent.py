@@ -18,6 +18,7 @@ from rex_rag.rollout.books import RolloutSeconds
 from rex_rag.rollout.driver import Driver
 from rex_rag.rollout.script import CHARACTERS_A_TOKEN, Call, Generate, RolloutBudget, Script
 from rex_rag.support.errors import UserError
+from rex_rag.support.tokenization import decode_on, encode_on
 from rex_rag.tools.base import Tool, ToolResult
 from rex_rag.types import AnswerSpan, Segment, SegmentKind, Trajectory, Truncation
 
@@ -71,9 +72,7 @@ class AgentScript:
 
     def decode(self, ids: list[list[int]]) -> list[str]:
         """The texts of a batch of token ids, control tokens and spaces included."""
-        if not ids:
-            return []
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return decode_on(self.tokenizer, ids)
 
     def turns(self, trajectory: Trajectory) -> Script:
         """Run a trajectory from where it stands to its end."""
@@ -133,8 +132,7 @@ class AgentScript:
         return False
 
     def _encode(self, text: str) -> list[int]:
-        # verbose: results are cut to the budget afterwards, so their length is nothing to warn of.
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return encode_on(self.tokenizer, [text])[0]
 
 
 class Agent:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from rex_rag.protocols.inert import ALL_TAGS, control_tokens
 from rex_rag.rollout.script import Generate, RolloutBudget, Running, Written
+from rex_rag.support.tokenization import decode_on
 from rex_rag.types import Segment, SegmentKind, Truncation
 
 if TYPE_CHECKING:
@@ -111,6 +112,4 @@ class Books:
 
     def decode(self, ids: list[list[int]]) -> list[str]:
         """The texts of a batch of token ids, control tokens and spaces included."""
-        if not ids:  # a rank that only joins in; batch_decode takes an empty batch for one empty row
-            return []
-        return self._tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return decode_on(self._tokenizer, ids)

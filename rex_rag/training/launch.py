@@ -17,7 +17,7 @@ from rex_rag.support.errors import RunEnded, UserError
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback
 from trl import TrlParser, get_peft_config, get_quantization_config
 
 from rex_rag.data.qa import load_questions
@@ -31,6 +31,7 @@ from rex_rag.support.errors import from_the_user, refuse
 from rex_rag.support.hub import bound_hub_requests
 from rex_rag.support.logs import start_logging
 from rex_rag.support.recipes import with_recipe_path
+from rex_rag.support.tokenization import open_tokenizer
 from rex_rag.training.checkpoints import find_checkpoint, finished_at
 from rex_rag.training.config import REXRAGConfig
 from rex_rag.training.progress_line import ProgressLine
@@ -137,9 +138,7 @@ def prepare(words: Sequence[str], held_folder: ExitStack) -> tuple[REXRAGTrainer
     peft_config = get_peft_config(model)
     place, revision = tokenizer_place(name, model.model_revision)
     with explained(name):
-        tokenizer = AutoTokenizer.from_pretrained(
-            place, revision=revision, padding_side="left", trust_remote_code=config.trust_remote_code
-        )
+        tokenizer = open_tokenizer(place, revision, trust_remote_code=config.trust_remote_code)
         trainer = REXRAGTrainer(
             model=load_policy(name, config, quantization, peft_config),
             retriever=retriever,

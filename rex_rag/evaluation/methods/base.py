@@ -28,6 +28,7 @@ from rex_rag.rollout.books import RolloutSeconds
 from rex_rag.rollout.driver import Driver
 from rex_rag.rollout.script import CHARACTERS_A_TOKEN, RolloutBudget, Script
 from rex_rag.support.errors import UserError
+from rex_rag.support.tokenization import decode_on, encode_on
 from rex_rag.tools import Tool, make_tools
 from rex_rag.types import Segment, SegmentKind, Trajectory, Truncation
 
@@ -67,11 +68,11 @@ class Toolbox:
 
     def encode(self, text: str) -> list[int]:
         """Ids of text that is inserted; no special token is added."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return encode_on(self.tokenizer, [text])[0]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, control tokens included."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return decode_on(self.tokenizer, [ids])[0]
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
