@@ -1,4 +1,4 @@
-"""TRL's and Trainer's private names: every override and every read of them, in one class.
+"""TRL's and Trainer's private names: every override and every read of them, in one class (and `engine_weights`).
 
 Read with trl 1.16 and transformers 5.17.
 
@@ -17,7 +17,7 @@ What is changed with respect to GRPOTrainer, and why:
 - `_get_train_sampler`, `_run_epoch`, `_save`: resumed runs equal uninterrupted ones.
 - `_save_checkpoint`, `_get_output_dir`: a checkpoint is written aside and takes its place whole.
 - `_save_optimizer_and_scheduler`, `_load_optimizer_and_scheduler`: the state of the hooks' owner goes along.
-- `VLLMGeneration._iter_named_params`: the engine gets merged adapters, and the base weights stay as they are.
+- `VLLMGeneration`: see `rex_rag.training.engine_weights`.
 - `print_prompt_completions_sample`: what passages and models write reaches the terminal as text alone.
 
 tests/training/test_grpo_seams.py holds what this rests on, and fails with a sentence where a version moves it.
@@ -36,19 +36,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.data import Sampler
 from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
-from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler, pad, print_prompt_completions_sample
 
-from rex_rag.models.adapters import merged
 from rex_rag.models.generation import TransformersGenerator, VLLMGenerator
 from rex_rag.models.vllm_stream import VLLMStream
 from rex_rag.support.stages import STAGES
@@ -60,6 +56,7 @@ from rex_rag.training.checkpoints import (
     disk_errors_explained,
     put_in_place,
 )
+from rex_rag.training.engine_weights import ExactSync
 from rex_rag.training.trim import in_two_buckets, trimmed
 
 REFERENCE_ADAPTER = "ref"  # TRL's name for it
@@ -92,38 +89,6 @@ class SampledRows:
     mask: list[list[int]]
     texts: list[str]
     logprobs: list[list[float | None]] | None
-
-
-class ExactSync(VLLMGeneration):
-    """TRL's weights for the engine, with adapters merged layer by layer into weights that are put back bit for bit.
-
-    The only change w.r.t. [`~trl.generation.vllm_generation.VLLMGeneration`] is this: TRL merges the whole model and
-    subtracts the adapter afterwards, so that each sync leaves a rounding error in the frozen base model. Under FSDP
-    weights are TRL's.
-    """
-
-    def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
-        model = self.model
-        if not is_peft_model(model) or self._dist.is_fsdp:
-            yield from super()._iter_named_params()
-            return
-        given: set[torch.nn.Parameter] = set()  # a tied one goes once
-
-        def named(module: torch.nn.Module, path: str) -> Iterator[tuple[str, torch.nn.Parameter]]:
-            for name, value in module.named_parameters(path):
-                name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-                # An adapter's own weights, and those that `modules_to_save` stands in for, are none of the engine's.
-                if value not in given and model.prefix not in name and "original_module" not in name:
-                    given.add(value)
-                    yield self._fix_param_name_to_vllm(name, extra_prefixes=["modules_to_save.default."]), value
-
-        for path, layer in model.named_modules():
-            if isinstance(layer, BaseTunerLayer):
-                with self._dist.gather_params(list(layer.parameters())), merged(layer):
-                    yield from ((name, value.data) for name, value in named(layer, path))
-        for name, value in named(model, ""):
-            with self._dist.gather_params([value]):
-                yield name, value.data
 
 
 grpo_trainer.VLLMGeneration = ExactSync

@@ -30,7 +30,7 @@ from rex_rag.retrieval.load import load_retriever
 from rex_rag.support.errors import from_the_user, refuse
 from rex_rag.support.logs import start_logging
 from rex_rag.support.recipes import with_recipe_path
-from rex_rag.training.checkpoints import find_checkpoint, finished_at
+from rex_rag.training.checkpoints import find_checkpoint, finished_at, refuse_other_engine
 from rex_rag.training.config import REXRAGConfig
 from rex_rag.training.progress_line import ProgressLine
 from rex_rag.training.push import bound_hub_requests, push
@@ -112,6 +112,7 @@ def prepare(words: Sequence[str], held_folder: ExitStack) -> tuple[REXRAGTrainer
     if config.push_to_hub:
         bound_hub_requests()
     if checkpoint is not None:
+        refuse_other_engine(checkpoint, config)
         refuse_finished(config, checkpoint)
     held_folder.enter_context(held(config.output_dir, here=config.process_index == 0))
     check_folder(config.output_dir, overwrite=config.overwrite_output_dir, checkpoint=checkpoint, model=name)
