@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_training import timeless, write_tiny_recipe
+from tiny_training import timeless, write_lora_recipe
 from transformers import Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +43,7 @@ ENGINES["zero2"] += ["--zero3_init_flag", "false", "--zero3_save_16bit_model", "
 def folder(tmp_path_factory) -> Path:
     """Recipes of a full policy and of an adapter, and a run of each in one process."""
     folder = tmp_path_factory.mktemp("engines")
-    recipe = write_tiny_recipe(
+    recipe = write_lora_recipe(
         folder,
         **{"num_generations": 4, "num_probe_slots": 1, "probe_probability": 1.0, "keep_ratio": 0.2, "beta": 0.05},
         **{"exploration_prompts": str(folder / "pool.txt"), "max_turn_tokens": 24, "max_turns": 2},
@@ -55,14 +54,7 @@ def folder(tmp_path_factory) -> Path:
     questions = [{"question": f"where is the {word}", "golden_answers": ["oak"]} for word in "abcdefghijkl"]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     (folder / "pool.txt").write_text("<think> I may be wrong.\n<think> Is it so?\n<think> Wait.\n")
-    settings = yaml.safe_load(recipe.read_text())
-    model = Qwen2ForCausalLM.from_pretrained(folder / "model")
-    torch.manual_seed(0)
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
-    get_peft_model(model, lora).save_pretrained(folder / "adapter")
-    (folder / "full.yaml").write_text(yaml.safe_dump(settings))
-    settings["model_name_or_path"] = str(folder / "adapter")
-    (folder / "lora.yaml").write_text(yaml.safe_dump(settings))
+    recipe.rename(folder / "full.yaml")
     return folder
 
 
