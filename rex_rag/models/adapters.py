@@ -65,14 +65,16 @@ def merged(layer: BaseTunerLayer) -> Iterator[None]:
 
     Taking an adapter off again by subtraction leaves rounding errors, which add up in weights that are to be frozen.
     """
-    weights = {name: value.detach().clone() for name, value in layer.get_base_layer().named_parameters()}
+    base = layer.get_base_layer()
+    weights = {name: (value, value.detach().clone()) for name, value in base.named_parameters(recurse=False)}
     layer.merge()
     try:
         yield
     finally:
         layer.unmerge()
-        for name, value in layer.get_base_layer().named_parameters():
-            value.data.copy_(weights[name])
+        for name, (value, before) in weights.items():
+            value.data.copy_(before)
+            setattr(base, name, value)  # of quantised weights merging makes new ones
 
 
 def tokenizer_place(name: str, revision: str | None) -> tuple[str, str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import torch
 from accelerate.utils import is_peft_model
@@ -13,11 +14,12 @@ from rex_rag.models.adapters import merged
 
 
 class ExactSync(VLLMGeneration):
-    """TRL's weights for the engine, with adapters merged layer by layer into weights that are put back bit for bit.
+    """TRL's weights for the engine, with adapters merged layer by layer into copies.
 
-    The only change w.r.t. [`~trl.generation.vllm_generation.VLLMGeneration`] is this: TRL merges the whole model and
-    subtracts the adapter afterwards, so that each sync leaves a rounding error in the frozen base model. Under FSDP
-    weights are TRL's.
+    The only change w.r.t. [`~trl.generation.vllm_generation.VLLMGeneration`] is this. TRL merges in place and
+    subtracts the adapter afterwards: each sync leaves a rounding error in the frozen base model, and a server, whose
+    sender packs up to a gigabyte of tensors before it reads any, is sent the last of them without the adapter. Under
+    FSDP weights are TRL's.
     """
 
     def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -25,20 +27,29 @@ class ExactSync(VLLMGeneration):
         if not is_peft_model(model) or self._dist.is_fsdp:
             yield from super()._iter_named_params()
             return
-        given: set[torch.nn.Parameter] = set()  # a tied one goes once
-
-        def named(module: torch.nn.Module, path: str) -> Iterator[tuple[str, torch.nn.Parameter]]:
-            for name, value in module.named_parameters(path):
-                name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-                # An adapter's own weights, and those that `modules_to_save` stands in for, are none of the engine's.
-                if value not in given and model.prefix not in name and "original_module" not in name:
-                    given.add(value)
-                    yield self._fix_param_name_to_vllm(name, extra_prefixes=["modules_to_save.default."]), value
-
-        for path, layer in model.named_modules():
-            if isinstance(layer, BaseTunerLayer):
-                with self._dist.gather_params(list(layer.parameters())), merged(layer):
-                    yield from ((name, value.data) for name, value in named(layer, path))
-        for name, value in named(model, ""):
+        # Adapters' own weights, and those that `modules_to_save` stands in for, are none of the engine's.
+        names = {
+            value: self._engine_name(name)
+            for name, value in model.named_parameters()
+            if model.prefix not in name and "original_module" not in name
+        }
+        done: set[torch.nn.Module] = set()  # a layer may stand around another
+        for layer in model.modules():
+            if not isinstance(layer, BaseTunerLayer) or layer in done:
+                continue
+            own = [(place, names.pop(value)) for place, value in layer.named_parameters() if value in names]
+            with ExitStack() as stack:
+                stack.enter_context(self._dist.gather_params(list(layer.parameters())))
+                for part in layer.modules():
+                    if isinstance(part, BaseTunerLayer):
+                        done.add(part)
+                        stack.enter_context(merged(part))
+                for place, name in own:
+                    yield name, layer.get_parameter(place).data.clone()
+        for value, name in names.items():
             with self._dist.gather_params([value]):
                 yield name, value.data
+
+    def _engine_name(self, name: str) -> str:
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        return self._fix_param_name_to_vllm(name, extra_prefixes=["modules_to_save.default."])

@@ -60,7 +60,8 @@ class Client(Writer):
         return {"model_config": {"max_model_len": CONTEXT, "logprobs_mode": "processed_logprobs"}}
 
     def update_named_params(self, metadata: list, named_params: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self.weights = {name: value.detach().clone() for name, value in named_params}
+        # As vLLM's sender, which packs a gigabyte's worth of tensors before it reads any.
+        self.weights = {name: value.detach().clone() for name, value in list(named_params)}
         given = [(name, str(value.dtype)[6:], list(value.shape)) for name, value in self.weights.items()]
         assert given == metadata, "a server receives what it was told of, in that order"
         self.syncs += 1
