@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from datasets import Dataset
 from parts import make_bpe_tokenizer, make_tiny_model, make_word_tokenizer
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 
 from rex_rag.retrieval.base import Retriever
@@ -30,11 +31,11 @@ def save_tiny_policy(folder: Path) -> Path:
     return folder
 
 
-def write_tiny_recipe(folder: Path, **changes: Any) -> Path:
+def write_tiny_recipe(folder: Path, hidden: int = 32, **changes: Any) -> Path:
     """A recipe of two updates of a tiny model that writes tags at random, with all its files, in a folder."""
     # AutoTokenizer takes any tokenizer of a Qwen2 model for Qwen2's own, and this one is made like that.
     tokenizer = make_bpe_tokenizer()
-    make_tiny_model(tokenizer).save_pretrained(folder / "model")
+    make_tiny_model(tokenizer, hidden=hidden).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     (folder / "prompt.txt").write_text("Question: {question}")
     rows = [{"question": f"where is the {word}", "golden_answers": ["oak"]} for word in ("owl", "fox")]
@@ -54,6 +55,18 @@ def write_tiny_recipe(folder: Path, **changes: Any) -> Path:
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(settings | changes))
     return folder / "recipe.yaml"
+
+
+def write_lora_recipe(folder: Path, **changes: Any) -> Path:
+    """The recipe of `write_tiny_recipe`, and `lora.yaml`, which goes on training an adapter that is not zero."""
+    recipe = write_tiny_recipe(folder, **changes)
+    model = Qwen2ForCausalLM.from_pretrained(folder / "model")
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(folder / "adapter")
+    settings = yaml.safe_load(recipe.read_text()) | {"model_name_or_path": str(folder / "adapter")}
+    (folder / "lora.yaml").write_text(yaml.safe_dump(settings))
+    return recipe
 
 
 def brevity(completions, **_):

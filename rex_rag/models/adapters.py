@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,8 @@ from rex_rag.support.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers import PreTrainedModel
     from trl import GRPOConfig
 
 
@@ -45,7 +49,32 @@ def load_policy(
     # As TRL does for a new adapter: ZeRO-3 gathers parameters of one type alone.
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     model = create_model_from_path(base, **settings)
-    return PeftModel.from_pretrained(model, name, is_trainable=True, autocast_adapter_dtype=not zero3)
+    policy = PeftModel.from_pretrained(model, name, is_trainable=True, autocast_adapter_dtype=not zero3)
+    policy.loaded_from = name  # it is known to transformers by its base's name alone
+    return policy
+
+
+def policy_name(model: str | PreTrainedModel | PeftModel) -> str:
+    """The folder or Hub name of what is trained: of an adapter, where `load_policy` found it."""
+    return model if isinstance(model, str) else getattr(model, "loaded_from", model.config.name_or_path)
+
+
+@contextmanager
+def merged(layer: BaseTunerLayer) -> Iterator[None]:
+    """A layer's active adapters merged into its weights, which are afterwards what they were, bit for bit.
+
+    Taking an adapter off again by subtraction leaves rounding errors, which add up in weights that are to be frozen.
+    """
+    base = layer.get_base_layer()
+    weights = {name: (value, value.detach().clone()) for name, value in base.named_parameters(recurse=False)}
+    layer.merge()
+    try:
+        yield
+    finally:
+        layer.unmerge()
+        for name, (value, before) in weights.items():
+            value.data.copy_(before)
+            setattr(base, name, value)  # of quantised weights merging makes new ones
 
 
 def tokenizer_place(name: str, revision: str | None) -> tuple[str, str | None]:

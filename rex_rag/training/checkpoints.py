@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accelerate.logging import get_logger
 from safetensors import SafetensorError
@@ -17,6 +18,9 @@ from safetensors import SafetensorError
 from rex_rag.models.files import broken, damaged_weights
 from rex_rag.support.durable import sync_folder
 from rex_rag.support.errors import RunEnded, UserError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 logger = get_logger(__name__)
 
@@ -224,6 +228,35 @@ def other_processes(checkpoint: str, processes: int) -> int | None:
     """How many processes wrote a checkpoint, where that is not as many as now."""
     written = len(random_states(Path(checkpoint)))
     return written if written != processes else None
+
+
+def refuse_other_engine(checkpoint: str, args: TrainingArguments) -> None:
+    """Raise for a checkpoint whose optimizer only the engine that wrote it can read.
+
+    Without DeepSpeed its part of a checkpoint would be passed over, and the optimizer begin anew without a word.
+
+    Args:
+        args: of the run that goes on.
+
+    Raises:
+        CheckpointError: for DeepSpeed against none, ZeRO-3 against an earlier stage, or another number of processes.
+    """
+    folder, plugin = Path(checkpoint), args.deepspeed_plugin
+    written_by = now = "no DeepSpeed"
+    if plugin is not None:
+        now = _zero(plugin.zero_stage == 3, args.world_size)
+    if (folder / "latest").is_file():
+        parts = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+        written_by = _zero(any(parts.glob("zero_pp_rank_*_model_states.pt")), len(random_states(folder)))
+    if written_by != now:
+        raise CheckpointError(
+            f"{checkpoint} was written by {written_by} and would be resumed by {now}, which cannot read its "
+            "optimizer; resume it as it was launched, or start a new run from its weights (model_name_or_path)"
+        )
+
+
+def _zero(shards_weights: bool, processes: int) -> str:
+    return f"DeepSpeed ZeRO-{'3' if shards_weights else '1 or 2'} in {processes} process(es)"
 
 
 def set_aside_later(output_dir: str, checkpoint: str) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING
 
 from rex_rag.correction.densities import CLIPPED_LOSSES, clip_bound
@@ -99,10 +100,16 @@ def rollout_problems(args: REXRAGConfig) -> list[str]:
     for name in ("llds_weight", "watchdog_seconds"):
         if not 0.0 <= getattr(args, name) < math.inf:
             problems.append(f"{name} is {getattr(args, name)}; use 0 (off) or a positive number")
-    if args.collapse_guard == "rollback" and (args.save_strategy == "no" or args.deepspeed or args.fsdp):
+    shards = sharded_by(args)
+    if shards == "FSDP" and args.use_cpu:
+        problems.append(
+            "use_cpu is on under an FSDP configuration, which accelerate then takes for plain data parallelism "
+            "without a word; to try several processes on the CPU, launch with ddp_cpu or zero3_cpu"
+        )
+    if args.collapse_guard == "rollback" and (args.save_strategy == "no" or shards):
         cause = "with save_strategy 'no' there is nothing to go back to"
         if args.save_strategy != "no":
-            cause = "DeepSpeed and FSDP cannot load a checkpoint into a run that is under way"
+            cause = f"{shards} cannot load a checkpoint into a run that is under way"
         problems.append(f"collapse_guard is 'rollback', but {cause}; use 'stop', which names the last good checkpoint")
     if args.correction_weight_max is not None and args.correction_weight_max < 1:
         problems.append(
@@ -110,6 +117,15 @@ def rollout_problems(args: REXRAGConfig) -> list[str]:
             "need no correction: use at least 1, or leave it unset"
         )
     return problems
+
+
+def sharded_by(args: REXRAGConfig) -> str | None:
+    """What shards the run, by its own settings or by the configuration that accelerate launched it with."""
+    asked = {"DeepSpeed": args.deepspeed, "FSDP": args.fsdp}
+    for name, setting in asked.items():
+        if setting or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
+            return name
+    return None
 
 
 def config_warnings(args: REXRAGConfig) -> Iterator[str]:

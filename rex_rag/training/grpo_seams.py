@@ -1,4 +1,4 @@
-"""TRL's and Trainer's private names: every override and read of them, in one class; trackers' are in `trackers`.
+"""TRL's and Trainer's private names: every override and read of them, here, in `engine_weights` and in `trackers`.
 
 Read with trl 1.16 and transformers 5.17.
 
@@ -17,6 +17,7 @@ What is changed with respect to GRPOTrainer, and why:
 - `_get_train_sampler`, `_run_epoch`, `_save`: resumed runs equal uninterrupted ones.
 - `_save_checkpoint`, `_get_output_dir`: a checkpoint is written aside and takes its place whole.
 - `_save_optimizer_and_scheduler`, `_load_optimizer_and_scheduler`: the state of the hooks' owner goes along.
+- `VLLMGeneration`: see `rex_rag.training.engine_weights`.
 - `print_prompt_completions_sample`: what passages and models write reaches the terminal as text alone.
 
 tests/training/test_grpo_seams.py holds what this rests on, and fails with a sentence where a version moves it.
@@ -42,7 +43,7 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import grpo_trainer
-from trl.trainer.utils import RepeatSampler, pad, print_prompt_completions_sample
+from trl.trainer.utils import pad, print_prompt_completions_sample
 
 from rex_rag.models.generation import TransformersGenerator, VLLMGenerator
 from rex_rag.models.vllm_stream import VLLMStream
@@ -55,6 +56,8 @@ from rex_rag.training.checkpoints import (
     disk_errors_explained,
     put_in_place,
 )
+from rex_rag.training.engine_weights import ExactSync
+from rex_rag.training.epoch_sampler import EpochSampler
 from rex_rag.training.trim import by_length, in_two_buckets, trimmed
 
 REFERENCE_ADAPTER = "ref"  # TRL's name for it
@@ -89,21 +92,7 @@ class SampledRows:
     logprobs: list[list[float | None]] | None
 
 
-class EpochSampler(RepeatSampler):
-    """TRL's sampler, whose order follows from (seed, epoch) and not from how often it was iterated over.
-
-    The only change w.r.t. [`~trl.trainer.utils.RepeatSampler`] is that epoch e has the e-th permutation of the seed's
-    generator, which is what an uninterrupted run gets there; a resumed one would begin with the first again.
-    """
-
-    epoch = 0
-
-    def __iter__(self):
-        if self.shuffle:
-            self.generator.manual_seed(self.seed)
-            for _ in range(self.epoch):
-                torch.randperm(self.num_samples, generator=self.generator)
-        yield from super().__iter__()
+grpo_trainer.VLLMGeneration = ExactSync
 
 
 class GRPOSeams(GRPOTrainer):

@@ -32,7 +32,7 @@ from rex_rag.support.hub import bound_hub_requests
 from rex_rag.support.logs import start_logging
 from rex_rag.support.recipes import with_recipe_path
 from rex_rag.support.tokenization import open_tokenizer
-from rex_rag.training.checkpoints import find_checkpoint, finished_at
+from rex_rag.training.checkpoints import find_checkpoint, finished_at, refuse_other_engine
 from rex_rag.training.config import REXRAGConfig
 from rex_rag.training.progress_line import ProgressLine
 from rex_rag.training.push import push
@@ -113,6 +113,7 @@ def prepare(words: Sequence[str], held_folder: ExitStack) -> tuple[REXRAGTrainer
     check_model(name, model.model_revision)
     checkpoint = find_checkpoint(config.resume_from_checkpoint, config.output_dir)
     if checkpoint is not None:
+        refuse_other_engine(checkpoint, config)
         refuse_finished(config, checkpoint)
     held_folder.enter_context(held(config.output_dir, here=config.process_index == 0))
     check_folder(config.output_dir, overwrite=config.overwrite_output_dir, checkpoint=checkpoint, model=name)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 
-from rex_rag.training.checkpoints import find_checkpoint, other_processes, set_aside_later
+from rex_rag.training.checkpoints import find_checkpoint, other_processes, refuse_other_engine, set_aside_later
 from rex_rag.training.collapse_guard import CollapseGuard
 from rex_rag.training.grpo_seams import GRPOSeams
 from rex_rag.training.interruption import StopOnSignal
@@ -41,12 +41,13 @@ class ResumableTrainer(GRPOSeams):
         """As in the parent; `True` takes the newest whole checkpoint, and what lies beyond it is put aside.
 
         Raises:
-            CheckpointError: for a checkpoint that is missing or damaged, and where there is none.
+            CheckpointError: for a checkpoint that is missing, damaged or another engine's, and where there is none.
             ValueError: for a setting that changed and could have no effect.
             RunEnded: where a signal ended the run, numbers that are none, or a policy that breaks.
         """
         checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
+            refuse_other_engine(checkpoint, self.args)
             if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
                 logger.warning(
                     "the questions are a stream, of which a resumed run finds its place in the first pass only: later "

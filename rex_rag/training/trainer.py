@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 
 from rex_rag.answers import exact_match
+from rex_rag.models.adapters import policy_name
 from rex_rag.probes import explorer_kind
 from rex_rag.probes.filter import KeepRatio
 from rex_rag.probes.mixed_sampling import MixedBatch, MixedSampler
@@ -133,8 +134,7 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, FiniteTrainer, ResumableTrainer):
         recipe: str | None = None,
     ) -> None:
         if args is None:
-            name = model if isinstance(model, str) else model.config.name_or_path
-            args = REXRAGConfig(output_dir=f"{name.split('/')[-1]}-REX-RAG")
+            args = REXRAGConfig(output_dir=f"{policy_name(model).split('/')[-1]}-REX-RAG")
         retriever = as_retriever(retriever)
         retriever.check()
         self.retriever = retriever
@@ -150,8 +150,7 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, FiniteTrainer, ResumableTrainer):
             raise UserError("; ".join(problems))
         processing_class = processing_class or policy_tokenizer(model, args)
         forbidden = control_tokens(processing_class)
-        name = model if isinstance(model, str) else model.config.name_or_path
-        self.run_settings = run_settings(args, name, train_dataset, retriever.description)
+        self.run_settings = run_settings(args, policy_name(model), train_dataset, retriever.description)
         train_dataset = add_prompts(train_dataset, protocol, forbidden)
         fresh = fresh_questions(train_dataset, args)
         given_weights = args.reward_weights

@@ -17,7 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
 LAUNCH = [
-    *("-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate_configs/ddp_cpu.yaml"),
+    *("-m", "accelerate.commands.launch", "--main_process_port", "0"),
+    *("--config_file", "recipes/accelerate_configs/ddp_cpu.yaml"),
     "-m",
     "rex_rag.evaluate",
 ]

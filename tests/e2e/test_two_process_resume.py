@@ -41,7 +41,7 @@ def test_two_processes_resume_in_the_second_epoch_and_take_over_from_one(tmp_pat
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
 
     def train(accelerate: str, output: str, *words: str) -> tuple[list[dict], str]:
-        launch = [sys.executable, "-m", "accelerate.commands.launch"]
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
         launch += ["--config_file", f"recipes/accelerate_configs/{accelerate}.yaml", "-m", "rex_rag.train"]
         done = subprocess.run(
             [*launch, "--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / output), *words],

@@ -29,7 +29,7 @@ def model(tmp_path_factory):
 
 
 def run_ranks(name: str, model: Path, folder: Path, *arguments: str) -> list[dict]:
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     launch += ["--config_file", f"recipes/accelerate_configs/{name}.yaml"]
     result = subprocess.run(
         [*launch, "tests/e2e/rank_worker.py", str(model), str(folder), *arguments],

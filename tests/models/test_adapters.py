@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from parts import PASSAGES
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_training import save_tiny_policy, timeless, tiny_trainer
 from transformers import Qwen2ForCausalLM
 
-from rex_rag.models.adapters import load_policy, tokenizer_place
+from rex_rag.models.adapters import load_policy, merged, policy_name, tokenizer_place
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.training.config import REXRAGConfig
 
@@ -56,10 +59,26 @@ def test_an_adapter_goes_on_being_trained_and_resumes(base, tmp_path):
     assert all(torch.equal(value, after[name]) for name, value in adapter_weights(resumed.model).items())
 
 
+def test_an_adapter_is_merged_for_a_while_and_leaves_no_rounding_error(base, tmp_path):
+    model = policy(base, tmp_path).bfloat16()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    wanted = dict(copy.deepcopy(model).merge_and_unload().named_parameters())
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    assert len(layers) == 4
+    for name, layer in layers.items():
+        with merged(layer):
+            assert torch.equal(layer.base_layer.weight, wanted[name.removeprefix("base_model.model.") + ".weight"])
+            assert not torch.equal(layer.base_layer.weight, before[f"{name}.base_layer.weight"])
+        assert not layer.merged
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
 def test_what_lies_where_and_a_second_adapter_on_top_is_refused(base, tmp_path):
     adapter = base.parent / "adapter"
     args = REXRAGConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     assert load_policy(str(base), args, None, LORA) == str(base)
+    # The base's name alone would do for neither a resume nor a card.
+    assert policy_name(policy(base, tmp_path)) == str(adapter)
     with pytest.raises(ValueError, match=r"is an adapter of .* already, which goes on being trained as it is; leave"):
         load_policy(str(adapter), args, None, LORA)
     assert tokenizer_place("a/model", "main") == ("a/model", "main")

@@ -6,7 +6,9 @@ import errno
 import json
 import logging
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -25,6 +27,7 @@ from rex_rag.training.checkpoints import (
     damage,
     find_checkpoint,
     other_processes,
+    refuse_other_engine,
     remove,
     set_aside_later,
 )
@@ -120,6 +123,31 @@ def test_a_checkpoint_of_another_number_of_processes_is_noticed(tmp_path: Path):
     written = write_checkpoint(tmp_path / "checkpoint-1", 1, processes=2)
     assert damage(written) is None
     assert (other_processes(written, 1), other_processes(written, 2)) == (2, None)
+
+
+@pytest.mark.parametrize(
+    ("stage", "now", "processes", "told"),
+    [
+        (3, 3, 2, None),
+        (2, 1, 2, None),
+        (None, None, 1, None),
+        (3, None, 2, r"written by DeepSpeed ZeRO-3 in 2 process\(es\) and would be resumed by no DeepSpeed"),
+        (None, 2, 2, r"written by no DeepSpeed and would be resumed by DeepSpeed ZeRO-1 or 2 in 2"),
+        (2, 3, 2, r"written by DeepSpeed ZeRO-1 or 2 in 2 process\(es\) and would be resumed by DeepSpeed ZeRO-3"),
+        (3, 3, 1, r"written by DeepSpeed ZeRO-3 in 2 process\(es\) and would be resumed by DeepSpeed ZeRO-3 in 1"),
+    ],
+)
+def test_an_optimizer_that_the_run_could_not_read_is_refused(tmp_path: Path, stage, now, processes, told):
+    written = write_checkpoint(tmp_path / "checkpoint-1", 1, processes=2)
+    if stage is not None:
+        (written / "latest").write_text("global_step1")
+        (written / "global_step1").mkdir()
+        states = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+        (written / "global_step1" / states).write_text("x")
+    plugin = None if now is None else SimpleNamespace(zero_stage=now)
+    args = SimpleNamespace(deepspeed_plugin=plugin, world_size=processes)
+    with nullcontext() if told is None else pytest.raises(CheckpointError, match=told):
+        refuse_other_engine(str(written), args)
 
 
 def test_later_steps_are_put_aside_and_can_be_abandoned_again(run: Path, caplog):

@@ -170,6 +170,13 @@ def test_rollback_is_refused_where_it_cannot_be(policy, tmp_path, settings):
         make(policy, tmp_path / "out", "rollback", **settings)
 
 
+@pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP"])
+def test_rollback_is_refused_under_what_accelerate_launches(policy, tmp_path, monkeypatch, engine):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(UserError, match=r"collapse_guard is 'rollback', but .*a run that is under way"):
+        make(policy, tmp_path / "out", "rollback")
+
+
 def test_what_is_watched_is_no_part_of_what_a_run_is_made_of(policy, tmp_path):
     one, other = (make(policy, tmp_path / mode, mode).run_settings for mode in ("warn", "stop"))
     assert changed_settings(one, other) == []

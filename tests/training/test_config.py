@@ -215,3 +215,10 @@ def test_secrets_are_in_nothing_that_is_saved_or_told_to_trackers(tmp_path):
     assert restored.hub_token is None and restored.model_init_kwargs == {"token": None, "dtype": "float32"}
     for pushing in (config, copy.copy(config), copy.deepcopy(config)):
         assert pushing.hub_token == pushing.model_init_kwargs["token"] == "hf_SECRET" and pushing == config
+
+
+def test_fsdp_on_a_cpu_is_refused(tmp_path, monkeypatch):
+    make(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"use_cpu is on under an FSDP .*launch with ddp_cpu or zero3_cpu"):
+        make(tmp_path)

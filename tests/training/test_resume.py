@@ -8,7 +8,7 @@ from parts import PASSAGES
 from tiny_training import save_tiny_policy, timeless, tiny_trainer
 
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
-from rex_rag.training.grpo_seams import EpochSampler
+from rex_rag.training.epoch_sampler import EpochSampler
 
 
 def make_trainer(folder, output, settings):
