@@ -1,6 +1,6 @@
 """Links from a page to a file of the repository: each file gets a page of its own, with its lines numbered.
 
-A link is written so that it also works on a repository's website: `[keep_best](../rex_rag/probes/filter.py#keep_best)`.
+A link is written so that it also works where the repository is shown: `[keep](../rex_rag/probes/filter.py#keep_best)`.
 The name behind `#` is a function, class or method; it becomes the line where that stands, and an error where there is
 none. Folders are shown as the list of their files.
 """
@@ -9,18 +9,26 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import TextLexer, get_lexer_for_filename
 from pygments.util import ClassNotFound
-from sphinx.application import Sphinx
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-LINK = re.compile(r"\]\(\.\./([^)#\s]+)(?:#([\w.-]+))?\)")
+LINK = re.compile(r"\]\(\.\./([^)#\s]+)(?<!\.png)(?:#([\w.-]+))?\)")
 PLACE = "repository"
+STYLE = (
+    "<style>.highlight pre {font-size: 80%} "
+    ".highlight span:target {background: var(--color-highlight-on-target)}</style>"
+)
 
 
 def line_of(path: Path, name: str) -> int:
@@ -52,7 +60,7 @@ def rewrite(app: Sphinx, page: str, source: list[str]) -> None:
     source[0] = LINK.sub(link, source[0])
 
 
-def pages(app: Sphinx):
+def pages(app: Sphinx) -> Iterator[tuple[str, dict[str, str], str]]:
     """A page for every file and folder that is linked to."""
     for name in sorted(app.env.repository_files):
         path = ROOT / name
@@ -65,7 +73,8 @@ def pages(app: Sphinx):
         except ClassNotFound:
             lexer = TextLexer()
         formatter = HtmlFormatter(linenos="inline", linespans="line", cssclass="highlight", wrapcode=True)
-        yield f"{PLACE}/{name}", {"title": name, "body": f"<h1>{name}</h1>\n{highlight(text, lexer, formatter)}"}, "page.html"
+        body = f"{STYLE}\n<h1>{name}</h1>\n{highlight(text, lexer, formatter)}"
+        yield f"{PLACE}/{name}", {"title": name, "body": body}, "page.html"
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
