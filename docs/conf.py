@@ -32,12 +32,17 @@ def to_rst(app, what, name, obj, options, lines: list[str]) -> None:
     text = re.sub(r"\[`~?([^`]+)`\]", r"`\1`", text)
     text = re.sub(r"\[([^]]+)\]\((http[^)]+)\)", r"`\1 <\2>`__", text, flags=re.DOTALL)
     text = re.sub(r"```python\n(.*?)```", lambda block: _code(block[1]), text, flags=re.DOTALL)
+    text = re.sub(r"^> \[!NOTE\]\n((?:>.*\n?)+)", lambda block: _note(block[1]), text, flags=re.MULTILINE)
     lines[:] = text.split("\n")
 
 
 def _code(text: str) -> str:
     body = [re.sub(r"^(>>>|\.\.\.) ?", "", line) for line in text.splitlines()]
     return "\n".join([".. code-block:: python", "", *(f"    {line}" for line in body), ""])
+
+
+def _note(text: str) -> str:
+    return ".. note::\n\n" + re.sub(r"^>( ?)", r"   \1", text, flags=re.MULTILINE)
 
 
 def setup(app) -> None:

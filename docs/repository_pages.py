@@ -26,7 +26,7 @@ ROOT = DOCS.parent
 LINK = re.compile(r"\]\(\.\./([^)#\s]+)(?<!\.png)(?:#([\w.-]+))?\)")
 PLACE = "repository"
 STYLE = (
-    "<style>.highlight pre {font-size: 80%} "
+    "<style>article h1 {font-size: 1.5em; overflow-wrap: anywhere} .highlight pre {font-size: 80%} "
     ".highlight span:target {background: var(--color-highlight-on-target)}</style>"
 )
 

@@ -20,6 +20,7 @@ from trl import TrlParser
 from rex_rag.cli import _FORWARDED, _parser, main
 from rex_rag.support.recipes import recipe_path
 from rex_rag.training.recipe import RECIPE_PARTS
+from tests.evaluation.tiny_run import make_tiny_world
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -270,24 +271,46 @@ def test_commands_and_options_in_the_prose_are_known():
             assert option in options or f'"{option}"' in scripts or option == "--key", f"{page.name}: {option}"
 
 
-def test_the_list_of_commands_is_whole(capsys):
-    [block] = re.findall(r"^```\n(rex-rag .*?)^```$", text_of(ROOT / "docs/commands.md"), re.DOTALL | re.MULTILINE)
+def test_the_list_of_commands_is_whole():
+    page = text_of(ROOT / "docs/commands.md")
+    listed = [line.split() for line in re.findall(r"^\| `rex-rag ([^`]+)`", page, re.MULTILINE)]
     [choices] = [action.choices for action in _parser()._actions if action.choices]
-    lines = [re.split(r"\s{2,}", line)[0].split() for line in block.splitlines()]
-    assert {words[1] for words in lines} == set(choices)
-    for words in lines:
+    assert sorted(words[0] for words in listed) == sorted(choices)
+    for name, *words in listed:
         named = re.findall(r"--[a-z][\w-]*", " ".join(words))
-        assert not refused(named, options_of(words[1]) | {"--key"}), words
-    assert main(["prompts"]) == 0 and capsys.readouterr().out
-    targets = set(re.findall(r"^([a-z-]+):.*## ", text_of(ROOT / "Makefile"), re.MULTILINE)) - {"help"}
-    assert targets == set(re.findall(r"`make ([a-z-]+)`", text_of(ROOT / "docs/commands.md"))) - {"help"}
+        assert not refused(named, options_of(name) | {"--key"}), name
+    targets = set(re.findall(r"^([a-z-]+):.*## ", text_of(ROOT / "Makefile"), re.MULTILINE))
+    assert targets == set(re.findall(r"`make ([a-z-]+)`", page))
+
+
+@pytest.mark.slow
+def test_the_readmes_python_trains_and_asks(tmp_path: Path, monkeypatch, capsys):
+    """As it stands, but for the model's name and for budgets to its size."""
+    world = make_tiny_world(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    world.questions.rename("questions.jsonl")
+    world.corpus.rename("passages.jsonl")
+    smaller = (
+        f"prompt_template={str(world.model / 'prompt.txt')!r}, max_prompt_length=64, max_turn_tokens=12, "
+        "max_observation_tokens=64, max_sequence_length=256, max_steps=1, use_cpu=True, bf16=False, report_to='none', "
+    )
+    for block in re.findall(r"^```python\n(.*?)^```$", text_of(ROOT / "README.md"), re.DOTALL | re.MULTILINE):
+        block = block.replace("Qwen/Qwen2.5-3B", str(world.model)).replace("REXRAGConfig(", f"REXRAGConfig({smaller}")
+        exec(compile(block, "README.md", "exec"), {})
+    assert (tmp_path / "outputs/my-agent/agent.json").is_file()
+    assert capsys.readouterr().out.strip()
 
 
 # The site
 
 
-def test_the_readme_is_one_screen():
-    assert len(text_of(ROOT / "README.md").splitlines()) <= 200
+def test_the_readme_is_one_screen_and_its_picture_has_the_tables_figures():
+    readme = text_of(ROOT / "README.md")
+    assert len(readme.splitlines()) <= 200
+    table = re.search(r"^\| \| 2-hop \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", readme, re.MULTILINE).groups()
+    drawn = re.findall(r'text-anchor="end"[^>]*>(\d+)<', text_of(ROOT / "docs/rescue.svg"))
+    assert [round(100 * float(figure)) for figure in table] == [int(figure) for figure in drawn]
+    assert f"in {drawn[2]} of 100 cases" in text_of(ROOT / "docs/training_step.md")
 
 
 @pytest.mark.slow
