@@ -17,6 +17,9 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "REX-RAG"
 html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+highlight_language = "none"
 
 myst_heading_anchors = 3
 

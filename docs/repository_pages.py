@@ -25,10 +25,6 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 LINK = re.compile(r"\]\(\.\./([^)#\s]+)(?<!\.png)(?:#([\w.-]+))?\)")
 PLACE = "repository"
-STYLE = (
-    "<style>article h1 {font-size: 1.5em; overflow-wrap: anywhere} .highlight pre {font-size: 80%} "
-    ".highlight span:target {background: var(--color-highlight-on-target)}</style>"
-)
 
 
 def line_of(path: Path, name: str) -> int:
@@ -73,7 +69,7 @@ def pages(app: Sphinx) -> Iterator[tuple[str, dict[str, str], str]]:
         except ClassNotFound:
             lexer = TextLexer()
         formatter = HtmlFormatter(linenos="inline", linespans="line", cssclass="highlight", wrapcode=True)
-        body = f"{STYLE}\n<h1>{name}</h1>\n{highlight(text, lexer, formatter)}"
+        body = f'<div class="repository"><h1>{name}</h1>\n{highlight(text, lexer, formatter)}</div>'
         yield f"{PLACE}/{name}", {"title": name, "body": body}, "page.html"
 
 
