@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag import __version__
-from rex_rag.commands import ask, coverage, doctor, evaluate, pictures, plan, recipe, report, retrieval, watch
+from rex_rag.commands import ask, coverage, doctor, evaluate, fetch, pictures, plan, recipe, report, retrieval, watch
 from rex_rag.commands.terminal import positive
 from rex_rag.support.errors import EXPECTED_ERROR, UserError, from_the_user, one_line
 from rex_rag.support.hub import bound_hub_requests
@@ -35,7 +35,7 @@ _FORWARDED = {
     "coverage": (coverage.coverage, "how many gold answers a corpus and a retriever hold"),
 }
 
-_OPENING_MODELS = ("ask", "bench", "doctor", "reliability", "search")
+_ASKING_THE_HUB = ("ask", "bench", "doctor", "fetch", "reliability", "search")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif words and not forwarded:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     start_logging()
-    if forwarded or options.command in _OPENING_MODELS:
+    if forwarded or options.command in _ASKING_THE_HUB:
         bound_hub_requests()
     try:
         code = None
@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_ask(commands)
     retrieval.add_search(commands)
     retrieval.add_bench(commands)
+    fetch.add_fetch(commands)
     recipe.add_recipe(commands)
     plan.add_plan(commands)
     report.add_report(commands)

@@ -5,7 +5,7 @@ and real search results: it searches for words of the question, sometimes for th
 answers with the title of the first passage, or with a coin's yes or no where the question asks for one. Most of these
 answers are wrong, so that a run has failed originals to probe.
 
-    python -m rex_rag.quickstart.tiny_model --questions ../shared/data/hotpotqa_dev/qa.jsonl
+    python -m rex_rag.quickstart.tiny_model --questions data/hotpotqa_sample/other_questions.jsonl
 
 Prompt, passages and token budgets are those of `--recipe`, and model and tokenizer are written where it will look for
 them. The demonstrations are run through the rollout engine itself, so their ids are the ones it builds in training.
