@@ -135,7 +135,12 @@ def play(
     playback = Playback(tokenizer.eos_token_id or 0)
     agent = Agent(lambda stop: playback, tools, tokenizer, protocol, budget, chat_template_kwargs=chat_template_kwargs)
     prompts = [tuple(agent.script.encode(one.question)) for one in turns]
-    written = [encode_on(tokenizer, one.texts) for one in turns]
+    # Where a turn is a whole message, its end is the model's to write.
+    end = protocol.framing(tokenizer, chat_template_kwargs).message_end
+    written = [
+        encode_on(tokenizer, [text if text.rstrip().endswith(end) else text + end for text in one.texts])
+        for one in turns
+    ]
     played: list[Trajectory | None] = [None] * len(turns)
     # A turn as long as the limit counts as cut by it.
     waiting = [
