@@ -106,7 +106,11 @@ class Plan:
 
 
 def _fetch(options: argparse.Namespace) -> None:
-    plans = [make_plan(name, options.output, options.revision) for name in dict.fromkeys(options.names)]
+    # A split beside its whole set is in it.
+    names = [
+        name for name in dict.fromkeys(options.names) if name == _set_of(name) or _set_of(name) not in options.names
+    ]
+    plans = [make_plan(name, options.output, options.revision) for name in names]
     for plan in plans:
         size = sum(map(plan.size, plan.wanted))
         left = f"{_size(plan.bytes_left)} to fetch" if plan.missing else "all there"
@@ -133,8 +137,8 @@ def make_plan(name: str, output: Path, revision: str | None = None) -> Plan:
         UserError: for an unknown name or split, a Hub that does not answer, and a file in the way.
     """
     known = sources()
-    source = known.get(_set_of(name))
-    if source is None:
+    source, split = known.get(_set_of(name)), name.partition("/")[2]
+    if source is None or (split and source.prefix != f"{_set_of(name)}/"):
         [near] = difflib.get_close_matches(name, known, n=1) or [""]
         meant = f" (did you mean {near}?)" if near else ""
         raise UserError(f"there is no {name!r} to fetch{meant}; there are {', '.join(known)}")
@@ -146,7 +150,6 @@ def make_plan(name: str, output: Path, revision: str | None = None) -> Plan:
         listing = held
     else:
         listing = _ask(source, pinned)
-    split = name.partition("/")[2]
     wanted = tuple(file for file in listing.files if split in ("", PurePosixPath(file.path).stem))
     if not wanted:
         splits = ", ".join(PurePosixPath(file.path).stem for file in listing.files)

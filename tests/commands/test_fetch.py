@@ -84,7 +84,7 @@ def test_a_set_is_fetched_whole_and_once_and_its_size_told_before(hub, tmp_path,
     assert f"{size / 1000:.3g} kB to fetch" in told
     assert hub.served == [] and not (tmp_path / "data").exists()
 
-    fetch(capsys, "hotpotqa", "--output", tmp_path / "data")
+    fetch(capsys, "hotpotqa/dev", "hotpotqa", "--output", tmp_path / "data")
     folder = tmp_path / "data" / "hotpotqa"
     for split in ("dev", "train"):
         assert (folder / f"{split}.jsonl").read_bytes() == files[f"hotpotqa/{split}.jsonl"]
@@ -174,6 +174,7 @@ def test_names_that_it_does_not_know_are_refused_with_those_that_it_does(hub, tm
     for name, said in (
         ("hotpot", "did you mean hotpotqa?"),
         ("hotpotqa/test", "it has dev, train"),
+        ("hotpotqa-sample/dev", "no 'hotpotqa-sample/dev' to fetch"),
         ("wiki-18-e5", "PeterJinGo/wiki-18-e5-index"),
     ):
         assert said in refused(capsys, name, "--output", tmp_path)
