@@ -14,7 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rex_rag import __version__
-from rex_rag.commands import ask, coverage, doctor, evaluate, pictures, plan, recipe, report, retrieval, watch
+from rex_rag.commands import (
+    ask,
+    coverage,
+    demonstrations,
+    doctor,
+    evaluate,
+    fetch,
+    pictures,
+    plan,
+    recipe,
+    report,
+    retrieval,
+    watch,
+)
 from rex_rag.commands.terminal import positive
 from rex_rag.support.errors import EXPECTED_ERROR, UserError, from_the_user, one_line
 from rex_rag.support.hub import bound_hub_requests
@@ -35,7 +48,7 @@ _FORWARDED = {
     "coverage": (coverage.coverage, "how many gold answers a corpus and a retriever hold"),
 }
 
-_OPENING_MODELS = ("ask", "bench", "doctor", "reliability", "search")
+_ASKING_THE_HUB = ("ask", "bench", "demonstrations", "doctor", "fetch", "reliability", "search")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,14 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, words = parser.parse_known_args(arguments)
     forwarded = options.command in _FORWARDED
-    if options.command in ("check", "doctor", "plan"):
+    if options.command in ("check", "demonstrations", "doctor", "plan"):
         options.overrides = words
     elif options.command == "ask" and options.question is None and len(words) == 1 and words[0][:1] != "-":
         options.question = words[0]  # behind an option, where argparse no longer looks for it
     elif words and not forwarded:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     start_logging()
-    if forwarded or options.command in _OPENING_MODELS:
+    if forwarded or options.command in _ASKING_THE_HUB:
         bound_hub_requests()
     try:
         code = None
@@ -101,6 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_ask(commands)
     retrieval.add_search(commands)
     retrieval.add_bench(commands)
+    fetch.add_fetch(commands)
+    demonstrations.add_demonstrations(commands)
     recipe.add_recipe(commands)
     plan.add_plan(commands)
     report.add_report(commands)

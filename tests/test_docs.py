@@ -162,7 +162,7 @@ def check_command(words: list[str]) -> None:
     elif program.startswith("--"):  # what goes behind a launch
         assert not refused(words, training_options()), words
     else:
-        assert program in ("trackio", "tensorboard", "git"), f"nothing here knows {program}"
+        assert program in ("cp", "git", "hf", "tensorboard", "trackio", "trl"), f"nothing here knows {program}"
 
 
 def check_targets(words: list[str]) -> None:
@@ -178,9 +178,9 @@ def check_rex_rag(words: list[str]) -> None:
             assert recipe_path(words[words.index("--config") + 1])
         return
     options, further = _parser().parse_known_args(words)
-    if command in ("check", "doctor", "plan"):
+    if command in ("check", "demonstrations", "doctor", "plan"):
         recipe = Path(options.recipe)
-        if recipe.parent == Path():  # my.yaml, the reader's
+        if recipe.parent in (Path(), Path("my")):  # the reader's
             assert not refused(further, training_options()), words
         else:
             parse_overrides(recipe_path(options.recipe), further)

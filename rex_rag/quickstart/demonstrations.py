@@ -23,14 +23,13 @@ from rex_rag.quickstart.hopworld import HopQuestion
 from rex_rag.retrieval.base import Retriever, checked_search
 from rex_rag.support.errors import UserError
 from rex_rag.tools.retrieval import render_passages
+from rex_rag.training.demonstrations import IGNORED_LABEL
 from rex_rag.types import Passage, SegmentKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ and real search results: it searches for words of the question, sometimes for th
 answers with the title of the first passage, or with a coin's yes or no where the question asks for one. Most of these
 answers are wrong, so that a run has failed originals to probe.
 
-    python -m rex_rag.quickstart.tiny_model --questions ../shared/data/hotpotqa_dev/qa.jsonl
+    python -m rex_rag.quickstart.tiny_model --questions data/hotpotqa_sample/other_questions.jsonl
 
 Prompt, passages and token budgets are those of `--recipe`, and model and tokenizer are written where it will look for
 them. The demonstrations are run through the rollout engine itself, so their ids are the ones it builds in training.
@@ -33,18 +33,17 @@ from trl import ModelConfig, TrlParser
 
 from rex_rag.data.corpus import read_corpus
 from rex_rag.data.qa import QuestionArguments, load_questions
-from rex_rag.models.generation import Generation
 from rex_rag.probes.pool import DEFAULT_POOL
 from rex_rag.protocols import Protocol
 from rex_rag.protocols.inert import SEARCH_TAGS
 from rex_rag.quickstart.warm_start import CHAT_TEMPLATE, build_model, build_tokenizer, save, supervise
 from rex_rag.retrieval.base import Retriever, checked_search
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
-from rex_rag.rollout.agent import Agent
 from rex_rag.support.recipes import FOLDER
 from rex_rag.tools import SearchTool
 from rex_rag.training.config import REXRAGConfig
-from rex_rag.types import SegmentKind, Trajectory
+from rex_rag.training.demonstrations import Turns, play, row_of
+from rex_rag.types import Trajectory
 
 RECIPE = FOLDER / "hotpotqa_sample" / "rex_rag.yaml"
 SECOND_SEARCH_RATE = 0.25
@@ -71,20 +70,6 @@ def train_tokenizer(corpus: Sequence[str], questions: Sequence[str], protocol: P
     return tokenizer
 
 
-class ScriptedTurns:
-    """A generator that plays prepared turns back: row i of call k is turn k of row i."""
-
-    equal_rows = False
-
-    def __init__(self, tokenizer: Qwen2Tokenizer, scripts: Sequence[Sequence[str]]) -> None:
-        calls = zip(*scripts, strict=True)
-        self._calls = iter([tokenizer(list(turns), add_special_tokens=False)["input_ids"] for turns in calls])
-
-    def generate(self, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generation]:
-        # A cut row would be given feedback and lose step with the others: rows too long are sorted out before.
-        return [Generation(ids) for ids in next(self._calls)]
-
-
 @dataclass(frozen=True, slots=True)
 class DemonstrationRows:
     """Demonstrations as rows of `input_ids` and `labels`, -100 on all but model-written tokens.
@@ -105,40 +90,25 @@ def demonstrate(
     draw = random.Random(f"tiny model/{seed}")
     queries = [" ".join(question.rstrip(" ?").split()[:QUERY_WORDS]) for question in questions]
     found = [ranking[0].title for ranking in checked_search(retriever, queries, 1)]
-    scripts: dict[int, list[tuple[str, list[str]]]] = {2: [], 3: []}
+    scripts: dict[int, list[Turns]] = {2: [], 3: []}
     for question, query, title in zip(questions, queries, found, strict=True):
         turns = [LOOK_UP.format(query=query)]
         if draw.random() < SECOND_SEARCH_RATE:
             turns.append(LOOK_AGAIN.format(title=title))
         answer = draw.choice(("yes", "no")) if question.startswith(YES_NO_OPENINGS) else title
         turns.append(ANSWER.format(title=title, answer=answer))
-        longest = max(len(ids) for ids in tokenizer(turns, add_special_tokens=False)["input_ids"])
-        if longest < config.max_turn_tokens:
-            scripts[len(turns)].append((question, turns))
-    trajectories = [
-        trajectory for group in scripts.values() if group for trajectory in _play(group, retriever, tokenizer, config)
-    ]
+        scripts[len(turns)].append(Turns(question, (), tuple(turns)))
+    tools = [SearchTool(retriever, config.retrieval_top_k)]
+    turns = [*scripts[2], *scripts[3]]
+    played = play(turns, tools, tokenizer, config.agent_protocol(), config.rollout_budget())
+    trajectories = [trajectory for trajectory in played if trajectory is not None]
     draw.shuffle(trajectories)
     search_id = tokenizer.convert_tokens_to_ids(SEARCH_TAGS[0])
     return DemonstrationRows(
-        rows=[_row(trajectory) for trajectory in trajectories],
+        rows=[row_of(trajectory) for trajectory in trajectories],
         openings=[_opening(trajectory, search_id) for trajectory in trajectories],
         left_out=len(questions) - len(trajectories),
     )
-
-
-def _play(group: list[tuple[str, list[str]]], retriever, tokenizer, config: REXRAGConfig) -> list[Trajectory]:
-    generator = ScriptedTurns(tokenizer, [turns for _, turns in group])
-    tools = [SearchTool(retriever, config.retrieval_top_k)]
-    agent = Agent(lambda stop: generator, tools, tokenizer, config.agent_protocol(), config.rollout_budget())
-    return agent.rollout([agent.script.encode(question) for question, _ in group])
-
-
-def _row(trajectory: Trajectory) -> dict[str, list[int]]:
-    labels = [-100] * len(trajectory.prompt_ids)
-    for segment in trajectory.segments:
-        labels += segment.ids if segment.kind is SegmentKind.POLICY else [-100] * len(segment.ids)
-    return {"input_ids": trajectory.prompt_ids + trajectory.completion_ids, "labels": labels}
 
 
 def _opening(trajectory: Trajectory, search_id: int) -> dict[str, list[int]]:

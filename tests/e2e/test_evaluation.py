@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
+SETS = {"bamboogle": "bamboogle", "hotpotqa": "hotpotqa_dev", "hotpotqa_sample": "hotpotqa_sample"}
 LAUNCH = [
     *("-m", "accelerate.commands.launch", "--main_process_port", "0"),
     *("--config_file", "recipes/accelerate_configs/ddp_cpu.yaml"),
@@ -165,14 +166,19 @@ def test_two_launched_processes_give_the_bytes_of_one(warm_start, in_process, tm
 
 @needs_data
 def test_the_local_sample_runs_end_to_end(tmp_path):
+    """With the files beside the repository in the place of those that the recipe has from the Hub."""
     model = tmp_path / "tiny_model"
+    corpora = [str(DATA / name / "corpus.jsonl") for name in ("hotpotqa_sample", "2wiki_passages")]
+    sets = [f"{name}={DATA / folder / 'qa.jsonl'}" for name, folder in SETS.items()]
     run(
         [
             *("-m", "rex_rag.quickstart.tiny_model", "--questions", str(DATA / "hotpotqa_dev" / "qa.jsonl")),
+            *("--corpus", *corpora),
             *("--output", str(model), "--max-steps", "240", "--max-questions", "1000"),
         ]
     )
     recipe = ["--config", "recipes/evaluation/local_sample.yaml", "--model", str(model)]
+    recipe += ["--benchmarks", *sets, "--corpus", *corpora]
     printed = run([*LAUNCH, *recipe, "--output", str(tmp_path / "run")])
     assert "425 questions of 3 benchmarks" in printed
     card = json.loads((tmp_path / "run" / "run.json").read_text())

@@ -11,7 +11,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
-RECIPE = "recipes/hotpotqa_sample/rex_rag.yaml"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -35,19 +34,37 @@ def call(*command):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
-def train(*overrides):
+def train(recipe, *overrides):
     launch = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate_configs/cpu.yaml"]
-    call(*launch, "-m", "rex_rag.train", "--config", RECIPE, "--max_steps", 4, "--save_steps", 2, *overrides)
+    call(*launch, "-m", "rex_rag.train", "--config", recipe, "--max_steps", 4, "--save_steps", 2, *overrides)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def recipe(tmp_path_factory):
+    """The committed recipe, with the files beside the repository in the place of those from the Hub."""
+    text = (ROOT / "recipes/hotpotqa_sample/rex_rag.yaml").read_text(encoding="utf-8")
+    corpus = "\n".join(f"  - {DATA / name / 'corpus.jsonl'}" for name in ("hotpotqa_sample", "2wiki_passages"))
+    for fetched, here in (
+        ("{path: data/hotpotqa_sample/qa.jsonl}", f"{{path: {DATA / 'hotpotqa_sample' / 'qa.jsonl'}}}"),
+        ("  - data/hotpotqa_sample/corpus.jsonl", corpus),
+    ):
+        assert text.count(fetched) == 1
+        text = text.replace(fetched, here)
+    path = tmp_path_factory.mktemp("recipe") / "rex_rag.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(recipe, tmp_path_factory):
     """Trained for too few steps to copy a question, and for enough to write actions."""
     folder = tmp_path_factory.mktemp("hotpotqa") / "tiny_model"
     call(
         *(
             "-m",
             "rex_rag.quickstart.tiny_model",
+            "--recipe",
+            recipe,
             "--questions",
             DATA / "hotpotqa_dev" / "qa.jsonl",
             "--output",
@@ -75,7 +92,7 @@ def timeless(history):
     ]
 
 
-def test_the_recipe_searches_real_text_logs_and_resumes(model, openings, tmp_path):
+def test_the_recipe_searches_real_text_logs_and_resumes(recipe, model, openings, tmp_path):
     from safetensors.torch import load_file
 
     from rex_rag.cli import main
@@ -84,8 +101,9 @@ def test_the_recipe_searches_real_text_logs_and_resumes(model, openings, tmp_pat
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     # Such a model answers nothing right: only a format that counts all the same gives it something to learn from.
     learning = ("--model_name_or_path", model, "--shaping_needs_right_answer", "false")
-    train(*learning, "--output_dir", whole)
+    train(recipe, *learning, "--output_dir", whole)
     train(
+        recipe,
         *(*learning, "--output_dir", resumed),
         *("--resume_from_checkpoint", whole / "checkpoint-2"),
     )
@@ -128,7 +146,7 @@ def test_the_recipe_searches_real_text_logs_and_resumes(model, openings, tmp_pat
     assert (tmp_path / "page.html").read_text(encoding="utf-8").count("<article") == len(records)
 
 
-def test_no_token_of_a_passage_is_trained(model, openings, tmp_path, monkeypatch):
+def test_no_token_of_a_passage_is_trained(recipe, model, openings, tmp_path, monkeypatch):
     from transformers import AutoTokenizer
     from trl import TrlParser
 
@@ -141,7 +159,7 @@ def test_no_token_of_a_passage_is_trained(model, openings, tmp_path, monkeypatch
     monkeypatch.chdir(ROOT)
     parser = TrlParser(RECIPE_PARTS)
     overrides = ["--output_dir", str(tmp_path), "--max_steps", "2", "--save_strategy", "no"]
-    questions, _, retrieval, config, _ = parser.parse_args_and_config(["--config", RECIPE, *overrides])
+    questions, _, retrieval, config, _ = parser.parse_args_and_config(["--config", str(recipe), *overrides])
     trainer = REXRAGTrainer(
         model=str(model),
         retriever=load_retriever(retrieval),

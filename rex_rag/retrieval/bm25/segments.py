@@ -148,7 +148,8 @@ def open_index(directory: Path) -> tantivy.Index:
     """
     import tantivy
 
-    with tempfile.TemporaryDirectory() as view:
+    # The reader made at first may take its lock once more while the links are removed: not a reason to fail.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as view:
         for path in directory.iterdir():
             if SEGMENT_FILE.fullmatch(path.name):
                 _check_sum(path)
