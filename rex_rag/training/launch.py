@@ -59,6 +59,8 @@ def main(words: Sequence[str] | None = None) -> int:
             run(trainer, checkpoint)
         except (RetrievalError, RunEnded) as error:  # any other in the middle of training is worth its traceback
             return refuse(error)
+    # Left to the interpreter's end, a thread of torch's may be cut off then, which aborts a run that is done.
+    trainer.accelerator.state.destroy_process_group()
     return 0
 
 
