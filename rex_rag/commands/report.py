@@ -15,9 +15,9 @@ def add_report(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "report",
         help="put evaluation runs into one table",
-        description="One row a run: exact match with its 95 % interval for every set, and the mean. The paper's "
-        "published rows stand below, marked. Runs of different protocols and runs that are not whole are refused "
-        "unless --mark is given.",
+        description="One row a run: exact match with its 95 % interval for every set, and the mean with and without "
+        "Bamboogle. Published rows, the paper's and later ones, stand below, marked. Runs of different protocols and "
+        "runs that are not whole are refused unless --mark is given.",
     )
     parser.add_argument(
         "runs",
