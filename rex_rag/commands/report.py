@@ -34,8 +34,8 @@ def add_report(commands: argparse._SubParsersAction) -> None:
         type=_names,
         default=[],
         metavar="NAME,…",
-        help="more columns: f1, sub_match, judge, pass_at_k, majority, searches, tokens, seconds, invalid, "
-        "truncations, unanswered, unreadable",
+        help="more columns: f1, sub_match, judge, document_recall, pass_at_k, majority, searches, tokens, seconds, "
+        "invalid, truncations, unanswered, unreadable",
     )
     parser.add_argument(
         "--published",

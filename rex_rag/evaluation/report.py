@@ -33,6 +33,7 @@ COLUMNS = {
     "f1": "F1",
     "sub_match": "sub-match",
     "judge": "judged",
+    "document_recall": "documents",
     "pass_at_k": "pass@k",
     "majority": "majority",
     "searches": "searches",
@@ -44,11 +45,12 @@ COLUMNS = {
     "unreadable": "unreadable",
 }
 # Those that are means over questions.
-WITH_INTERVAL = ("f1", "sub_match", "judge")
+WITH_INTERVAL = ("f1", "sub_match", "judge", "document_recall")
 _EXPLAINED = {
     "f1": "F1: token F1, per cent, mean over sets",
     "sub_match": "sub-match: a gold answer stands in the answer, per cent, mean over sets",
     "judge": "judged: right in the opinion of a model, per cent, mean over sets",
+    "document_recall": "documents: gold documents among all that the searches gave, per cent, mean over sets",
     "pass_at_k": "pass@k: a right answer among k samples, per cent, mean over sets",
     "majority": "majority: the vote of all samples is right, per cent, mean over sets",
     "searches": "searches: a sample",
