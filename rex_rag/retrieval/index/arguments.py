@@ -51,7 +51,10 @@ class IndexArguments:
     revision: str | None = field(default=None, metadata={"help": "dense: commit of the encoder on the Hub."})
     encoder_family: str | None = field(
         default=None,
-        metadata={"help": "dense: e5, bge-en, gte, contriever or minilm, for a local copy or fine-tune of one."},
+        metadata={
+            "help": "dense: e5, bge-en, bge-m3, qwen3-embedding, gte, contriever or minilm, for a local copy or "
+            "fine-tune of one."
+        },
     )
     query_prefix: str | None = field(
         default=None, metadata={"help": "dense: text before a query. Default: what the encoder was trained with."}
