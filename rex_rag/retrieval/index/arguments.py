@@ -34,7 +34,12 @@ class IndexArguments:
         metadata={"help": "JSON lines files of passages, plain or .gz: {id, contents} or {id, title, text}."},
     )
     output: str = field(default="", metadata={"help": "Directory to make; refused if it holds another index."})
-    kind: str = field(default="bm25", metadata={"help": "bm25 (lexical) or dense (an encoder's vectors)."})
+    kind: str = field(
+        default="bm25",
+        metadata={
+            "help": "bm25 (lexical), dense (a vector a passage) or late_interaction (a vector a token, ColBERT)."
+        },
+    )
     workers: int | None = field(
         default=None,
         metadata={"help": "dense: processes that encode on the CPU. Default: one."},
@@ -46,7 +51,11 @@ class IndexArguments:
     )
 
     model: str | None = field(
-        default=None, metadata={"help": "dense: sentence-transformers encoder, for example intfloat/e5-base-v2."}
+        default=None,
+        metadata={
+            "help": "dense: sentence-transformers encoder, for example intfloat/e5-base-v2; late_interaction: "
+            "a checkpoint of ColBERT or PyLate, for example colbert-ir/colbertv2.0."
+        },
     )
     revision: str | None = field(default=None, metadata={"help": "dense: commit of the encoder on the Hub."})
     encoder_family: str | None = field(
@@ -147,9 +156,11 @@ class IndexArguments:
 
     def _misplaced(self):
         """Settings of another kind of index: taking them and doing nothing with them would mislead."""
+        own, said = KINDS[self.kind].settings, set()
         for kind in KINDS.values():
-            for name in kind.settings if kind.name != self.kind else ():
-                if getattr(self, name) not in (None, []):
+            for name in kind.settings:
+                if name not in (*own, *said) and getattr(self, name) not in (None, []):
+                    said.add(name)
                     yield (
                         f"{name}={getattr(self, name)!r} is for kind={kind.name!r}, but kind is {self.kind!r}; set "
                         f"kind to {kind.name}, or drop {name}"
