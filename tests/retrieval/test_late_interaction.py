@@ -20,7 +20,14 @@ from rex_rag.retrieval.late_interaction import kind, token_vectors
 from rex_rag.retrieval.late_interaction.maxsim import MaxSimIndex
 from rex_rag.retrieval.late_interaction.token_encoder import TokenEncoder, TokenEncoderSpec
 from rex_rag.retrieval.manifest import Manifest, verify
-from tests.retrieval.dense_parts import minilm_folder, save_word_encoder, word_passages
+from tests.retrieval.dense_parts import (
+    REAL_DATA,
+    minilm_folder,
+    real_questions,
+    recall,
+    save_word_encoder,
+    word_passages,
+)
 from tests.retrieval.late_parts import DIMENSION, FORMS, IDS, QUERY_LENGTH, by_hand, save_colbert
 
 
@@ -214,3 +221,13 @@ def test_arguments_of_other_kinds_and_corpora_too_large_are_refused(built, monke
     monkeypatch.setattr(kind, "MOST_VECTORS", 100)
     with pytest.raises(RetrievalError, match="so that 100 are the most; build a dense index"):
         built("large")
+
+
+@pytest.mark.slow
+def test_recall_of_maxsim_over_the_token_vectors_of_minilm(tmp_path):
+    questions = real_questions()
+    corpus, output = [str(REAL_DATA / "corpus.jsonl")], str(tmp_path / "index")
+    arguments = IndexArguments(corpus=corpus, output=output, kind="late_interaction", model=minilm_folder())
+    build_index(arguments, say=lambda _: None)
+    measured = recall(questions, open_index(tmp_path / "index"))
+    assert measured == pytest.approx((0.630, 0.730, 0.775, 0.900), abs=0.005), measured

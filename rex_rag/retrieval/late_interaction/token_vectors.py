@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TOKENS_FILE = "tokens.f16"
 OFFSETS_FILE = "token_offsets.u64"
 # What a kill can lose; each is also cut into the same batches whenever it is encoded.
-SHARD_ROWS = 1024
+SHARD_ROWS = 256
 
 
 def encode_tokens(
