@@ -344,6 +344,20 @@ def test_the_csv_holds_the_intervals_that_markdown_shows(tmp_path: Path):
     assert len(head) == len(row) and row[-4:-1] == ["", "", ""]
 
 
+def test_document_recall_of_a_set_that_names_documents(tmp_path: Path):
+    questions = tuple(Question(f"q{n}", f"Which {n}?", ("Lisbon",), documents=("d1", "d2")) for n in range(2))
+    own = Benchmark("own", "open", questions, "own.jsonl", 2)
+    found = sample("Oporto", searches=[{"query": "q", "passages": ["d2", "x"], "segment": 0}])
+    path = write_run(tmp_path / "a", {"own": [found, found]}, benchmarks={"own": own})
+    [run] = load_runs([path])
+    [row] = build_report([run], extras=["document_recall"]).rows
+    assert (row.cells["own"].estimate.mean, row.extras["document_recall"].text) == (0.0, "50.0 [50.0, 50.0]")
+    assert "documents  searches" in score_table(run.scores)
+    plain = write_run(tmp_path / "b", {"own": [1]})
+    [row] = build_report(load_runs([plain]), extras=["document_recall"]).rows
+    assert "document_recall" not in row.extras
+
+
 def test_the_latex_table(tmp_path: Path):
     write_run(tmp_path / "a", {"nq": [1, 1], "own_set": [0]})
     text = as_latex(build_report(load_runs([tmp_path / "a"]), published=["3B"]))

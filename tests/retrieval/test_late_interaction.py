@@ -29,6 +29,7 @@ from tests.retrieval.dense_parts import (
     word_passages,
 )
 from tests.retrieval.late_parts import DIMENSION, FORMS, IDS, QUERY_LENGTH, by_hand, save_colbert
+from tests.retrieval.running import Running
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,18 @@ def test_an_index_finds_what_maxsim_over_its_passages_finds(built, colbert):
     assert [passage.id for passage in alone] == [passage.id for passage in beside]
     retriever.check()
     assert "MaxSim" in retriever.description and str(directory.parent) not in retriever.description
+
+
+def test_a_server_merges_queries_of_unlike_numbers_of_tokens(built):
+    pytest.importorskip("fastapi", reason="the HTTP tests need fastapi: install the dev extra")
+    retriever = open_index(built())
+    server = Running(lambda: retriever).ready()
+    try:
+        queries = ["the river of oslo", "paris", ""]
+        served = [[hit["document"]["id"] for hit in ranking] for ranking in server.search(queries).json()["result"]]
+        assert served == [[passage.id for passage in ranking] for ranking in retriever.search(queries, 3)]
+    finally:
+        server.stop()
 
 
 def test_two_builds_are_equal_and_a_killed_one_goes_on(built, tmp_path, monkeypatch):
