@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.dense.encoder import CHUNK_ROWS, Encoder
@@ -162,7 +162,16 @@ def check_rows(total: int) -> list[int]:
     return [row * (total - 1) // max(1, count - 1) for row in range(count)]
 
 
-def encoding_identity(encoder: Encoder, dtype: str) -> str:
+class Encoding(Protocol):
+    """What of an encoder its vectors depend on."""
+
+    spec: Any  # a dataclass
+    dtype: str
+    batch_size: int
+    devices: list[str]
+
+
+def encoding_identity(encoder: Encoding, dtype: str) -> str:
     """All that vectors depend on besides the texts, and how they are stored."""
     # The folder of a checkpoint may move between attempts; its revision says what it holds.
     spec = {key: value for key, value in asdict(encoder.spec).items() if key != "name"}

@@ -57,7 +57,9 @@ class IndexArguments:
             "a checkpoint of ColBERT or PyLate, for example colbert-ir/colbertv2.0."
         },
     )
-    revision: str | None = field(default=None, metadata={"help": "dense: commit of the encoder on the Hub."})
+    revision: str | None = field(
+        default=None, metadata={"help": "dense, late_interaction: commit of the encoder on the Hub."}
+    )
     encoder_family: str | None = field(
         default=None,
         metadata={
@@ -72,7 +74,8 @@ class IndexArguments:
         default=None, metadata={"help": "dense: text before a passage. Default: what the encoder was trained with."}
     )
     passage_format: str | None = field(
-        default=None, metadata={"help": "dense: how title and text are joined: contents, lines or blank."}
+        default=None,
+        metadata={"help": "dense, late_interaction: how title and text are joined: contents, lines or blank."},
     )
     pooling: str | None = field(
         default=None, metadata={"help": "dense: mean, cls or lasttoken. Default: the encoder's own."}
@@ -81,18 +84,24 @@ class IndexArguments:
         default=None, metadata={"help": "dense: vectors of length 1. Default: as the encoder was trained."}
     )
     max_tokens: int | None = field(
-        default=None, metadata={"help": "dense: longest text encoded, in tokens. Default: the encoder's own."}
+        default=None,
+        metadata={"help": "dense, late_interaction: longest text encoded, in tokens. Default: the encoder's own."},
     )
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": f"dense: the encoder computes in {', '.join(DTYPES)}. Default: float16 on GPUs, or float32."
+            "help": f"dense, late_interaction: the encoder computes in {', '.join(DTYPES)}. Default: float16 on GPUs, "
+            "or float32."
         },
     )
-    batch_size: int = field(default=64, metadata={"help": "dense: passages an encoder takes at once."})
+    batch_size: int = field(
+        default=64, metadata={"help": "dense, late_interaction: passages an encoder takes at once."}
+    )
     devices: list[str] = field(
         default_factory=list,
-        metadata={"help": "dense: where to encode, for example cuda:0 cuda:1. Default: all GPUs."},
+        metadata={
+            "help": "dense, late_interaction (one): where to encode, for example cuda:0 cuda:1. Default: all GPUs."
+        },
     )
     index: str = field(default="flat", metadata={"help": f"dense: one of {', '.join(INDEX_TYPES)}."})
     nlist: int | None = field(default=None, metadata={"help": "ivf: number of lists. Default: 4 sqrt(passages)."})
