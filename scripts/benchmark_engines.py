@@ -2,6 +2,8 @@
 
     OMP_NUM_THREADS=1 python scripts/benchmark_engines.py --model DIR_OF_MINILM --output DIR
 
+--token-model adds a row of late interaction: MaxSim over the token vectors of a ColBERT, or of MiniLM as they are.
+
 The corpus is hotpotqa_sample within 2wiki_passages (7,113 passages), or hotpotqa_sample alone with --alone (994).
 Recall is that of gold titles for the 100 questions of hotpotqa_sample, the question as query. "As exact" is the share
 of the ten passages of exact search that the engine finds too, over 1,000 questions of hotpotqa_dev; these also measure
@@ -31,6 +33,10 @@ from rex_rag.retrieval.dense.qdrant_index import QdrantIndex
 from rex_rag.retrieval.dense.retriever import DenseRetriever
 from rex_rag.retrieval.dense.torch_index import TorchFlatIndex
 from rex_rag.retrieval.dense.vector_index import VectorIndex
+from rex_rag.retrieval.late_interaction.maxsim import MaxSimIndex
+from rex_rag.retrieval.late_interaction.retriever import LateInteractionRetriever
+from rex_rag.retrieval.late_interaction.token_encoder import TokenEncoder, TokenEncoderSpec
+from rex_rag.retrieval.late_interaction.token_vectors import encode_tokens, map_token_vectors, write_token_vectors
 from rex_rag.retrieval.passages import PassageList
 
 CUTS = (2, 3, 5, 10)
@@ -87,6 +93,15 @@ def dense_indexes(vectors: VectorShards, folder: Path) -> Iterator[tuple[str, Ve
     yield "Qdrant, embedded", index, codes.size * 4
 
 
+def late_interaction(passages: PassageList, model: str, folder: Path) -> tuple[LateInteractionRetriever, int]:
+    """The engine over all passages, and the bytes of its two files."""
+    encoder = TokenEncoder(TokenEncoderSpec(model), "cpu")
+    write_token_vectors(encode_tokens(passages, encoder, folder / "shards"), folder)
+    vectors, offsets = map_token_vectors(folder, len(passages), encoder.dimension)
+    index = MaxSimIndex(vectors, offsets)
+    return LateInteractionRetriever(encoder, index, passages, index.description), vectors.nbytes + offsets.nbytes
+
+
 class Table:
     """Measures one engine after the other and prints a row for each."""
 
@@ -110,6 +125,11 @@ class Table:
         same = f"{np.mean(hits) / CUTS[-1]:.3f}"
         self._row(name, retriever, lambda batch: retriever.rank(batch, CUTS[-1]), vectors, size, same)
 
+    def late_interaction(self, retriever: LateInteractionRetriever, size: int) -> None:
+        """On fewer questions than the others, since each scans all tokens."""
+        encoded = retriever.encode(self.asked[:BATCH])
+        self._row("late interaction", retriever, lambda batch: retriever.rank(batch, CUTS[-1]), encoded, size)
+
     def _row(self, name: str, retriever, work: Callable, queries: Sequence, size: int, same: str = "") -> None:
         measured = recalls(self.labelled, retriever.search([row["question"] for row in self.labelled], CUTS[-1]))
         cells = [name, *(f"{value:.3f}" for value in measured), same]
@@ -126,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="an encoder, for example a folder with all-MiniLM-L6-v2")
     parser.add_argument("--encoder-family", default="minilm")
+    parser.add_argument("--token-model", help="a checkpoint for the row of late interaction")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--output", type=Path, required=True, help="folder for vectors and indexes")
     parser.add_argument("--alone", action="store_true", help="hotpotqa_sample's own 994 passages")
@@ -152,6 +173,8 @@ def main() -> None:
     table.bm25(BM25Retriever.load(folder / "bm25", passages), folder_bytes(folder / "bm25"))
     for name, index, size in dense_indexes(vectors, folder):
         table.dense(name, DenseRetriever(encoder, index, passages), encoded, size)
+    if arguments.token_model:
+        table.late_interaction(*late_interaction(passages, arguments.token_model, folder / "tokens"))
 
 
 if __name__ == "__main__":

@@ -137,7 +137,10 @@ def test_every_extension_of_the_tests_is_shown_as_the_very_file():
 # Commands
 
 
-@pytest.mark.parametrize("name", NAMES)
+RUN_WHOLE = "docs/your_own.md"  # a test runs every line of it
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != RUN_WHOLE])
 def test_every_command_parses(name: str):
     for words in commands(ROOT / name):
         check_command(words)
@@ -162,7 +165,7 @@ def check_command(words: list[str]) -> None:
     elif program.startswith("--"):  # what goes behind a launch
         assert not refused(words, training_options()), words
     else:
-        assert program in ("cp", "git", "hf", "tensorboard", "trackio", "trl"), f"nothing here knows {program}"
+        assert program in ("trackio", "tensorboard", "git"), f"nothing here knows {program}"
 
 
 def check_targets(words: list[str]) -> None:
@@ -178,9 +181,9 @@ def check_rex_rag(words: list[str]) -> None:
             assert recipe_path(words[words.index("--config") + 1])
         return
     options, further = _parser().parse_known_args(words)
-    if command in ("check", "demonstrations", "doctor", "plan"):
+    if command in ("check", "doctor", "plan"):
         recipe = Path(options.recipe)
-        if recipe.parent in (Path(), Path("my")):  # the reader's
+        if recipe.parent == Path():  # my.yaml, the reader's
             assert not refused(further, training_options()), words
         else:
             parse_overrides(recipe_path(options.recipe), further)

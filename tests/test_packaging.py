@@ -96,6 +96,7 @@ RETRIEVAL_LAYERS = (
     ("indexed", "estimate", "manifest", "index_kind"),
     ("held",),
     ("bm25", "dense", "online", "remote"),
+    ("late_interaction",),
     ("index", "rerank", "identity"),
     ("kinds",),
     ("load",),

@@ -315,12 +315,15 @@ def score_table(scores: Mapping[str, BenchmarkScores]) -> str:
     judged = any("judge" in one.metrics for one in scores.values())
     if judged:
         head.insert(head.index("F1") + 1, "judged")
+    recalled = any("document_recall" in one.metrics for one in scores.values())
+    if recalled:
+        head.insert(head.index("searches"), "documents")
     choosing = any("accuracy" in one.metrics for one in scores.values())
     if choosing:
         head.insert(-1, "unreadable")
     rows = [head]
     for name, one in scores.items():
-        f1, judge = one.metrics.get("f1"), one.metrics.get("judge")
+        f1, judge, documents = (one.metrics.get(name) for name in ("f1", "judge", "document_recall"))
         rows.append(
             [
                 name,
@@ -330,6 +333,7 @@ def score_table(scores: Mapping[str, BenchmarkScores]) -> str:
                 *_of_several(one, attempts),
                 f"{100 * f1.mean:.1f}" if f1 else "",
                 *([f"{100 * judge.mean:.1f}" if judge else ""] if judged else []),
+                *([f"{100 * documents.mean:.1f}" if documents else ""] if recalled else []),
                 f"{one.searches:.2f}",
                 f"{one.tokens:.0f}",
                 f"{100 * one.unanswered:.1f} %",

@@ -15,9 +15,9 @@ def add_report(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "report",
         help="put evaluation runs into one table",
-        description="One row a run: exact match with its 95 % interval for every set, and the mean. The paper's "
-        "published rows stand below, marked. Runs of different protocols and runs that are not whole are refused "
-        "unless --mark is given.",
+        description="One row a run: exact match with its 95 % interval for every set, and the mean with and without "
+        "Bamboogle. Published rows, the paper's and later ones, stand below, marked. Runs of different protocols and "
+        "runs that are not whole are refused unless --mark is given.",
     )
     parser.add_argument(
         "runs",
@@ -34,8 +34,8 @@ def add_report(commands: argparse._SubParsersAction) -> None:
         type=_names,
         default=[],
         metavar="NAME,…",
-        help="more columns: f1, sub_match, judge, pass_at_k, majority, searches, tokens, seconds, invalid, "
-        "truncations, unanswered, unreadable",
+        help="more columns: f1, sub_match, judge, document_recall, pass_at_k, majority, searches, tokens, seconds, "
+        "invalid, truncations, unanswered, unreadable",
     )
     parser.add_argument(
         "--published",

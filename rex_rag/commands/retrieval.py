@@ -43,9 +43,9 @@ def index(words: Sequence[str]) -> None:
         )
         return
     description = (
-        "Build an index of a corpus: `--kind bm25`, or `--kind dense` with an encoder. The estimate of time, memory "
-        "and disk comes first; a build that was killed goes on where it stood. `rex-rag index --verify DIR` hashes "
-        "every file of an index and compares it with the manifest."
+        "Build an index of a corpus: `--kind bm25`, or `--kind dense` or `late_interaction` with an encoder. The "
+        "estimate of time, memory and disk comes first; a build that was killed goes on where it stood. `rex-rag "
+        "index --verify DIR` hashes every file of an index and compares it with the manifest."
     )
     arguments, options = parse_section("index", description, "index", (IndexArguments,), words, switches)
     try:

@@ -112,7 +112,8 @@ class EvaluationArguments:
         },
     )
     protocol: str | None = field(
-        default=None, metadata={"help": "How a search agent acts: search_r1, tool_calls, or module:Class."}
+        default=None,
+        metadata={"help": "How a search agent acts: search_r1, auto_refine, tool_calls, or module:Class."},
     )
     agent_tools: list[str] | None = field(
         default=None, metadata={"help": "What a search agent may call: search, read, or module:function."}

@@ -10,7 +10,16 @@ from string import ascii_uppercase
 from typing import Any
 
 from rex_rag.data.question_files import LocatedRow
-from rex_rag.data.question_rows import BLANK_ANSWERS, Columns, QuestionError, no_column, read_row, text_of
+from rex_rag.data.question_rows import (
+    BLANK_ANSWERS,
+    Columns,
+    QuestionError,
+    is_alias_of,
+    no_column,
+    read_row,
+    text_of,
+)
+from rex_rag.evaluation.obfuscation import reveal
 from rex_rag.evaluation.records import Question
 from rex_rag.support.wording import shorten
 
@@ -26,6 +35,13 @@ class BenchmarkColumns(Columns):
 
     choices: str | list[str] | dict[str, str] | None = None
     answers_are: str = "letter"
+    documents: str | None = None
+    canary: str | None = None
+
+    def are_read(self, name: str) -> bool:
+        """Whether a column of this name is looked at; sets may hold whole documents in others."""
+        own = (self.id, self.question, *self.of_answers, *self.of_single_choices, self.choices, self.documents)
+        return name in (*own, "metadata") or is_alias_of(name, self)
 
     @property
     def of_single_choices(self) -> list[str]:
@@ -51,6 +67,7 @@ def questions_of(
         "id_column": {columns.id} - {Columns.id},
         "answers_column": columns.of_answers,
         "choices_column": columns.of_single_choices,
+        "documents_column": [columns.documents] if columns.documents else [],
     }
     for setting, names in named.items():
         if absent := [name for name in names if name not in held]:
@@ -78,6 +95,9 @@ def _question(row: Mapping[str, Any], columns: BenchmarkColumns, place: str, def
     for names, setting in (([columns.question], "question_column"), (columns.of_answers, "answers_column")):
         if not any(name in row for name in names):
             raise no_column(place, names, setting, row)
+    if columns.canary is not None:
+        hidden = [name for name in (columns.question, *columns.of_answers) if isinstance(row.get(name), str)]
+        row = {**row, **{name: reveal(row[name], columns.canary, place) for name in hidden}}
     read = read_row(row, columns, place, may_be_lists=columns.choices is not None)
     if not read.question:
         raise QuestionError(f"{place}: the question is {shorten(row[columns.question])}; a row needs one: repair it")
@@ -92,7 +112,27 @@ def _question(row: Mapping[str, Any], columns: BenchmarkColumns, place: str, def
     if choices is not None:
         golden = [_letter(answer, choices, columns.answers_are, place) for answer in golden]
     metadata = _metadata(row.get("metadata"))
-    return Question(read.id or default_id, read.question, tuple(golden), choices, metadata), read.blank
+    documents = _documents(row, columns, place)
+    return Question(read.id or default_id, read.question, tuple(golden), choices, metadata, documents), read.blank
+
+
+def _documents(row: Mapping[str, Any], columns: BenchmarkColumns, place: str) -> tuple[str, ...]:
+    """The ids of the row's gold documents: its own texts, or the `docid` or `id` of mappings; none where none is
+    asked for."""
+    if columns.documents is None:
+        return ()
+    held = row.get(columns.documents)
+    entries = held if isinstance(held, list | tuple) else []
+    ids = [entry.get("docid", entry.get("id")) if isinstance(entry, Mapping) else entry for entry in entries]
+    texts = [text_of(entry, "id of a document", place) for entry in ids]
+    if not texts or not all(texts):
+        raise QuestionError(
+            f"{place}: the gold documents are {shorten(held)}; a row needs a list of ids, or of objects with a docid: "
+            "repair it, or leave documents_column out"
+        )
+    if columns.canary is not None:
+        texts = [reveal(text, columns.canary, place) for text in texts]
+    return tuple(dict.fromkeys(texts))
 
 
 def _choices(row: Mapping[str, Any], wanted: str | list[str] | dict[str, str], place: str) -> dict[str, str]:

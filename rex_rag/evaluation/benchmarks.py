@@ -102,6 +102,9 @@ class BenchmarkSource:
     columns. A null is a choice that this question lacks. Gold answers are letters unless `answers_are` says `index`
     (from 0) or `text`.
 
+    documents_column: a list of ids of gold documents, or of objects with a `docid`, for the metric `document_recall`.
+    canary: what question, answers and documents' ids are obfuscated with, see `obfuscation`.
+
     Raises:
         QuestionError: for values that are out of range or do not go together.
     """
@@ -114,6 +117,8 @@ class BenchmarkSource:
     id_column: str = "id"
     choices_column: str | list[str] | dict[str, str] | None = None
     answers_are: str = "letter"
+    documents_column: str | None = None
+    canary: str | None = None
     size: int | None = None
     config: str | None = None
     split: str | None = None
@@ -132,6 +137,10 @@ class BenchmarkSource:
                 f"{self.path}: choices_column={self.choices_column!r}; it must be a column, a list of columns or a "
                 "mapping of letters to columns"
             )
+        for name in ("documents_column", "canary"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value.strip()):
+                raise QuestionError(f"{self.path}: {name}={value!r}; it must be a non-blank string, or left out")
         if self.kind not in KINDS:
             raise QuestionError(f"{self.path}: kind={self.kind!r}; it must be one of {', '.join(KINDS)}")
         if (self.kind == MULTIPLE_CHOICE) != bool(self.choices_column):
@@ -161,7 +170,13 @@ class BenchmarkSource:
     @property
     def columns(self) -> BenchmarkColumns:
         return BenchmarkColumns(
-            self.question_column, self.answers_column, self.id_column, self.choices_column, self.answers_are
+            self.question_column,
+            self.answers_column,
+            self.id_column,
+            self.choices_column,
+            self.answers_are,
+            self.documents_column,
+            self.canary,
         )
 
 
@@ -309,6 +324,7 @@ def _load_source(source: BenchmarkSource) -> Benchmark:
         name=source.config,
         split=source.split,
         revision=source.revision,
+        wanted=source.columns.are_read,
     )
     questions = questions_of(rows, held, source.columns, where)
     # Tables label `hotpotqa` as HotpotQA, so that a part under that name would look like the set.

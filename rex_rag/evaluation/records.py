@@ -22,13 +22,17 @@ CHUNKS_FOLDER = "chunks"
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One test question. `choices` (letter -> text) makes it multiple choice; its gold answers are letters then."""
+    """One test question. `choices` (letter -> text) makes it multiple choice; its gold answers are letters then.
+
+    documents: ids of the passages that a search should find, of sets that name such.
+    """
 
     id: str
     question: str
     golden_answers: tuple[str, ...]
     choices: dict[str, str] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    documents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +73,12 @@ class Prediction:
     samples: tuple[Sample, ...]
     choices: dict[str, str] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    documents: tuple[str, ...] = ()
 
     def as_row(self) -> dict[str, Any]:
-        """A JSON-able row of `predictions.jsonl`."""
-        return asdict(self)
+        """A JSON-able row of `predictions.jsonl`; `documents` stands there only where a set names some."""
+        row = asdict(self)
+        return row if self.documents else {key: value for key, value in row.items() if key != "documents"}
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Prediction:
@@ -82,7 +88,8 @@ class Prediction:
             TypeError, KeyError: for a row of another form.
         """
         samples = tuple(Sample(**sample) for sample in row["samples"])
-        return cls(**{**row, "golden_answers": tuple(row["golden_answers"]), "samples": samples})
+        lists = {name: tuple(row.get(name, ())) for name in ("golden_answers", "documents")}
+        return cls(**{**row, **lists, "samples": samples})
 
 
 def finished_chunks(folder: Path) -> list[Path]:

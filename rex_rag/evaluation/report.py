@@ -2,7 +2,7 @@
 
 Invariant: rows of one table were made under one protocol and from whole runs. What differs is refused, or, on request,
 stands in a footnote of the row that differs; rows without one can be compared with each other, and the first is one of
-them. Published rows always carry a footnote.
+them. Published rows always carry a footnote, which says where they are from and how their protocol differs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rex_rag.evaluation.published import (
     BENCHMARKS,
     SETTING,
     SIZES,
-    SOURCE,
+    SMALL_SET,
     PublishedRow,
     label,
     ordered,
@@ -33,6 +33,7 @@ COLUMNS = {
     "f1": "F1",
     "sub_match": "sub-match",
     "judge": "judged",
+    "document_recall": "documents",
     "pass_at_k": "pass@k",
     "majority": "majority",
     "searches": "searches",
@@ -44,11 +45,12 @@ COLUMNS = {
     "unreadable": "unreadable",
 }
 # Those that are means over questions.
-WITH_INTERVAL = ("f1", "sub_match", "judge")
+WITH_INTERVAL = ("f1", "sub_match", "judge", "document_recall")
 _EXPLAINED = {
     "f1": "F1: token F1, per cent, mean over sets",
     "sub_match": "sub-match: a gold answer stands in the answer, per cent, mean over sets",
     "judge": "judged: right in the opinion of a model, per cent, mean over sets",
+    "document_recall": "documents: gold documents among all that the searches gave, per cent, mean over sets",
     "pass_at_k": "pass@k: a right answer among k samples, per cent, mean over sets",
     "majority": "majority: the vote of all samples is right, per cent, mean over sets",
     "searches": "searches: a sample",
@@ -96,12 +98,16 @@ class Extra:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One run, or one published row. `extras` lacks what a run cannot say."""
+    """One run, or one published row. `extras` lacks what a run cannot say.
+
+    mean_of_large: over the sets but the small one, where there are others beside it.
+    """
 
     method: str
     model: str
     cells: dict[str, Cell]
     mean: Cell | None
+    mean_of_large: Cell | None = None
     published: bool = False
     run: str = ""
     protocol: str = ""
@@ -118,6 +124,15 @@ class Report:
     rows: tuple[Row, ...]
     notes: dict[str, str]
     remarks: tuple[str, ...]
+
+    @property
+    def means(self) -> dict[str, str]:
+        """The columns of means, each an attribute of a row with what stands at its head."""
+        large = _large([column.name for column in self.columns])
+        return {
+            **({"mean": "mean"} if len(self.columns) > 1 else {}),
+            **({"mean_of_large": f"mean without {label(SMALL_SET)}"} if large else {}),
+        }
 
 
 def load_runs(
@@ -174,7 +189,8 @@ def build_report(
             unmarked.append(run)
         rows.append(_row(run, marks, names, extras, notes, resamples, seed))
     shown = _published_sizes(runs, names) if published is None else published
-    theirs = [row for row in published_rows(shown) if not row.em.keys().isdisjoint(names)]
+    whole = set(names) >= set(BENCHMARKS)
+    theirs = [row for row in published_rows(shown) if (whole and not row.em) or not row.em.keys().isdisjoint(names)]
     rows += [_published(row, names, notes) for row in theirs]
     columns = tuple(_column(name, runs) for name in names)
     remarks = _remarks(columns, runs, extras, unmarked)
@@ -257,11 +273,13 @@ def _row(
         marks = [*marks, notes.mark(f"not whole, so without a mean: {run.missing_text}")]
     cells = {name: Cell(scores.main, scores.n) for name, scores in run.scores.items()}
     mean = run.mean(names, resamples=resamples, seed=seed)
+    large = run.mean(_large(names), resamples=resamples, seed=seed)
     return Row(
         method=run.method,
         model=run.model,
         cells=cells,
         mean=None if mean is None else Cell(mean),
+        mean_of_large=None if large is None else Cell(large),
         run=str(run.path),
         protocol=run.protocol,
         marks=tuple(marks),
@@ -332,14 +350,24 @@ def _published_sizes(runs: Sequence[FinishedRun], names: Sequence[str]) -> list[
     return [size for size in SIZES if size in named] or list(SIZES)
 
 
+def _large(names: Sequence[str]) -> list[str]:
+    """The sets without the small one; none where it is not there, or stands beside a single other."""
+    large = [name for name in names if name != SMALL_SET]
+    return large if 1 < len(large) < len(names) else []
+
+
 def _published(row: PublishedRow, names: Sequence[str], notes: _Notes) -> Row:
-    marks = [notes.mark(f"as published in {SOURCE}; not produced under the protocol of the other rows")]
+    other = f"; of another protocol than the published rows without this footnote: {row.deviation}"
+    told = f"as published in {row.source}; not produced under the protocol of the runs"
+    marks = [notes.mark(told + (other if row.deviation else ""))]
     cells = {name: Cell(row.em[name] / 100) for name in names if name in row.em}
-    mean = None
+    mean = large = None
     if list(names) == list(BENCHMARKS):
-        odd = f"as printed; the cells of this row have the mean {row.mean_of_cells:.1f}"
-        mean = Cell(row.mean / 100, mark="" if row.mean_follows else notes.mark(odd))
-    return Row(row.method, f"Qwen2.5-{row.size}", cells, mean, published=True, marks=tuple(marks))
+        odd = "" if row.mean_follows else f"as printed; the cells of this row have the mean {row.mean_of_cells:.1f}"
+        mean = Cell(row.mean / 100, mark=notes.mark(odd) if odd else "")
+        if row.em:
+            large = Cell(sum(row.em[name] for name in _large(names)) / len(_large(names)) / 100)
+    return Row(row.method, f"Qwen2.5-{row.size}", cells, mean, large, published=True, marks=tuple(marks))
 
 
 def _column(name: str, runs: Sequence[FinishedRun]) -> Column:
@@ -365,6 +393,11 @@ def _remarks(
         f"Exact match in per cent{accuracy}, in brackets the 95 % bootstrap interval over questions.",
         *(["Mean: over sets, each counting alike, only where a row has all of them."] if len(columns) > 1 else []),
     ]
+    if _large([column.name for column in columns]):
+        remarks.append(
+            f"{label(SMALL_SET)} has 125 questions, each worth 0.8 points of its cell: the mean without it is the "
+            "steadier one. Of published rows it is worked out from their cells."
+        )
     samples = sorted({scores.samples for run in runs for scores in run.scores.values()})
     if samples not in ([], [1]):
         remarks.append(f"Samples a question: {', '.join(map(str, samples))}; scores are means over them.")

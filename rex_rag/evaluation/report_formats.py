@@ -24,7 +24,7 @@ def as_markdown(report: Report) -> str:
         method = markdown_text(row.method) + (" (published)" if row.published else "")
         marks = "".join(f" ({mark})" for mark in row.marks)
         figures = [figure(row.cells.get(column.name), column) for column in report.columns]
-        means = [figure(row.mean)] if _has_mean(report) else []
+        means = [figure(getattr(row, mean)) for mean in report.means]
         extras = [_extra(row, name, markdown_text) or _NOTHING for name in report.extras]
         return [method + marks, markdown_text(_model(row, report)), *figures, *means, *extras]
 
@@ -42,7 +42,7 @@ def as_latex(report: Report) -> str:
         marks = f"$^{{{','.join(row.marks)}}}$" if row.marks else ""
         around = (r"{\scriptsize ", "}")
         figures = [_figure(row.cells.get(column.name), column, around, "$^{", "}$") for column in report.columns]
-        means = [_figure(row.mean, None, around, "$^{", "}$")] if _has_mean(report) else []
+        means = [_figure(getattr(row, mean), None, around, "$^{", "}$") for mean in report.means]
         extras = [_extra(row, name, latex_text) or "--" for name in report.extras]
         cells = [cell.replace(_NOTHING, "--") for cell in (*figures, *means)]
         return [method + marks, latex_text(_model(row, report)), *cells, *extras]
@@ -58,7 +58,9 @@ def as_csv(report: Report) -> str:
     header = ["method", "model", "source", "protocol"]
     for column in report.columns:
         header += [f"{column.name}_{name}" for name in ("n", _metric(column), "low", "high")]
-    header += ["mean", "mean_low", "mean_high"]
+    # The mean's columns stay where there is no mean, so that tables of one and of several sets have the same.
+    means = {"mean": "", **report.means}
+    header += [f"{mean}{end}" for mean in means for end in ("", "_low", "_high")]
     for name in report.extras:
         header += [name, *([f"{name}_low", f"{name}_high"] if name in WITH_INTERVAL else [])]
     header += ["notes"]
@@ -72,7 +74,8 @@ def as_csv(report: Report) -> str:
         notes = "; ".join(report.notes[mark] for mark in marks)
         extras = [value for name in report.extras for value in _values(name, row.extras.get(name))]
         rounded = [round(value, 4) if isinstance(value, float) else value for value in extras]
-        lines.append([*line, *_ends(row.mean), *rounded, notes])
+        ends = [end for mean in means for end in _ends(getattr(row, mean))]
+        lines.append([*line, *ends, *rounded, notes])
     return csv_table(header, lines)
 
 
@@ -85,7 +88,7 @@ def _metric(column: Column) -> str:
 
 def _header(report: Report, escape: Callable[[str], str]) -> list[str]:
     heads = [escape(f"{column.label}{_asked(column)}") for column in report.columns]
-    return ["method", "model", *heads, *(["mean"] if _has_mean(report) else []), *map(COLUMNS.get, report.extras)]
+    return ["method", "model", *heads, *report.means.values(), *map(COLUMNS.get, report.extras)]
 
 
 def _asked(column: Column) -> str:
@@ -93,10 +96,6 @@ def _asked(column: Column) -> str:
         return ""
     of = f" of {column.size:,}" if column.size not in (None, column.questions) else ""
     return f" (n={column.questions:,}{of})"
-
-
-def _has_mean(report: Report) -> bool:
-    return len(report.columns) > 1
 
 
 def _model(row: Row, report: Report) -> str:

@@ -258,6 +258,7 @@ class EvaluationRun:
                 samples=tuple(samples[place * self.samples : (place + 1) * self.samples]),
                 choices=question.choices,
                 metadata=question.metadata,
+                documents=question.documents,
             )
             for place, question in enumerate(chunk.questions)
         ]

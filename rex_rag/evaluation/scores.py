@@ -1,7 +1,7 @@
 """Scores of predictions: per question, and per benchmark with bootstrap intervals. Nothing here is ever stored.
 
 Invariant: scores read `Sample.answer`, which methods take from model-written text alone, and the gold answers; what
-was retrieved cannot count.
+was retrieved counts for document recall alone, which says nothing of the answer.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ F1 = "f1"
 SUB_MATCH = "sub_match"
 ACCURACY = "accuracy"
 JUDGE = "judge"
+DOCUMENT_RECALL = "document_recall"
 # Floats of equal fractions differ in their last bits (F1 of 3 words in 4 and 5, of 5 in 6 and 9; the same samples in
 # another order), which a sign test would count as wins.
 _DECIMALS = 12
@@ -63,8 +64,9 @@ class ScoreError(UserError):
 class BenchmarkScores:
     """Scores of one benchmark; all scores in [0, 1].
 
-    metrics: `exact_match`, `f1`, `sub_match` and, if asked, `judge`; or `accuracy` for multiple choice; the mean over
-    questions of the mean over a question's samples. pass_at_k: k -> estimate, for 1, 2, 4, ... and the number of
+    metrics: `exact_match`, `f1`, `sub_match` and, if asked, `judge`; or `accuracy` for multiple choice; and
+    `document_recall` where the set names gold documents; the mean over questions of the mean over a question's
+    samples. pass_at_k: k -> estimate, for 1, 2, 4, ... and the number of
     samples; majority: of the vote; both of the main metric, and empty or `None` for one sample a question. searches,
     tokens, invalid_actions: means over samples. truncations: cause -> how often, over all samples. unanswered: share
     of samples without an answer. unreadable: share of samples whose answer names no choice. seconds: of the whole
@@ -123,16 +125,21 @@ def question_scores(prediction: Prediction, judge: Judge | None = None) -> dict[
         ScoreError: for a judge's score outside [0, 1].
     """
     answers = [sample.answer for sample in prediction.samples]
+    found = (
+        {DOCUMENT_RECALL: [_document_recall(sample, prediction.documents) for sample in prediction.samples]}
+        if prediction.documents
+        else {}
+    )
     if prediction.choices is not None:
         letters = [choice_letter(answer, prediction.choices) for answer in answers]
-        return {ACCURACY: [float(letter in prediction.golden_answers) for letter in letters]}
+        return {ACCURACY: [float(letter in prediction.golden_answers) for letter in letters], **found}
     scores = {
         name: [float(score(answer, prediction.golden_answers)) for answer in answers]
         for name, score in _OPEN_METRICS.items()
     }
     if judge is not None:
         scores[JUDGE] = [_judged(judge, prediction, sample) for sample in prediction.samples]
-    return scores
+    return scores | found
 
 
 def score_benchmark(
@@ -285,6 +292,12 @@ def _check(predictions: Sequence[Prediction]) -> None:
             f"the predictions hold {sorted(sizes)} samples a question and {len(kinds)} kinds of question; those of "
             "one benchmark hold the same number, at least 1, of one kind: score benchmarks one by one"
         )
+
+
+def _document_recall(sample: Sample, documents: Sequence[str]) -> float:
+    """The share of the gold documents among all that the sample's searches gave, as BrowseComp-Plus counts it."""
+    found = {passage for search in sample.searches for passage in search["passages"]}
+    return len(found.intersection(documents)) / len(set(documents))
 
 
 def _judged(judge: Judge, prediction: Prediction, sample: Sample) -> float:

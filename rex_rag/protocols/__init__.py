@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rex_rag.protocols.auto_refine import AutoRefine
 from rex_rag.protocols.base import SEARCH, Action, Framing, Protocol, ToolCall, ToolSpec
 from rex_rag.protocols.search_r1 import SearchR1
 from rex_rag.protocols.tool_calls import ToolCalls
 from rex_rag.support.named import choose
 
-PROTOCOLS: dict[str, type[Protocol]] = {protocol.name: protocol for protocol in (SearchR1, ToolCalls)}
+PROTOCOLS: dict[str, type[Protocol]] = {protocol.name: protocol for protocol in (SearchR1, AutoRefine, ToolCalls)}
 
 __all__ = [
     "PROTOCOLS",
     "SEARCH",
     "Action",
+    "AutoRefine",
     "Framing",
     "Protocol",
     "SearchR1",

@@ -32,7 +32,7 @@ class SearchOptions:
 class IndexKind(ABC):
     """What a kind of index adds to the passages of a directory.
 
-    settings: the `IndexArguments` that it alone reads, all of them unset by default.
+    settings: the `IndexArguments` that it reads and not every kind does, all of them unset by default.
     """
 
     name: ClassVar[str]

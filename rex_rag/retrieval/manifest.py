@@ -40,11 +40,11 @@ _BLOCK_BYTES = 1 << 24
 class Manifest:
     """The contents of `manifest.json`.
 
-    kind: `bm25` or `dense`. passages: how many. corpus_files: name, bytes, lines and SHA-256 of each source file.
-    corpus_sha256: of `passages.jsonl`. encoder: the encoder's specification, dimension and revision, None for bm25.
-    index: kind and parameters of the index. files: relative path -> {bytes, sha256}. arguments: what was asked for.
-    versions: of the libraries that built it. sha256: of all of this but itself; empty of an index of an earlier
-    version, whose manifest nothing vouches for.
+    kind: `bm25`, `dense` or `late_interaction`. passages: how many. corpus_files: name, bytes, lines and SHA-256 of
+    each source file. corpus_sha256: of `passages.jsonl`. encoder: the encoder's specification, dimension and revision,
+    None for bm25. index: kind and parameters of the index. files: relative path -> {bytes, sha256}. arguments: what
+    was asked for. versions: of the libraries that built it. sha256: of all of this but itself; empty of an index of an
+    earlier version, whose manifest nothing vouches for.
     """
 
     kind: str

@@ -108,6 +108,7 @@ def main() -> None:
     result = {"records": list(records), "checksum": checksum, "log": log}
     result["evaluated"] = trainer.evaluate()["eval_em/originals"]
     (output / f"rank{rank}.json").write_text(json.dumps(result))
+    trainer.accelerator.state.destroy_process_group()
 
 
 def brevity(completions, **_):

@@ -58,7 +58,12 @@ def write_run(
             samples = len(attempts)
             predictions.append(
                 Prediction(
-                    question.id, question.question, question.golden_answers, tuple(attempts), question.choices
+                    question.id,
+                    question.question,
+                    question.golden_answers,
+                    tuple(attempts),
+                    question.choices,
+                    documents=question.documents,
                 ).as_row()
             )
         folder = path / name

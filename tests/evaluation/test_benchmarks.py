@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import logging
@@ -307,6 +308,19 @@ def test_the_descriptions_that_come_along_fit_the_sets_they_describe(tmp_path, n
         load_benchmark(mapping | {"path": str(path), "size": hub["size"]})
 
 
+def test_the_description_of_frames_fits_its_rows(tmp_path):
+    mapping = yaml.safe_load(Path("recipes/evaluation/benchmarks/frames.yaml").read_text(encoding="utf-8"))
+    assert (mapping["path"], mapping.pop("split"), mapping.pop("size")) == ("google/frames-benchmark", "test", 824)
+    row = {"Prompt": "Who came first?", "Answer": "Jane Ballou", "reasoning_types": "x", "wiki_links": "['a', 'b']"}
+    path = write(tmp_path / "rows.jsonl", [row, row | {"Answer": 506000}])
+    first, second = load_benchmark(mapping | {"path": str(path)}).questions
+    assert (first.question, first.golden_answers, second.golden_answers) == (
+        "Who came first?",
+        ("Jane Ballou",),
+        ("506000",),
+    )
+
+
 @pytest.mark.parametrize(
     ("row", "answers_are", "message"),
     [
@@ -387,3 +401,59 @@ def test_the_real_sets_load_whole_and_their_hashes_are_known():
     published = subset(hotpotqa, 500)
     assert len(published) == 500
     assert published.sha256.startswith("dd3467d513f8")
+
+
+def obfuscated(text: str, canary: str) -> str:
+    """As the authors of BrowseComp-Plus document it: base64 of the text xor the repeated SHA-256 of the canary."""
+    key = hashlib.sha256(canary.encode()).digest()
+    data = text.encode()
+    return base64.b64encode(bytes(byte ^ key[place % 32] for place, byte in enumerate(data))).decode()
+
+
+CANARY = "canary of a test"
+HIDDEN = {
+    "query_id": "17",
+    "query": obfuscated("Which town, of all those that lie beside Lake Mjøsa?", CANARY),
+    "answer": obfuscated("Hamar", CANARY),
+    "evidence_docs": [
+        {"docid": obfuscated(docid, CANARY), "text": obfuscated("long", CANARY)} for docid in ("5", "8", "5")
+    ],
+}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_an_obfuscated_set_with_gold_documents(tmp_path, suffix):
+    from datasets import Dataset
+
+    described = yaml.safe_load(Path("recipes/evaluation/benchmarks/browsecomp_plus.yaml").read_text(encoding="utf-8"))
+    path = tmp_path / f"hidden.{suffix}"
+    write(path, [HIDDEN]) if suffix == "jsonl" else Dataset.from_list([HIDDEN]).to_parquet(path)
+    source = {**described, "path": str(path), "canary": CANARY, "size": 1}
+    del source["split"]
+    [question] = load_benchmark(source).questions
+    assert (question.id, question.question) == ("17", "Which town, of all those that lie beside Lake Mjøsa?")
+    assert (question.golden_answers, question.documents) == (("Hamar",), ("5", "8"))
+    with pytest.raises(QuestionError, match=r"row 1|line 1.* not obfuscated with the canary 'another'"):
+        load_benchmark({**source, "canary": "another"})
+    plain = write(tmp_path / "plain.jsonl", [{**HIDDEN, "query": "In the plain?"}])
+    with pytest.raises(QuestionError, match=r"'In the plain\?' was not obfuscated"):
+        load_benchmark({**source, "path": str(plain)})
+
+
+@pytest.mark.parametrize(("held", "said"), [(None, "None"), ([], r"\[\]"), ("5", "'5'"), ([{"url": "u"}], "url")])
+def test_a_row_without_gold_documents_is_refused_where_they_are_asked_for(tmp_path, held, said):
+    rows = [ROWS[0] | {"docs": ["d"]}, {"id": "y", "question": "Who?", "golden_answers": ["a"], "docs": held}]
+    source = {"path": str(write(tmp_path / "mine.jsonl", rows)), "documents_column": "docs"}
+    with pytest.raises(QuestionError, match=rf"line 2: the gold documents are .*{said}"):
+        load_benchmark(source)
+    with pytest.raises(QuestionError, match=r"no column 'doc'.*Set documents_column"):
+        load_benchmark(source | {"documents_column": "doc"})
+
+
+def test_whole_documents_in_other_columns_of_a_dataset_are_not_read(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_list([ROWS[0] | {"metadata": {"hops": 2}, "negatives": ["long"]}]).save_to_disk(tmp_path / "kept")
+    source = BenchmarkSource(path=str(tmp_path / "kept"), split="test", name="kept")
+    assert [source.columns.are_read(name) for name in ("metadata", "negatives")] == [True, False]
+    assert load_benchmark(source).questions[0].metadata == {"hops": 2}

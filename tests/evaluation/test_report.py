@@ -67,24 +67,41 @@ def seven(value: int) -> dict[str, list[int]]:
 def test_published_rows_stand_below_marked_and_of_the_models_size(tmp_path: Path):
     write_run(tmp_path / "a", seven(1), model="Qwen/Qwen2.5-3B-Instruct")
     report = build_report(load_runs([tmp_path / "a"]))
-    assert [row.published for row in report.rows] == [False] + [True] * 8
+    assert [row.published for row in report.rows] == [False] + [True] * 13
     assert {row.model for row in report.rows[1:]} == {"Qwen2.5-3B"}
     text = as_markdown(report)
-    last = lines_of(text)[-1]
-    assert last == [
+    head, _, ours, *theirs = lines_of(text)
+    assert head[-2:] == ["mean", "mean without Bamboogle"]
+    assert ours[-2:] == ["100.0 [100.0, 100.0]"] * 2
+    # (43.9 + 60.4 + 44.2 + 37.4 + 39.7 + 14.5) / 6 = 40.02
+    assert theirs[7] == [
         "REX-RAG (published) (a)",
         "Qwen2.5-3B",
-        *(f"*{value}*" for value in (43.9, 60.4, 44.2, 37.4, 39.7, 14.5, 31.2, 38.7)),
+        *(f"*{value:.1f}*" for value in (43.9, 60.4, 44.2, 37.4, 39.7, 14.5, 31.2, 38.7, 40.0)),
     ]
+    assert theirs[10] == ["GiGPO (published) (d)", "Qwen2.5-3B", *["–"] * 7, "*42.1*", "–"]
     assert (
-        "- (a) as published in arXiv:2508.08149v2, table 1; not produced under the protocol of the other rows" in text
-    )
+        "- (a) as published in arXiv:2508.08149v2, table 1; not produced under the protocol of the runs\n"
+        "- (b) as printed; the cells of this row have the mean 25.9\n"
+        "- (c) as published in arXiv:2509.21240, README of github.com/AMAP-ML/Tree-GRPO; not produced under the "
+        "protocol of the runs; of another protocol than the published rows without this footnote: two models,"
+    ) in text
+
+
+def test_the_mean_without_the_small_set_needs_two_others(tmp_path: Path):
+    write_run(tmp_path / "a", {"own": [1, 0], "nq": [0, 0], "bamboogle": [1, 1]})
+    write_run(tmp_path / "b", {"nq": [0, 1], "bamboogle": [1, 1]})
+    [row] = build_report(load_runs([tmp_path / "a"]), published=[]).rows
+    assert (row.mean.estimate.mean, row.mean_of_large.estimate.mean) == (0.5, 0.25)
+    report = build_report(load_runs([tmp_path / "b"]), published=[])
+    assert report.rows[0].mean_of_large is None and list(report.means) == ["mean"]
+    assert "Bamboogle" not in report.remarks[1]
 
 
 def test_a_printed_mean_that_does_not_follow_is_marked(tmp_path: Path):
     write_run(tmp_path / "a", seven(1))
     report = build_report(load_runs([tmp_path / "a"]), published=["3B"])
-    assert lines_of(as_markdown(report))[3][-1] == "*27.0 (b)*"
+    assert lines_of(as_markdown(report))[3][-2:] == ["*27.0 (b)*", "*30.1*"]
     assert report.notes["b"] == "as printed; the cells of this row have the mean 25.9"
 
 
@@ -94,7 +111,8 @@ def test_published_rows_of_other_sets_than_the_papers_have_no_mean(tmp_path: Pat
     assert [column.name for column in report.columns] == ["nq", "bamboogle", "own"]
     assert {row.model for row in report.rows if row.published} == {"Qwen2.5-3B", "Qwen2.5-7B"}
     assert all(row.mean is None for row in report.rows if row.published)
-    assert lines_of(as_markdown(report))[-1][2:] == ["*45.5*", "*44.8*", "–", "–"]
+    [last] = [line for line in lines_of(as_markdown(report)) if line[:2] == ["REX-RAG (published) (a)", "Qwen2.5-7B"]]
+    assert last[2:] == ["*45.5*", "*44.8*", "–", "–", "–"]
 
 
 def test_published_rows_can_be_chosen_or_left_out(tmp_path: Path):
@@ -287,7 +305,7 @@ def test_published_rows_that_share_no_column_are_left_out(tmp_path: Path):
 def test_every_line_of_the_markdown_table_has_as_many_cells_as_its_head(tmp_path: Path):
     write_run(tmp_path / "a", seven(1), model=HOSTILE)
     text = as_markdown(build_report(load_runs([tmp_path / "a"]), extras=["f1", "truncations"]))
-    assert {len(line) for line in lines_of(text)} == {12}
+    assert {len(line) for line in lines_of(text)} == {13}
     assert len({len(line) for line in text.splitlines() if line.startswith("|")}) == 1  # padded to one width
 
 
@@ -295,8 +313,8 @@ def test_the_csv_holds_numbers(tmp_path: Path):
     path = write_run(tmp_path / "a", {"nq": [1, 1], "own": [0]})
     report = build_report(load_runs([path]), extras=["tokens", "truncations"], published=["3B"])
     rows = list(csv.DictReader(io.StringIO(as_csv(report))))
-    assert len(rows) == 9
-    ours, theirs = rows[0], rows[-1]
+    assert len(rows) == 11  # rows of a mean alone need all seven sets
+    ours, theirs = rows[0], rows[8]
     assert (ours["method"], ours["source"], ours["nq_n"], ours["nq_em"], ours["nq_low"]) == (
         "REX-RAG",
         str(path),
@@ -307,7 +325,7 @@ def test_the_csv_holds_numbers(tmp_path: Path):
     assert (ours["own_em"], ours["mean"], ours["tokens"], ours["truncations"]) == ("0.0", "50.0", "10.0", "none")
     assert (theirs["source"], theirs["nq_n"], theirs["nq_em"], theirs["nq_low"]) == ("published", "", "43.9", "")
     assert theirs["notes"] == (
-        "as published in arXiv:2508.08149v2, table 1; not produced under the protocol of the other rows"
+        "as published in arXiv:2508.08149v2, table 1; not produced under the protocol of the runs"
     )
     assert report.remarks[-1].startswith("Published rows: Qwen2.5 of the size named, E5-base-v2"), "said once, below"
 
@@ -324,6 +342,20 @@ def test_the_csv_holds_the_intervals_that_markdown_shows(tmp_path: Path):
     path = write_run(tmp_path / "b", {"choice": [sample("B")]}, benchmarks={"choice": choice})
     head, row = csv.reader(io.StringIO(as_csv(build_report(load_runs([path]), extras=["f1"]))))
     assert len(head) == len(row) and row[-4:-1] == ["", "", ""]
+
+
+def test_document_recall_of_a_set_that_names_documents(tmp_path: Path):
+    questions = tuple(Question(f"q{n}", f"Which {n}?", ("Lisbon",), documents=("d1", "d2")) for n in range(2))
+    own = Benchmark("own", "open", questions, "own.jsonl", 2)
+    found = sample("Oporto", searches=[{"query": "q", "passages": ["d2", "x"], "segment": 0}])
+    path = write_run(tmp_path / "a", {"own": [found, found]}, benchmarks={"own": own})
+    [run] = load_runs([path])
+    [row] = build_report([run], extras=["document_recall"]).rows
+    assert (row.cells["own"].estimate.mean, row.extras["document_recall"].text) == (0.0, "50.0 [50.0, 50.0]")
+    assert "documents  searches" in score_table(run.scores)
+    plain = write_run(tmp_path / "b", {"own": [1]})
+    [row] = build_report(load_runs([plain]), extras=["document_recall"]).rows
+    assert "document_recall" not in row.extras
 
 
 def test_the_latex_table(tmp_path: Path):

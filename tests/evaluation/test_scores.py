@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -417,3 +418,19 @@ def test_seconds_add_up_and_may_be_unknown(tmp_path):
     path.write_text('{"seconds": 1.5}\n{"chunk": 1}\n')
     with pytest.raises(ScoreError, match=r"timings\.jsonl, line 2: seconds=null"):
         read_seconds(tmp_path)
+
+
+def test_document_recall_is_of_all_that_a_sample_found():
+    def searched(*passages):
+        calls = [{"query": "q", "passages": list(found), "segment": 0} for found in passages]
+        return replace(sample("Lisbon"), searches=calls)
+
+    # Two of four by two searches that share one; none without a search; found twice counts once.
+    first = Prediction("a", "?", ("Lisbon",), (searched(["1", "x"], ["1", "2"]),), documents=("1", "2", "3", "4"))
+    second = Prediction("b", "?", ("Lisbon",), (sample("Lisbon"),), documents=("9",))
+    scores = score_benchmark([first, second])
+    assert scores.values["document_recall"].tolist() == [0.5, 0.0]
+    assert scores.metrics["document_recall"].mean == 0.25 and scores.main.mean == 1.0
+    assert Prediction.from_row(json.loads(json.dumps(first.as_row()))) == first
+    plain = Prediction("a", "?", ("Lisbon",), (sample("Lisbon"),))
+    assert "documents" not in plain.as_row() and "document_recall" not in score_benchmark([plain]).metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from rex_rag.retrieval.dense.encode_corpus import LIST_FILE, VectorShards
 from rex_rag.support.durable import write_json
 from rex_rag.types import Passage
 
+REAL_DATA = Path(__file__).parents[3] / "shared" / "data" / "hotpotqa_sample"
+CUTS = (2, 3, 5, 10)
 WORDS = ["oslo", "rome", "paris", "river", "hill", "query", ":", "passage", "the", "of"]
 
 
@@ -51,6 +54,24 @@ def vectors_on_disk(folder: Path, vectors: np.ndarray, dtype: str = "float32", s
     rows, dimension = vectors.shape
     write_json(folder / LIST_FILE, {"rows": rows, "dimension": dimension, "dtype": dtype, "shards": names})
     return VectorShards(folder)
+
+
+def real_questions() -> list[dict]:
+    """The 100 questions of hotpotqa_sample, or a skip."""
+    if not REAL_DATA.is_dir():
+        pytest.skip("the HotpotQA sample is not at ../shared/data/hotpotqa_sample")
+    with (REAL_DATA / "qa.jsonl").open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def recall(questions: list[dict], retriever) -> np.ndarray:
+    """The mean share of a question's gold titles among its best 2, 3, 5 and 10 passages."""
+    rankings = retriever.search([question["question"] for question in questions], max(CUTS))
+    found = []
+    for question, ranking in zip(questions, rankings, strict=True):
+        gold = set(question["metadata"]["supporting_titles"])
+        found.append([len(gold & {passage.title for passage in ranking[:cut]}) / len(gold) for cut in CUTS])
+    return np.mean(found, axis=0)
 
 
 def minilm_folder() -> str:

@@ -21,9 +21,11 @@ from rex_rag.retrieval.index.builder import build_index
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever, retriever_identity
 from rex_rag.types import Passage
 from tests.retrieval.dense_parts import WORDS, save_word_encoder
+from tests.retrieval.late_parts import save_colbert
 
 QUERIES = ["oslo river", "rome", "the hill of paris"]
 DENSE = ("flat", "flat-fp16", "ivf", "hnsw", "qdrant")
+LATE = "late_interaction"
 HASHED, LATER = "hashed when opened", "hashed for the card"
 
 
@@ -38,15 +40,17 @@ def indexes(tmp_path_factory):
     """name -> index directory, and under `name other` the same of another corpus."""
     folder = tmp_path_factory.mktemp("whole")
     encoder = save_word_encoder(folder / "encoder")
+    late = {"kind": LATE, "model": str(save_colbert(folder / "colbert"))}
     made = {}
     for suffix, seed in (("", 0), (" other", 1)):
         corpus = folder / f"corpus{suffix}.jsonl"
         write_corpus(passages(seed), corpus)
-        for name in ("bm25", *DENSE):
+        for name in ("bm25", *DENSE, LATE):
             output = folder / f"{name}{suffix}"
             more = {"query_prefix": "", "passage_prefix": "", "model": str(encoder)}
-            dense = {} if name == "bm25" else {"kind": "dense", "index": name, **more}
-            build_index(IndexArguments(corpus=[str(corpus)], output=str(output), **dense), say=lambda _: None)
+            dense = {"kind": "dense", "index": name, **more}
+            kind = {"bm25": {}, LATE: late}.get(name, dense)
+            build_index(IndexArguments(corpus=[str(corpus)], output=str(output), **kind), say=lambda _: None)
             made[name + suffix] = output
     return made
 
@@ -117,9 +121,9 @@ def try_out(indexes, name: str, times: int, folder: Path) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("way", [HASHED, LATER])
-@pytest.mark.parametrize(("name", "times"), [("bm25", 260), *((name, 40) for name in DENSE)])
+@pytest.mark.parametrize(("name", "times"), [("bm25", 260), *((name, 40) for name in (*DENSE, LATE))])
 def test_damage_is_named_or_does_no_harm(indexes, name, times, way, tmp_path, monkeypatch):
-    pytest.importorskip("faiss") if name != "bm25" else None
+    pytest.importorskip("faiss") if name in DENSE else None
     if way == LATER:
         monkeypatch.setattr(kinds, "HASHED_AT_OPENING_BYTES", 2_000)
     refused, harmless = try_out(indexes, name, times, tmp_path)

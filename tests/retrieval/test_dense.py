@@ -1,8 +1,6 @@
 """Dense retrieval end to end: encoder, index and passages that belong together; recall on real questions."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +15,8 @@ from rex_rag.retrieval.dense.retriever import DenseRetriever
 from rex_rag.retrieval.dense.torch_index import TorchFlatIndex
 from rex_rag.retrieval.passages import PassageList
 from rex_rag.types import Passage
-from tests.retrieval.dense_parts import minilm_folder, save_word_encoder
+from tests.retrieval.dense_parts import REAL_DATA, minilm_folder, real_questions, recall, save_word_encoder
 
-REAL_DATA = Path(__file__).parents[3] / "shared" / "data" / "hotpotqa_sample"
-CUTS = (2, 3, 5, 10)
 # MiniLM with exact search over the 994 passages of hotpotqa_sample, the question as query.
 EXACT_RECALL = (0.625, 0.715, 0.785, 0.850)
 
@@ -87,26 +83,13 @@ def test_threads_and_batches_see_the_same_rankings(encoder):
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """MiniLM's vectors of the 994 passages, and of the 100 questions."""
-    if not REAL_DATA.is_dir():
-        pytest.skip("the HotpotQA sample is not at ../shared/data/hotpotqa_sample")
+    questions = real_questions()
     encoder = Encoder(resolve_encoder(minilm_folder(), family="minilm"), ["cpu"])
     passages = PassageList(read_corpus(REAL_DATA / "corpus.jsonl"))
     folder = tmp_path_factory.mktemp("vectors")
     vectors = encode_corpus(passages, encoder, folder, dtype="float32")
-    with (REAL_DATA / "qa.jsonl").open(encoding="utf-8") as lines:
-        questions = [json.loads(line) for line in lines]
     assert len(passages) == 994 and len(questions) == 100
     return encoder, passages, vectors, questions
-
-
-def recall(real, retriever):
-    questions = real[3]
-    rankings = retriever.search([question["question"] for question in questions], max(CUTS))
-    found = []
-    for question, ranking in zip(questions, rankings, strict=True):
-        gold = set(question["metadata"]["supporting_titles"])
-        found.append([len(gold & {passage.title for passage in ranking[:cut]}) / len(gold) for cut in CUTS])
-    return np.mean(found, axis=0)
 
 
 @pytest.mark.slow
@@ -122,14 +105,14 @@ def recall(real, retriever):
     ids=lambda value: f"{value.kind}-{value.nprobe}" if isinstance(value, FaissOptions) else None,
 )
 def test_recall_of_gold_passages_on_hotpotqa(tmp_path, real, options, tolerance):
-    encoder, passages, vectors, _ = real
+    encoder, passages, vectors, questions = real
     build_faiss_index(vectors, tmp_path / "index", options)
     retriever = DenseRetriever(encoder, FaissIndex(tmp_path / "index", options), passages)
-    measured = recall(real, retriever)
+    measured = recall(questions, retriever)
     assert measured == pytest.approx(EXACT_RECALL, abs=tolerance), measured
     if options.kind.startswith("flat"):
         exact = DenseRetriever(encoder, TorchFlatIndex.load(tmp_path / "index", devices=["cpu"]), passages)
-        assert recall(real, exact) == pytest.approx(measured, abs=0.0005)
+        assert recall(questions, exact) == pytest.approx(measured, abs=0.0005)
 
 
 def test_an_index_that_finds_nothing_does_not_pass_its_check(encoder):

@@ -19,7 +19,7 @@ import torch
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.dense.checkpoints import public_name, short_name
 from rex_rag.retrieval.dense.encoder import CHUNK_ROWS, Encoder, EncoderSpec, check_encoder, spec_from_dict
-from rex_rag.retrieval.dense.families import resolve_encoder
+from rex_rag.retrieval.dense.families import FAMILIES, resolve_encoder
 from rex_rag.types import Passage
 from tests.retrieval.dense_parts import WORDS, minilm_folder, save_word_encoder, word_passages
 
@@ -58,6 +58,8 @@ def hub_copy(cache: Path, repository: str, folder: Path) -> None:
     [
         ("intfloat/e5-base-v2", "query: ", "passage: ", "contents", True),
         ("BAAI/bge-base-en-v1.5", "Represent this sentence for searching relevant passages: ", "", "contents", True),
+        ("BAAI/bge-m3", "", "", "contents", True),
+        ("Qwen/Qwen3-Embedding-0.6B", FAMILIES["qwen3-embedding"].query_prefix, "", "contents", True),
         ("thenlper/gte-base", "", "", "contents", True),
         ("facebook/contriever-msmarco", "", "", "blank", False),
         ("sentence-transformers/all-MiniLM-L6-v2", "", "", "contents", True),

@@ -11,11 +11,13 @@ from pathlib import Path
 from rex_rag.retrieval.base import RetrievalError
 
 # Weights, configuration, vocabulary: what sentence-transformers reads. Exports to other runtimes are left out.
-_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "artifact.metadata")
 _OTHER_RUNTIMES = ("onnx", "openvino")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _OWN_MODULES = "sentence_transformers."
+# Named by what PyLate saves; sentence-transformers reads it as a module of its own and imports nothing of PyLate.
+_KNOWN_MODULES = ("pylate.models.Dense.Dense",)
 # What a revision begins with that is a hash over a local folder.
 LOCAL = "sha256:"
 # Folders that many checkpoints lie in, and so name none; and the Hub cache's, which are named by commits.
@@ -32,6 +34,7 @@ class Checkpoint:
     revision: str  # Hub commit, or "sha256:..." over a local folder
     has_modules: bool  # whether it has sentence-transformers' files, which say how tokens are pooled
     prompts: dict[str, str]  # what its own configuration would prepend, by sentence-transformers' names
+    makes_token_vectors: bool = False  # whether it was trained to: PyLate's, Stanford's, sentence-transformers' own
 
 
 def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
@@ -54,9 +57,11 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
         if not _COMMIT.fullmatch(folder.name):
             raise RetrievalError(f"the Hub cache holds {name} at {folder}, which does not name its commit")
         pinned = folder.name
-    prompts = _read_json(folder / "config_sentence_transformers.json").get("prompts") or {}
-    filled = {key: value for key, value in prompts.items() if value}
-    return Checkpoint(folder, pinned, (folder / "modules.json").is_file(), filled)
+    own = _read_json(folder / "config_sentence_transformers.json")
+    filled = {key: value for key, value in (own.get("prompts") or {}).items() if value}
+    late = own.get("model_type") in ("MultiVectorEncoder", "ColBERT") or "query_prefix" in own
+    late = late or "HF_ColBERT" in (_read_json(folder / "config.json").get("architectures") or ())
+    return Checkpoint(folder, pinned, (folder / "modules.json").is_file(), filled, late)
 
 
 def public_name(name: str, revision: str) -> str:
@@ -115,7 +120,8 @@ def _check_safe(folder: Path) -> None:
         if path.suffix in _PICKLES and path.parent not in weights and not unread:
             raise RetrievalError(f"{path} is a pickle without safetensors beside it, and pickles are never loaded")
     modules = _read_json(folder / "modules.json", default=[])
-    foreign = [module["type"] for module in modules if not str(module.get("type")).startswith(_OWN_MODULES)]
+    types = [str(module.get("type")) for module in modules]
+    foreign = [name for name in types if not name.startswith(_OWN_MODULES) and name not in _KNOWN_MODULES]
     if foreign:
         raise RetrievalError(f"{folder} needs code of its own ({foreign[0]}), which is never run; use another encoder")
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.dense.encoder import CHUNK_ROWS, Encoder
@@ -115,7 +115,7 @@ def encode_corpus(
         raise RetrievalError("there is no passage to encode; give a corpus that has some")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    identity = json.dumps([_identity(encoder), dtype], sort_keys=True)
+    identity = encoding_identity(encoder, dtype)
     names = []
     with progress_bar(len(passages), "Encoding", unit="passages") as bar:
         for number, start in enumerate(range(0, len(passages), shard_rows)):
@@ -123,7 +123,7 @@ def encode_corpus(
                 encoder.spec.passage_text(passages[row])
                 for row in range(start, min(start + shard_rows, len(passages)))
             ]
-            path = directory / f"{number:06d}-{_hash(identity, texts)}.npy"
+            path = directory / f"{number:06d}-{texts_hash(identity, texts)}.npy"
             names.append(path.name)
             if path.is_file():
                 bar.initial += len(texts)  # not part of this run's rate
@@ -162,14 +162,26 @@ def check_rows(total: int) -> list[int]:
     return [row * (total - 1) // max(1, count - 1) for row in range(count)]
 
 
-def _identity(encoder: Encoder) -> dict[str, object]:
+class Encoding(Protocol):
+    """What of an encoder its vectors depend on."""
+
+    spec: Any  # a dataclass
+    dtype: str
+    batch_size: int
+    devices: list[str]
+
+
+def encoding_identity(encoder: Encoding, dtype: str) -> str:
+    """All that vectors depend on besides the texts, and how they are stored."""
     # The folder of a checkpoint may move between attempts; its revision says what it holds.
     spec = {key: value for key, value in asdict(encoder.spec).items() if key != "name"}
     kinds = sorted({device.split(":")[0] for device in encoder.devices})
-    return spec | {"computes_in": encoder.dtype, "batch_size": encoder.batch_size, "devices": kinds}
+    facts = spec | {"computes_in": encoder.dtype, "batch_size": encoder.batch_size, "devices": kinds}
+    return json.dumps([facts, dtype], sort_keys=True)
 
 
-def _hash(identity: str, texts: list[str]) -> str:
+def texts_hash(identity: str, texts: list[str]) -> str:
+    """Sixteen digits over an encoding's identity and the texts of a shard."""
     digest = hashlib.sha256(identity.encode())
     for text in texts:
         encoded = text.encode("utf-8")

@@ -66,10 +66,7 @@ class EncoderSpec:
     dimension: int | None = None
 
     def __post_init__(self) -> None:
-        if self.passage_format not in PASSAGE_FORMATS:
-            raise RetrievalError(
-                f"there is no passage format {self.passage_format!r}; choose one of {', '.join(PASSAGE_FORMATS)}"
-            )
+        check_passage_format(self.passage_format)
         for name in ("max_tokens", "dimension"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -77,7 +74,18 @@ class EncoderSpec:
 
     def passage_text(self, passage: Passage) -> str:
         """What of a passage is encoded, without the prefix; a passage without a title is its text alone."""
-        return PASSAGE_FORMATS[self.passage_format](passage) if passage.title.strip() else passage.text
+        return text_of_passage(passage, self.passage_format)
+
+
+def check_passage_format(name: str) -> None:
+    """Raise `RetrievalError` for a layout that is not one of `PASSAGE_FORMATS`."""
+    if name not in PASSAGE_FORMATS:
+        raise RetrievalError(f"there is no passage format {name!r}; choose one of {', '.join(PASSAGE_FORMATS)}")
+
+
+def text_of_passage(passage: Passage, layout: str) -> str:
+    """What of a passage is encoded, in one of `PASSAGE_FORMATS`; one without a title is its text alone."""
+    return PASSAGE_FORMATS[layout](passage) if passage.title.strip() else passage.text
 
 
 class Encoder:
@@ -293,18 +301,18 @@ def _load_model(checkpoint: Checkpoint, spec: EncoderSpec, device: str, dtype: s
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise RetrievalError(f"dense retrieval needs sentence-transformers: {EXTRA}") from error
-    import torch
-
-    torch_dtype = getattr(torch, dtype, None)
-    if torch_dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise RetrievalError(f"dtype={dtype!r} is none of float32, float16, bfloat16")
+    kind = torch_dtype(dtype)
+    if checkpoint.makes_token_vectors:
+        raise RetrievalError(
+            f"the encoder {checkpoint.folder} makes a vector a token, not one a text; build with kind late_interaction"
+        )
     try:
         model = SentenceTransformer(
             str(checkpoint.folder),
             device=device,
             trust_remote_code=False,
             local_files_only=True,
-            model_kwargs={"use_safetensors": True, "dtype": torch_dtype},
+            model_kwargs={"use_safetensors": True, "dtype": kind},
         )
     except Exception as error:  # of whatever library: weights cut short, an unknown architecture, no such device
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
@@ -314,7 +322,21 @@ def _load_model(checkpoint: Checkpoint, spec: EncoderSpec, device: str, dtype: s
         ) from error
     if not checkpoint.has_modules:
         model = _with_pooling(model, spec, device)
-    return model.to(torch_dtype)
+    return model.to(kind)
+
+
+def torch_dtype(name: str):
+    """The number format that an encoder computes in.
+
+    Raises:
+        RetrievalError: for one that none computes in.
+    """
+    import torch
+
+    found = getattr(torch, name, None)
+    if found not in (torch.float32, torch.float16, torch.bfloat16):
+        raise RetrievalError(f"dtype={name!r} is none of float32, float16, bfloat16")
+    return found
 
 
 def _with_pooling(model, spec: EncoderSpec, device: str):

@@ -43,6 +43,20 @@ FAMILIES = {
         "cls",
         True,
     ),
+    # Chen et al., arXiv 2402.03216, and the model card: no instruction before queries; its 1_Pooling is CLS. Only its
+    # dense vectors are used here, not its lexical weights or token vectors.
+    "bge-m3": EncoderFamily(r"BAAI/bge-m3", "", "", "contents", "cls", True),
+    # Zhang et al., arXiv 2506.05176, and the model cards: an instruction before queries alone (any task's may stand in
+    # the place of this one), no blank behind "Query:"; the vector is that of the last token, an <|endoftext|> that its
+    # tokenizer appends, whichever side is padded.
+    "qwen3-embedding": EncoderFamily(
+        r"Qwen/Qwen3-Embedding-(0\.6B|4B|8B)",
+        "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:",
+        "",
+        "contents",
+        "lasttoken",
+        True,
+    ),
     # Li et al., arXiv 2308.03281, and the model cards: no prefix.
     "gte": EncoderFamily(r"thenlper/gte-(small|base|large)", "", "", "contents", "mean", True),
     # Izacard et al., arXiv 2112.09118: inner product of mean vectors that are not normalized; title and text with a

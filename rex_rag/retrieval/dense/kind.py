@@ -17,7 +17,7 @@ from rex_rag.types import Passage
 if TYPE_CHECKING:
     import numpy as np
 
-    from rex_rag.retrieval.dense.encoder import Encoder, EncoderSpec
+    from rex_rag.retrieval.dense.encoder import Encoder
     from rex_rag.retrieval.dense.faiss_index import FaissOptions
     from rex_rag.retrieval.dense.retriever import DenseRetriever
     from rex_rag.retrieval.dense.vector_index import VectorIndex
@@ -75,12 +75,7 @@ class DenseKind(IndexKind):
     def identity(arguments: IndexArguments) -> dict[str, Any]:
         """Of a local encoder its content, wherever it lies."""
         values = {name: value for name, value in asdict(arguments).items() if name not in _NOT_IDENTITY}
-        if Path(arguments.model).expanduser().is_dir():
-            from rex_rag.retrieval.dense.checkpoints import find_checkpoint, public_name
-
-            revision = find_checkpoint(arguments.model).revision
-            values |= {"model": public_name(arguments.model, revision), "revision": revision}
-        return values
+        return values | local_identity(arguments.model)
 
     @staticmethod
     def options(manifest: Manifest) -> tuple[str, ...]:
@@ -142,7 +137,7 @@ class DenseKind(IndexKind):
     def build(
         self, passages: PassageStore, corpus_sha256: str, directory: Path, work: Path
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        from rex_rag.retrieval.dense.checkpoints import LOCAL, public_name
+        from rex_rag.retrieval.dense.checkpoints import public_name
         from rex_rag.retrieval.dense.encode_corpus import encode_corpus, write_check_vectors
         from rex_rag.retrieval.dense.faiss_index import build_faiss_index
 
@@ -152,9 +147,7 @@ class DenseKind(IndexKind):
         spec = encoder.spec
         described = asdict(spec) | {"name": public_name(spec.name, spec.revision)}
         write_check_vectors(vectors, directory)
-        if spec.revision.startswith(LOCAL):
-            with written_whole(directory / ENCODER_FOLDER_FILE) as file:
-                file.write(f"{encoder.folder.resolve()}\n".encode())
+        note_encoder_folder(directory, encoder.folder, spec.revision)
         if self.arguments.qdrant_url:
             from rex_rag.retrieval.dense.qdrant_calls import connect_qdrant
             from rex_rag.retrieval.dense.qdrant_load import QdrantOptions, load_qdrant
@@ -190,7 +183,7 @@ class DenseKind(IndexKind):
         spec = spec_from_dict(manifest.encoder)
         # Queries take one device; the CPU unless told otherwise, since the GPUs of this machine may be training.
         devices = list(options.devices[:1]) or ["cpu"]
-        location = options.encoder or _encoder_folder(directory, spec)
+        location = options.encoder or encoder_folder(directory, spec.name, spec.revision)
         try:
             encoder = Encoder(spec, devices, location=location)
         except RetrievalError as error:
@@ -218,18 +211,37 @@ def _encoding_devices(wanted: IndexArguments) -> list[str] | None:
     return ["cpu"] * wanted.workers
 
 
-def _encoder_folder(directory: Path, spec: EncoderSpec) -> str | None:
-    """Where a local encoder lies on this machine; None for one from the Hub."""
+def local_identity(model: str) -> dict[str, str]:
+    """What stands for a local encoder among the arguments of an index; nothing for one from the Hub."""
+    if not Path(model).expanduser().is_dir():
+        return {}
+    from rex_rag.retrieval.dense.checkpoints import find_checkpoint, public_name
+
+    revision = find_checkpoint(model).revision
+    return {"model": public_name(model, revision), "revision": revision}
+
+
+def note_encoder_folder(directory: Path, folder: Path, revision: str) -> None:
+    """Keep beside an index where its local encoder lies on this machine."""
     from rex_rag.retrieval.dense.checkpoints import LOCAL
 
-    if not spec.revision.startswith(LOCAL):
+    if revision.startswith(LOCAL):
+        with written_whole(directory / ENCODER_FOLDER_FILE) as file:
+            file.write(f"{folder.resolve()}\n".encode())
+
+
+def encoder_folder(directory: Path, name: str, revision: str) -> str | None:
+    """Where the local encoder of an index lies on this machine; None for one from the Hub."""
+    from rex_rag.retrieval.dense.checkpoints import LOCAL
+
+    if not revision.startswith(LOCAL):
         return None
     note = directory / ENCODER_FOLDER_FILE
     # Without the note: an index of an earlier version, whose manifest holds the path, or one that was published.
-    folder = note.read_text(encoding="utf-8", errors="replace").strip() if note.is_file() else spec.name
+    folder = note.read_text(encoding="utf-8", errors="replace").strip() if note.is_file() else name
     if not folder or not Path(folder).is_dir():
         raise RetrievalError(
-            f"{directory} was built with a local encoder, {spec.name} ({spec.revision}), and there is no folder "
+            f"{directory} was built with a local encoder, {name} ({revision}), and there is no folder "
             f"{shorten(folder)} here, as {note} has it; say where it lies: retriever_encoder"
         )
     return folder

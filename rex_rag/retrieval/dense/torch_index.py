@@ -59,7 +59,7 @@ class TorchFlatIndex:
         for number, name in enumerate(names):
             first, last = number * share, min((number + 1) * share, self._size)
             if first < last:
-                self._parts.append((first, _to_device(vectors[first:last], name, getattr(torch, dtype), chunk_rows)))
+                self._parts.append((first, to_device(vectors[first:last], name, getattr(torch, dtype), chunk_rows)))
         self._description = f"torch flat ({dtype} on {', '.join(names)})"
 
     @classmethod
@@ -95,7 +95,7 @@ class TorchFlatIndex:
             found = [self._search_part(first, part, queries, count) for first, part in self._parts]
             scores = torch.cat([scores.cpu() for scores, _ in found], dim=1)
             rows = torch.cat([rows.cpu() for _, rows in found], dim=1)
-            scores, rows = _best(scores, rows, count)
+            scores, rows = merge_best(scores, rows, count)
         return scores.numpy(), rows.numpy()
 
     def _search_part(self, first: int, part, queries, count: int):
@@ -113,14 +113,14 @@ class TorchFlatIndex:
                 # CPUs multiply halves slowly or not at all, so they are widened there, a chunk at a time.
                 products = queries @ chunk.float().T
             here = torch.arange(first + start, first + start + len(chunk), device=part.device)
-            best, places = _top(products, min(count, len(chunk)))
+            best, places = top_columns(products, min(count, len(chunk)))
             scores = torch.cat([scores, best], dim=1)
             rows = torch.cat([rows, here[places]], dim=1)
-            scores, rows = _best(scores, rows, min(count, scores.shape[1]))
+            scores, rows = merge_best(scores, rows, min(count, scores.shape[1]))
         return scores, rows
 
 
-def _to_device(vectors: np.ndarray, device: str, dtype, chunk_rows: int):
+def to_device(vectors: np.ndarray, device: str, dtype, chunk_rows: int):
     """Rows as a tensor on a device, copied chunk by chunk, so that the host never holds them all."""
     import numpy as np
     import torch
@@ -140,7 +140,7 @@ def _to_device(vectors: np.ndarray, device: str, dtype, chunk_rows: int):
     return held
 
 
-def _top(scores, count: int):
+def top_columns(scores, count: int):
     """The `count` best columns of each row; of columns with the score of the last, the first ones.
 
     Columns come in any order. scores: (n, columns); returns scores and columns of shape (n, count).
@@ -160,7 +160,7 @@ def _top(scores, count: int):
     return best, columns
 
 
-def _best(scores, rows, count: int):
+def merge_best(scores, rows, count: int):
     """Order candidates by falling score, equal scores by row, and keep `count`. scores, rows: (n, candidates)."""
     order = rows.argsort(dim=1)
     scores, rows = scores.gather(1, order), rows.gather(1, order)

@@ -34,7 +34,12 @@ class IndexArguments:
         metadata={"help": "JSON lines files of passages, plain or .gz: {id, contents} or {id, title, text}."},
     )
     output: str = field(default="", metadata={"help": "Directory to make; refused if it holds another index."})
-    kind: str = field(default="bm25", metadata={"help": "bm25 (lexical) or dense (an encoder's vectors)."})
+    kind: str = field(
+        default="bm25",
+        metadata={
+            "help": "bm25 (lexical), dense (a vector a passage) or late_interaction (a vector a token, ColBERT)."
+        },
+    )
     workers: int | None = field(
         default=None,
         metadata={"help": "dense: processes that encode on the CPU. Default: one."},
@@ -46,12 +51,21 @@ class IndexArguments:
     )
 
     model: str | None = field(
-        default=None, metadata={"help": "dense: sentence-transformers encoder, for example intfloat/e5-base-v2."}
+        default=None,
+        metadata={
+            "help": "dense: sentence-transformers encoder, for example intfloat/e5-base-v2; late_interaction: "
+            "a checkpoint of ColBERT or PyLate, for example colbert-ir/colbertv2.0."
+        },
     )
-    revision: str | None = field(default=None, metadata={"help": "dense: commit of the encoder on the Hub."})
+    revision: str | None = field(
+        default=None, metadata={"help": "dense, late_interaction: commit of the encoder on the Hub."}
+    )
     encoder_family: str | None = field(
         default=None,
-        metadata={"help": "dense: e5, bge-en, gte, contriever or minilm, for a local copy or fine-tune of one."},
+        metadata={
+            "help": "dense: e5, bge-en, bge-m3, qwen3-embedding, gte, contriever or minilm, for a local copy or "
+            "fine-tune of one."
+        },
     )
     query_prefix: str | None = field(
         default=None, metadata={"help": "dense: text before a query. Default: what the encoder was trained with."}
@@ -60,7 +74,8 @@ class IndexArguments:
         default=None, metadata={"help": "dense: text before a passage. Default: what the encoder was trained with."}
     )
     passage_format: str | None = field(
-        default=None, metadata={"help": "dense: how title and text are joined: contents, lines or blank."}
+        default=None,
+        metadata={"help": "dense, late_interaction: how title and text are joined: contents, lines or blank."},
     )
     pooling: str | None = field(
         default=None, metadata={"help": "dense: mean, cls or lasttoken. Default: the encoder's own."}
@@ -69,18 +84,24 @@ class IndexArguments:
         default=None, metadata={"help": "dense: vectors of length 1. Default: as the encoder was trained."}
     )
     max_tokens: int | None = field(
-        default=None, metadata={"help": "dense: longest text encoded, in tokens. Default: the encoder's own."}
+        default=None,
+        metadata={"help": "dense, late_interaction: longest text encoded, in tokens. Default: the encoder's own."},
     )
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": f"dense: the encoder computes in {', '.join(DTYPES)}. Default: float16 on GPUs, or float32."
+            "help": f"dense, late_interaction: the encoder computes in {', '.join(DTYPES)}. Default: float16 on GPUs, "
+            "or float32."
         },
     )
-    batch_size: int = field(default=64, metadata={"help": "dense: passages an encoder takes at once."})
+    batch_size: int = field(
+        default=64, metadata={"help": "dense, late_interaction: passages an encoder takes at once."}
+    )
     devices: list[str] = field(
         default_factory=list,
-        metadata={"help": "dense: where to encode, for example cuda:0 cuda:1. Default: all GPUs."},
+        metadata={
+            "help": "dense, late_interaction (one): where to encode, for example cuda:0 cuda:1. Default: all GPUs."
+        },
     )
     index: str = field(default="flat", metadata={"help": f"dense: one of {', '.join(INDEX_TYPES)}."})
     nlist: int | None = field(default=None, metadata={"help": "ivf: number of lists. Default: 4 sqrt(passages)."})
@@ -144,9 +165,11 @@ class IndexArguments:
 
     def _misplaced(self):
         """Settings of another kind of index: taking them and doing nothing with them would mislead."""
+        own, said = KINDS[self.kind].settings, set()
         for kind in KINDS.values():
-            for name in kind.settings if kind.name != self.kind else ():
-                if getattr(self, name) not in (None, []):
+            for name in kind.settings:
+                if name not in (*own, *said) and getattr(self, name) not in (None, []):
+                    said.add(name)
                     yield (
                         f"{name}={getattr(self, name)!r} is for kind={kind.name!r}, but kind is {self.kind!r}; set "
                         f"kind to {kind.name}, or drop {name}"

@@ -17,11 +17,12 @@ from rex_rag.retrieval.held import HASHED_AT_OPENING_BYTES, HeldFiles
 from rex_rag.retrieval.index.passage_writer import scan_corpus
 from rex_rag.retrieval.index_kind import IndexKind, SearchOptions
 from rex_rag.retrieval.indexed import IndexedRetriever
+from rex_rag.retrieval.late_interaction.kind import LateInteractionKind
 from rex_rag.retrieval.manifest import Manifest
 from rex_rag.retrieval.passages import PassageStore
 from rex_rag.support.wording import counted
 
-KINDS: dict[str, type[IndexKind]] = {kind.name: kind for kind in (BM25Kind, DenseKind)}
+KINDS: dict[str, type[IndexKind]] = {kind.name: kind for kind in (BM25Kind, DenseKind, LateInteractionKind)}
 
 
 def open_index(
