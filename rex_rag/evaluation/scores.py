@@ -288,7 +288,7 @@ def _check(predictions: Sequence[Prediction]) -> None:
 
 
 def _judged(judge: Judge, prediction: Prediction, sample: Sample) -> float:
-    if _is_unanswered(sample):
+    if sample.answer is None or _is_unanswered(sample):
         return 0.0
     score = float(judge(prediction, sample.answer))
     if not 0 <= score <= 1:

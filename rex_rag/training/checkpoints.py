@@ -88,7 +88,7 @@ def find_checkpoint(asked: str | bool | None, output_dir: str) -> str | None:
         return None
     output = Path(output_dir)
     if str(asked).lower() != "true":
-        named = Path(asked)
+        named = Path(str(asked))
         if not named.is_dir():
             raise CheckpointError(
                 f"resume_from_checkpoint={asked} is no directory here ({Path.cwd()}); name a checkpoint-N"

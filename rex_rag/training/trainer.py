@@ -235,7 +235,7 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, FiniteTrainer, ResumableTrainer):
         )
 
     @property
-    def agent(self) -> Agent:
+    def agent(self) -> Agent:  # type: ignore[override]
         """What samples now: the training agent, or the evaluating one."""
         return self.sampler.agent if self.model.training else self.evaluator
 
