@@ -13,7 +13,7 @@ import importlib.util
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -357,11 +357,7 @@ def open_model(options: ModelOptions) -> LanguageModel:
         ModelFileError: for weights that cannot be read, or are not finite.
         OSError: for a model that is not there, and an endpoint that does not answer.
     """
-    kinds: dict[str, Callable[[ModelOptions], LanguageModel]] = {
-        TRANSFORMERS: TransformersModel,
-        VLLM: VLLMModel,
-        ENDPOINT: ServedModel,
-    }
+    kinds: dict[str, Any] = {TRANSFORMERS: TransformersModel, VLLM: VLLMModel, ENDPOINT: ServedModel}
     if options.backend not in kinds:
         raise ModelError(f"backend={options.backend!r}; it must be one of {', '.join(BACKENDS)}")
     if options.backend != ENDPOINT:

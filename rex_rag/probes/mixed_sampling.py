@@ -135,7 +135,7 @@ class MixedSampler:
             originals=originals,
             correct=correct,
             probes=kept,
-            probe_correct=[probe.parent is not None and is_correct(probe.parent, probe) for probe in kept],
+            probe_correct=[is_correct(probe.origin, probe) for probe in kept],
             probes_made=len(started),
             global_originals=num_originals,
             global_failed=num_failed,

@@ -257,10 +257,9 @@ def example_records(before: list[EvaluatedQuestion], after: list[EvaluatedQuesti
         if (old.hops or 1) < 2 or not (old.is_dead_end and old.probes):
             continue
         probe = max(old.probes, key=old.is_correct)
-        assert probe.parent is not None
         first = len(records)
         for step, question, trajectory in (
-            (0, old, old.rollouts[probe.parent]),
+            (0, old, old.rollouts[probe.origin]),
             (0, old, probe),
             (steps, new, new.rollouts[0]),
         ):

@@ -61,12 +61,18 @@ class Findings:
     waiting: list[str] = field(default_factory=list)
 
 
+def _home(package: str) -> Path:
+    """Where an installed package lies, without importing it."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])
+
+
 def recipe_keys() -> set[str]:
     """Every key that a recipe may have, read from where the installed versions declare them."""
     keys = {one.name for part in _LIGHT for one in fields(part)} | {"config"}
     for package, path, name in _DECLARED:
-        root = importlib.util.find_spec(package).submodule_search_locations[0]
-        tree = ast.parse(Path(root, path).read_text(encoding="utf-8"))
+        tree = ast.parse((_home(package) / path).read_text(encoding="utf-8"))
         declared = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
         for node in declared.body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and not _is_no_field(node):
@@ -183,8 +189,7 @@ def _examine_trackers(report_to: str | Sequence[str] | None, found: Findings) ->
 
 def _all_trackers() -> set[str]:
     """Every name that transformers takes, read from where it lists them."""
-    [root] = importlib.util.find_spec("transformers").submodule_search_locations
-    tree = ast.parse(Path(root, "integrations", "integration_utils.py").read_text(encoding="utf-8"))
+    tree = ast.parse((_home("transformers") / "integrations" / "integration_utils.py").read_text(encoding="utf-8"))
     assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
     table = next(node.value for node in assigned if ast.unparse(node.targets[0]) == "INTEGRATION_TO_CALLBACK")
     assert isinstance(table, ast.Dict)

@@ -98,6 +98,7 @@ def by_length(
         if output is None:
             output = logps.new_zeros(len(input_ids), logits_to_keep)
         output[rows, :kept] = logps
+    assert output is not None  # there are rows
     return output
 
 
