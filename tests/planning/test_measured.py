@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
 from rex_rag.planning.memory import CONTEXT, GIB, activation_bytes, gpu_memory, head_bytes
+from rex_rag.planning.seconds import loss_flops
 from rex_rag.planning.settings import Launch, Recipe
 from rex_rag.planning.shape import ModelShape, model_shape
 
@@ -162,3 +164,25 @@ def test_log_probs_take_a_tile_of_logits_and_the_heads_gradient(monkeypatch: pyt
     measured = sum(size for part, size in peak.items() if part != "Total") - weight.nbytes
     planned = head_bytes(Recipe(dtype="bfloat16"), SHAPE, tokens)
     assert planned == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_floating_point_operations_of_the_loss_are_what_torch_counts(
+    checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Two layers of Qwen2.5-3B as fake tensors, without fused attention and sums in place, which are not counted."""
+    monkeypatch.setattr(chunked_logprob, "_addmm_fp32", lambda total, left, right: torch.mm(left, right))
+    shape = replace(model_shape("Qwen/Qwen2.5-3B"), layers=2)
+    with FakeTensorMode():
+        model = make_model(torch.bfloat16, shape)
+        model.set_attn_implementation("eager")
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with FlopCounterMode(display=False) as forward:
+            total = log_probs(model, shape, rows=2, length=1000).sum()
+        with FlopCounterMode(display=False) as backward:
+            total.backward()
+    recipe = Recipe(gradient_checkpointing=checkpointing)
+    assert forward.get_total_flops() == pytest.approx(shape.forward_flops(2000, 1000, 2000), rel=0.01)
+    counted = forward.get_total_flops() + backward.get_total_flops()
+    assert loss_flops(recipe, shape, 2000, 1000, 2000) == pytest.approx(counted, rel=0.01)

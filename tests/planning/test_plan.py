@@ -151,9 +151,9 @@ def test_seconds_by_hand():
     )
     gpu = GPU("toy", 1, flops=1.0, bandwidth=1e18, link=1e18)
     seconds = step_seconds(recipe, Launch(1, 1, "single", False, ""), TINY, gpu, 4 * GIB, given)
-    # One row a micro-batch, which is as long as the mean: 50 x 100 tokens, 2 x 592 a token in the layer, 4 x 8 x 50 in
-    # attention, 2 x 800 in the output matrix; forward and twice as much backward.
-    assert seconds["loss, forward and backward"] == pytest.approx(3 * 50 * 100 * (1184 + 1600 + 1600))
+    # One row a micro-batch, as long as the mean: 50 x 100 tokens, 2 x 592 a token in the layer, 4 x 8 x 100 in
+    # attention, 2 x 800 in the output matrix; forward and twice as much backward, and the logits once more.
+    assert seconds["loss, forward and backward"] == pytest.approx(50 * 100 * (3 * (1184 + 3200) + 4 * 1600))
     assert seconds["retrieval"] == 50 / 2500
     assert seconds["old log-probs"] == seconds["reference log-probs"] == seconds["links between GPUs"] == 0
 
