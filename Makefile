@@ -12,7 +12,7 @@ inputs := setup.cfg pyproject.toml scripts/install.sh
 offline := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help install browser gemma quickstart test test-slow docs lint format clean
+.PHONY: help install browser gemma quickstart test test-slow docs lint types format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -52,9 +52,12 @@ lint: $(VENV)/.dev  ## ruff, check and format
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+types: $(VENV)/.dev  ## mypy on the package: half a minute the first time, then seconds
+	$(python) -m mypy
+
 format: $(VENV)/.dev  ## let ruff fix and format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove outputs and caches; the environment stays
-	rm -rf outputs build dist docs/_build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf outputs build dist docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

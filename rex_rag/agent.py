@@ -160,7 +160,7 @@ class SearchAgent:
             )
         if retriever is None and corpus:
             retriever = "bm25"
-        if isinstance(retriever, str | list | tuple):
+        if isinstance(retriever, Sequence):
             from rex_rag.retrieval.load import RetrieverArguments, load_retriever
 
             names = [retriever] if isinstance(retriever, str) else list(retriever)

@@ -160,6 +160,12 @@ class Trajectory:
         return any(segment.kind is SegmentKind.PROBE for segment in self.segments)
 
     @property
+    def origin(self) -> int:
+        """The `parent` of a probe, which has one."""
+        assert self.parent is not None
+        return self.parent
+
+    @property
     def probe_segment(self) -> int:
         """Where among the segments of a probe its exploration prompt stands."""
         return next(index for index, segment in enumerate(self.segments) if segment.kind is SegmentKind.PROBE)

@@ -189,7 +189,7 @@ def test_core_and_extras_hold_what_they_promise(setup_cfg: configparser.ConfigPa
     assert {"bm25s", "sentence-transformers", "fastapi", "uvicorn", "qdrant-client"} <= set(
         extra(setup_cfg, "retrieval")
     )
-    assert {"pytest", "hypothesis", "ruff"} <= set(extra(setup_cfg, "dev"))
+    assert {"pytest", "hypothesis", "ruff", "mypy"} <= set(extra(setup_cfg, "dev"))
 
 
 @pytest.mark.parametrize(
@@ -242,6 +242,7 @@ def test_a_wheel_carries_the_recipes_and_trains_and_checks_without_the_repositor
     zipfile.ZipFile(wheel).extractall(home)
     held = {str(path.relative_to(home / "rex_rag/recipes")) for path in home.glob("rex_rag/recipes/**/*.yaml")}
     assert held == {str(path.relative_to(ROOT / "recipes")) for path in ROOT.glob("recipes/**/*.yaml")}
+    assert (home / "rex_rag/py.typed").is_file()
     words = [sys.executable, "-m", "rex_rag.cli", "check", "Qwen2.5-3B/rex_rag"]
     done = subprocess.run(words, cwd=home, capture_output=True, text=True)
     assert done.returncode == 1 and not done.stderr  # no server listens here

@@ -123,7 +123,7 @@ def coverage(words: Sequence[str]) -> None:
     passages, total = open_corpus(sources) if sources else (None, None)
     measured = measure_coverage(benchmarks, passages, retriever, arguments.top_k, total=total)
     if sources:
-        print(f"{counted(measured[0].passages, 'passage')}: {', '.join(sources)}")
+        print(f"{counted(measured[0].passages or 0, 'passage')}: {', '.join(sources)}")
     if retriever is not None:
         print(f"searched: {retriever.description}")
     print(coverage_table(measured))

@@ -66,8 +66,8 @@ def _lines(plan: Plan, options: argparse.Namespace, said: list[str]) -> Iterator
         "fits" if not plan.excess else f"{plan.excess / GIB:.1f} TOO MUCH"
     )
     if recipe.use_vllm and recipe.vllm_mode == "colocate":
-        rows = kv_rows(recipe, plan.shape, plan.capacity, plan.given.trajectory(recipe))
-        yield f"  vLLM's KV cache holds {rows:,} mean trajectories" + (
+        held = kv_rows(recipe, plan.shape, plan.capacity, plan.given.trajectory(recipe))
+        yield f"  vLLM's KV cache holds {held:,} mean trajectories" + (
             ": TOO FEW, its share is too small" if plan.engine_is_starved else ""
         )
     yield from _time_lines(plan, options.price)

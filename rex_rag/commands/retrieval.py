@@ -17,6 +17,7 @@ from rex_rag.support.errors import UserError
 from rex_rag.support.wording import counted
 
 if TYPE_CHECKING:
+    from rex_rag.retrieval.base import Retriever
     from rex_rag.types import Passage
 
 
@@ -141,7 +142,7 @@ def _search(options: argparse.Namespace) -> None:
         from rex_rag.retrieval.remote.client import RemoteRetriever
 
         # Someone is waiting: a server that is away is reported at the first attempt.
-        retriever = RemoteRetriever(options.url, max_attempts=1, limit_names=None)
+        retriever: Retriever = RemoteRetriever(options.url, max_attempts=1, limit_names=None)
     elif options.index:
         retriever = load_retriever(RetrieverArguments(retriever=[options.index]))
     else:

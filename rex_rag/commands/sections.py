@@ -73,7 +73,7 @@ def _describe_unread(words: Sequence[str], parser: argparse.ArgumentParser) -> s
     known = [option for action in parser._actions for option in action.option_strings]
     described = []
     for option in dict.fromkeys(unknown):
-        [near] = difflib.get_close_matches(option, known, n=1) or [None]
+        near = next(iter(difflib.get_close_matches(option, known, n=1)), None)
         described.append(f"{option} (did you mean {near}?)" if near else f"{option} (see --help)")
     return f"unknown option{'s' if len(described) > 1 else ''} {', '.join(described)}"
 

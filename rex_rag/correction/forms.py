@@ -139,7 +139,7 @@ class Decoupled(CorrectionForm):
     expectation = (
         "as token at the first update; from then on the clip acts on pi_theta / pi_old, and no original starts outside"
     )
-    reads = ("probe_density", "correction_weight_max")
+    reads: ClassVar[tuple[str, ...]] = ("probe_density", "correction_weight_max")
 
     def log_weights(self, mixture: Mixture, args: REXRAGConfig) -> torch.Tensor:
         return _truncated(decoupled_log_weights(mixture.old, mixture.behavior), args)

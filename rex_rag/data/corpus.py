@@ -51,7 +51,7 @@ def passage_from_row(row: Mapping[str, Any], default_id: str) -> Passage:
         title, text = (title, _without_title(text, title)) if title.strip() else split_contents(text)
     if not text.strip():
         raise CorpusError(f"empty text (title {shorten(title)})")
-    named = (_short_text(row, name) for name in ID_FIELDS if row.get(name) is not None)
+    named = filter(None, (_short_text(row, name) for name in ID_FIELDS))
     return Passage(id=next(named, default_id), title=title, text=text)
 
 

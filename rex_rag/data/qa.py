@@ -131,7 +131,7 @@ class QuestionArguments:
         default=Columns.question, metadata={"help": "Column of the question, unless a source names its own."}
     )
     answers_column: str = field(
-        default=Columns.answers,
+        default=str(Columns.answers),
         metadata={"help": "Column of the gold answers, a string or a list, unless a source names its own or several."},
     )
     max_questions: int | None = field(
@@ -144,8 +144,8 @@ class QuestionArguments:
     )
 
     def __post_init__(self) -> None:
-        entries = self.datasets or []
-        entries = [entries] if isinstance(entries, str | Mapping | QuestionSource) else entries
+        given: Any = self.datasets or []
+        entries = [given] if isinstance(given, str | Mapping | QuestionSource) else given
         self.datasets = [QuestionSource.from_value(entry) for entry in entries]
         for name in ("question_column", "answers_column"):
             value = getattr(self, name)

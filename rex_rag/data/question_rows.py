@@ -104,7 +104,8 @@ def checked_answers(row: Mapping[str, Any], place: str) -> list[str]:
     Raises:
         QuestionError: for what `read_row` refuses, for a question that is absent, and for anything but texts.
     """
-    question, value = row.get("question"), row.get("golden_answers")
+    question: Any = row.get("question")
+    value: Any = row.get("golden_answers")
     if not isinstance(question, str) or not text_of(question, "question", place):
         raise QuestionError(f"{place}: the question is {shorten(question)}; it must be a non-blank string")
     value = value.tolist() if hasattr(value, "tolist") else value

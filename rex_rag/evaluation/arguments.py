@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -204,13 +204,7 @@ class EvaluationArguments:
         return ENDPOINT if self.endpoint else TRANSFORMERS
 
     def budget(self) -> RolloutBudget:
-        return RolloutBudget(
-            max_turns=self.max_turns,
-            max_turn_tokens=self.max_turn_tokens,
-            max_observation_tokens=self.max_observation_tokens,
-            max_sequence_length=self.max_sequence_length,
-            top_k=self.top_k,
-        )
+        return RolloutBudget(**{limit.name: getattr(self, limit.name) for limit in fields(RolloutBudget)})
 
     def model_options(self, process: int = 0) -> ModelOptions:
         """Args: process: number of this process on its machine, which chooses its GPU."""
@@ -235,7 +229,7 @@ class EvaluationArguments:
             temperature=self.temperature,
             seed=self.seed,
             endpoint=endpoint,
-            chat_template_kwargs=self.chat_template_kwargs,
+            chat_template_kwargs=read_settings(self.chat_template_kwargs) or None,
             gpu_memory_utilization=self.gpu_memory_utilization,
             tensor_parallel_size=self.tensor_parallel_size,
             enforce_eager=self.enforce_eager,

@@ -218,7 +218,7 @@ def write_answerable(path: Path, benchmark: Benchmark, measured: Coverage) -> in
     Raises:
         ValueError: where no question is left.
     """
-    kept = [question for question, held in zip(benchmark.questions, measured.in_corpus, strict=True) if held]
+    kept = [question for question, held in zip(benchmark.questions, measured.in_corpus or (), strict=True) if held]
     if not kept:
         raise UserError(
             f"{path} was not written: of {len(benchmark)} questions of {benchmark.name} none has a gold answer in the "
@@ -226,7 +226,11 @@ def write_answerable(path: Path, benchmark: Benchmark, measured: Coverage) -> in
         )
     with written_whole(path) as file:
         for question in kept:
-            row = {"id": question.id, "question": question.question, "golden_answers": list(question.golden_answers)}
+            row: dict[str, Any] = {
+                "id": question.id,
+                "question": question.question,
+                "golden_answers": list(question.golden_answers),
+            }
             row |= {"metadata": question.metadata} if question.metadata else {}
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
     return len(kept)
@@ -256,7 +260,7 @@ def _cell(estimate: Estimate | None) -> str:
 
 def _gold_words(question: Question) -> set[str]:
     """The normalised gold answers; of a multiple-choice question, the texts of the right choices."""
-    golden = question.golden_answers
+    golden: Sequence[str] = question.golden_answers
     if question.choices is not None:
         golden = [question.choices[letter] for letter in golden]
     return {words for words in map(normalize_answer, golden) if words}

@@ -78,7 +78,7 @@ def probe_dead_ends(agent: Agent, questions: Sequence[EvaluatedQuestion], explor
                 asked.append(question)
     proposals = explorer.propose(failed)
     probes = [
-        proposal and reopen(one.original, proposal, agent.budget.max_sequence_length)
+        None if proposal is None else reopen(one.original, proposal, agent.budget.max_sequence_length)
         for one, proposal in zip(failed, proposals, strict=True)
     ]
     agent.resume([probe for probe in probes if probe is not None])

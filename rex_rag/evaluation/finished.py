@@ -96,7 +96,7 @@ def run_directories(paths: Sequence[str | Path], say: Callable[[str], object] | 
         raise ReportError(
             f"{_listed(others)} hold no {RUN_FILE}; name at least one directory that an evaluation wrote (--output)"
         )
-    if others:
+    if others and say is not None:  # without it, they were refused above
         say(f"left out, since no run is there (no {RUN_FILE}): {_listed(others)}")
     resolved = [path.resolve() for path in found]
     twice = sorted({str(path) for path, real in zip(found, resolved, strict=True) if resolved.count(real) > 1})
@@ -147,8 +147,8 @@ def read_run(path: str | Path, *, resamples: int = RESAMPLES, seed: int = 0) -> 
 
 def unlike_judges(first: FinishedRun, second: FinishedRun) -> list[str]:
     """What keeps the judged scores of two runs from being compared; empty where nothing does."""
-    judges = [run.judge for run in (first, second)]
-    if None in judges or judges[0] == judges[1]:
+    judges = [run.judge for run in (first, second) if run.judge is not None]
+    if len(judges) < 2 or judges[0] == judges[1]:
         return []
     names = [f"{judge['model']} (prompt {judge['prompt_sha256'][:12]})" for judge in judges]
     return [f"judge: {names[0]} against {names[1]}"]

@@ -121,12 +121,12 @@ def _judge_all(output: Path, benchmarks: Sequence[str], client: EndpointClient, 
         write_json(output / JUDGE_FILE, judge)
     total = sum(map(len, waiting.values()))
     with progress_bar(total, "judge", "answers") if show_progress and total else contextlib.nullcontext() as bar:
-        for name, cases in waiting.items():
+        for name, left in waiting.items():
             with (output / name / VERDICTS_FILE).open("ab") as file:
                 # What a killed process left of a line.
                 file.truncate(len(_whole_lines(output / name / VERDICTS_FILE)))
-                for first in range(0, len(cases), client.options.concurrency):
-                    part = cases[first : first + client.options.concurrency]
+                for first in range(0, len(left), client.options.concurrency):
+                    part = left[first : first + client.options.concurrency]
                     bodies = [_body(case, judge["settings"]) for case in part]
                     replies = in_order([client.threads.submit(client.complete, body) for body in bodies])
                     file.writelines(_row(case, reply) for case, reply in zip(part, replies, strict=True))
@@ -156,6 +156,7 @@ def _try_out(client: EndpointClient) -> dict[str, Any]:
                 case.golden_answers[0],
             )
         return settings
+    assert refusal is not None  # there are settings to try
     raise refusal
 
 

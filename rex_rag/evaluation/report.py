@@ -305,8 +305,8 @@ def _quality(name: str, scores: Sequence[BenchmarkScores], resamples: int, seed:
         k = max(set.intersection(*(set(one.pass_at_k) for one in scores)))
         share = 100 * sum(one.pass_at_k[k].mean for one in scores) / len(scores)
         return Extra(share, f"{share:.1f} (k={k})")
-    if name == "majority" and all(one.majority for one in scores):
-        share = 100 * sum(one.majority.mean for one in scores) / len(scores)
+    if name == "majority" and len(majorities := [one.majority for one in scores if one.majority]) == len(scores):
+        share = 100 * sum(one.mean for one in majorities) / len(scores)
         return Extra(share, f"{share:.1f}")
     return None
 
@@ -329,8 +329,9 @@ def _cost(name: str, scores: Sequence[BenchmarkScores]) -> Extra | None:
     if name == "unreadable" and (choosing := [one for one in scores if ACCURACY in one.metrics]):
         asked = sum(one.n * one.samples for one in choosing)
         return _shown(100 * sum(one.unreadable * one.n * one.samples for one in choosing) / asked, ".1f")
-    if name == "seconds" and all(one.seconds is not None for one in scores):
-        seconds = sum(one.seconds for one in scores)
+    timed = [one.seconds for one in scores if one.seconds is not None]
+    if name == "seconds" and len(timed) == len(scores):
+        seconds = sum(timed)
         return _shown(seconds, ",.0f" if seconds >= 100 else ".1f")
     if name == "truncations":
         causes = sorted({cause for one in scores for cause in one.truncations})

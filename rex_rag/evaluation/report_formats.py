@@ -88,7 +88,7 @@ def _metric(column: Column) -> str:
 
 def _header(report: Report, escape: Callable[[str], str]) -> list[str]:
     heads = [escape(f"{column.label}{_asked(column)}") for column in report.columns]
-    return ["method", "model", *heads, *report.means.values(), *map(COLUMNS.get, report.extras)]
+    return ["method", "model", *heads, *report.means.values(), *(COLUMNS[name] for name in report.extras)]
 
 
 def _asked(column: Column) -> str:

@@ -265,7 +265,7 @@ def scorer_sha256() -> str:
     """Hash of the code that normalises and compares answers, letters too; comments and docstrings do not count."""
     digest = hashlib.sha256()
     for module in (answers, choices):
-        tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+        tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:] or [ast.Pass()]

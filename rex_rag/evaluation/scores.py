@@ -301,7 +301,7 @@ def _document_recall(sample: Sample, documents: Sequence[str]) -> float:
 
 
 def _judged(judge: Judge, prediction: Prediction, sample: Sample) -> float:
-    if _is_unanswered(sample):
+    if sample.answer is None or _is_unanswered(sample):
         return 0.0
     score = float(judge(prediction, sample.answer))
     if not 0 <= score <= 1:

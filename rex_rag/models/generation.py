@@ -75,7 +75,7 @@ class _StopAtTag(StoppingCriteria):
         self._prompt_width = prompt_width
         self.stopped_at = None
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.Tensor:
         # A stop string that begins in the prompt is none: a text may be continued where it was stopped.
         stopped = self._criteria(input_ids[:, self._prompt_width :], scores, **kwargs)
         if self.stopped_at is None:

@@ -27,7 +27,7 @@ def model_identity(name: str, revision: str | None) -> dict[str, Any]:
         commit = getattr(config, "_commit_hash", None)
         return {"name": name, "revision": commit or revision, "weights_sha256": None}
     # The last two parts tell a checkpoint from its siblings, and nothing of the machine.
-    identity = {
+    identity: dict[str, Any] = {
         "name": "/".join(folder.resolve().parts[-2:]),
         "revision": None,
         "weights_sha256": folder_sha256(folder),

@@ -73,7 +73,7 @@ class ModelOptions:
     temperature: float = 0.0
     seed: int = 0
     endpoint: EndpointOptions | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
     enforce_eager: bool = False
@@ -357,7 +357,7 @@ def open_model(options: ModelOptions) -> LanguageModel:
         ModelFileError: for weights that cannot be read, or are not finite.
         OSError: for a model that is not there, and an endpoint that does not answer.
     """
-    kinds = {TRANSFORMERS: TransformersModel, VLLM: VLLMModel, ENDPOINT: ServedModel}
+    kinds: dict[str, Any] = {TRANSFORMERS: TransformersModel, VLLM: VLLMModel, ENDPOINT: ServedModel}
     if options.backend not in kinds:
         raise ModelError(f"backend={options.backend!r}; it must be one of {', '.join(BACKENDS)}")
     if options.backend != ENDPOINT:

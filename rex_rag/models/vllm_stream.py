@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rex_rag.models.generation import Generation
 
@@ -54,7 +54,7 @@ class VLLMStream:
         self._engine = self._context.__enter__().llm_engine
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception: Any) -> None:
         if self._under_way:
             self._engine.abort_request([str(ticket) for ticket in self._under_way])
             self._under_way.clear()

@@ -96,7 +96,7 @@ def _states(recipe: Recipe, launch: Launch, shape: ModelShape) -> dict[str, floa
 def _buffers(recipe: Recipe, launch: Launch, shape: ModelShape) -> dict[str, float]:
     """Copies that sharding and autocast make."""
     trained, count = trained_parameters(recipe, shape), shape.parameters
-    buffers = {}
+    buffers: dict[str, float] = {}
     if launch.sharding == "ddp":
         buffers["DDP's buckets"] = (4 if recipe.use_peft else recipe.weight_bytes) * trained
     elif launch.sharding == "zero3":

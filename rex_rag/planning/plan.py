@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 from rex_rag.planning.memory import GIB, SPARE, Memory, gpu_memory, kv_rows, smallest_share
 from rex_rag.planning.seconds import GPU, GPUS, Assumptions, step_seconds
@@ -71,7 +72,7 @@ class Plan:
     def fits(self) -> bool:
         return not (self.excess or self.engine_is_starved or self.rounds_away)
 
-    def changed(self, **settings: object) -> Plan:
+    def changed(self, **settings: Any) -> Plan:
         return replace(self, recipe=replace(self.recipe, **settings))
 
     def flags(self, given: Plan) -> str:
@@ -127,7 +128,7 @@ def made_to_fit(plan: Plan) -> Plan | None:
 
 def made_faster(plan: Plan) -> list[Plan]:
     """Plans that fit, each one change from the one before and faster by some hundredths."""
-    better = []
+    better: list[Plan] = []
     while True:
         found = min(filter(lambda one: one.fits, _variants(plan)), key=lambda one: one.step, default=plan)
         if found.step > (1 - _WORTH) * plan.step:
@@ -149,7 +150,7 @@ def _remedies(plan: Plan) -> Iterator[Callable[[Plan], Plan]]:
     yield _fitting_share
     rows = plan.recipe.per_device_train_batch_size
     for fewer in (count for count in range(rows - 1, 0, -1) if rows % count == 0):
-        yield lambda one, fewer=fewer: replace(one, recipe=one.recipe.with_micro_batch(fewer))
+        yield partial(_with_micro_batch, fewer)
     if plan.launch.gpus > 1 and not plan.launch.shards_weights:
         yield _with_zero3
     yield lambda one: one.changed(vllm_enable_sleep_mode=one.recipe.use_vllm)
@@ -164,6 +165,10 @@ def _fitting_share(plan: Plan) -> Plan:
         return plan
     share = smallest_share(plan.recipe, plan.shape, plan.capacity)
     return plan.changed(vllm_gpu_memory_utilization=min(share, 0.9))
+
+
+def _with_micro_batch(rows: int, plan: Plan) -> Plan:
+    return replace(plan, recipe=plan.recipe.with_micro_batch(rows))
 
 
 def _with_zero3(plan: Plan) -> Plan:

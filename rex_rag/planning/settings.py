@@ -169,9 +169,9 @@ def read_recipe(
                 f"{recipe.micro_batches} micro-batches a generation, {recipe.gradient_accumulation_steps} an update; "
                 "give --steps_per_generation and --gradient_accumulation_steps, or another --gpus"
             )
-        scaled = replace(recipe, **{key: int(value) for key, value in scaled.items()})
-        said.append(f"the recipe's batch, written for {processes} processes, is kept: {scaled.flags(recipe)}")
-        recipe = scaled
+        kept: dict[str, Any] = {key: int(value) for key, value in scaled.items()}
+        written, recipe = recipe, replace(recipe, **kept)
+        said.append(f"the recipe's batch, written for {processes} processes, is kept: {recipe.flags(written)}")
     rows = recipe.per_device_train_batch_size * recipe.micro_batches
     if rows % recipe.num_generations:
         raise UserError(

@@ -67,7 +67,7 @@ class Explorer(ABC):
     def make(cls, agent: Agent, args: REXRAGConfig, score: Score | None) -> Explorer:
         """The explorer of a run: of its agent, its settings, and what scores ids; of one's own class `cls(agent, args,
         score)`."""
-        return cls(agent, args, score)
+        return cls(agent, args, score)  # type: ignore[call-arg]  # what a class of a user's own is made of
 
     @staticmethod
     def problems(args: REXRAGConfig) -> list[str]:

@@ -126,7 +126,7 @@ class MixedSampler:
         num_originals, num_failed, num_made = (sum(column) for column in zip(*counts, strict=True))
         num_keep = keep_count(keep_ratio, num_originals + standing[0]) - standing[1]
         kept = self._filter(started, num_made, num_keep, step) if num_made else []
-        global_kept, dropped = num_made, Counter()
+        global_kept, dropped = num_made, Counter[str]()
         if num_made:
             self.agent.resume(kept)
             kept, dropped = self._drop_untrainable(kept)
@@ -135,7 +135,7 @@ class MixedSampler:
             originals=originals,
             correct=correct,
             probes=kept,
-            probe_correct=[is_correct(probe.parent, probe) for probe in kept],
+            probe_correct=[is_correct(probe.origin, probe) for probe in kept],
             probes_made=len(started),
             global_originals=num_originals,
             global_failed=num_failed,
@@ -167,7 +167,8 @@ class MixedSampler:
 
     def _drop_untrainable(self, probes: list[Trajectory]) -> tuple[list[Trajectory], Counter]:
         """Give finished probes what is trained in their places; count, by cause, those that cannot be trained."""
-        kept, dropped = [], Counter()
+        kept: list[Trajectory] = []
+        dropped: Counter[str] = Counter()
         for probe in probes:
             trained = self._trained(probe)
             if isinstance(trained, str):

@@ -82,10 +82,14 @@ class ModelWrittenExplorer(Explorer):
             proposals[row] = _before_the_answer(script, failed[row], sentence.text, sentence.ids, values)
         return proposals
 
-    def _logprobs(self, asides: Sequence[Trajectory], rows: Sequence[int]) -> list[list[float] | None]:
+    def _logprobs(self, asides: Sequence[Trajectory], rows: Sequence[int]) -> Sequence[list[float] | None]:
         sampled = [asides[row].segments[0] for row in rows]
         if self._score is None:
-            return [segment.logprobs for segment in sampled]
+            # One that the engine could not score leaves the whole sentence without: `Proposal` knows all or none.
+            known = [[value for value in segment.logprobs or () if value is not None] for segment in sampled]
+            return [
+                values if len(values) == len(one.ids) else None for values, one in zip(known, sampled, strict=True)
+            ]
         # Also where the engine reports some: processes must make equally many calls.
         return self._score([asides[row].prompt_ids for row in rows], [segment.ids for segment in sampled])
 
@@ -105,6 +109,7 @@ class EndpointExplorer(Explorer):
 
     @classmethod
     def make(cls, agent: Agent, args: REXRAGConfig, score: Score | None) -> EndpointExplorer:
+        assert args.explorer_url and args.explorer_model  # `problems` refuses others
         options = EndpointOptions(args.explorer_url, args.explorer_model)
         return cls(agent.script, EndpointClient(options, "/chat/completions", chat_reply))
 
@@ -166,6 +171,7 @@ def _before_the_answer(
 ) -> Proposal:
     """The original re-opened before its answer, with a thought that begins with the sentence."""
     span = failed.original.answer_span
+    assert span is not None  # a failed original answered
     answered = failed.original.segments[span.segment]
     kept, leftover = tokens_before(answered, span.offset, script.decode)
     opening = leftover + f"{THINK_TAGS[0]} "

@@ -92,13 +92,11 @@ def _jinja(value: Any) -> str:
 
 def render_chat(
     tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     settings: Mapping[str, Any] | str | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
-    *,
-    tokenize: bool = False,
-) -> str | list[int]:
-    """A conversation up to where the model's turn begins, as text or as ids.
+) -> str:
+    """A conversation up to where the model's turn begins, as text.
 
     Args:
         settings: `chat_template_kwargs`.
@@ -107,6 +105,27 @@ def render_chat(
     Raises:
         ValueError: for a tokenizer without a chat template, or with a broken one.
     """
+    return _rendered(tokenizer, messages, settings, tools, tokenize=False)
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any] | str | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> list[int]:
+    """The prompt ids of a conversation; arguments and errors as for `render_chat`."""
+    return _rendered(tokenizer, messages, settings, tools, tokenize=True)
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any] | str | None,
+    tools: Sequence[Mapping[str, Any]] | None,
+    *,
+    tokenize: bool,
+) -> Any:
     if tokenizer.chat_template is None:
         raise UserError(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template, so there is no way to put a question to "
@@ -130,26 +149,15 @@ def render_chat(
         ) from error
 
 
-def encode_chat(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Mapping[str, str]],
-    settings: Mapping[str, Any] | str | None = None,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-) -> list[int]:
-    """The prompt ids of a conversation; arguments and errors as for `render_chat`."""
-    return render_chat(tokenizer, messages, settings, tools, tokenize=True)
-
-
 def policy_tokenizer(model: str | PreTrainedModel, args: GRPOConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that lies with a policy."""
     from trl.trainer.utils import get_config_model_id
 
-    named = isinstance(model, str)
-    return open_tokenizer(
-        model if named else get_config_model_id(model.config),
-        (args.model_init_kwargs or {}).get("revision") if named else None,
-        trust_remote_code=args.trust_remote_code,
-    )
+    if isinstance(model, str):
+        name, revision = model, (args.model_init_kwargs or {}).get("revision")
+    else:
+        name, revision = get_config_model_id(model.config), None
+    return open_tokenizer(name, revision, trust_remote_code=args.trust_remote_code)
 
 
 def warn_of_unread(tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any] | None) -> None:

@@ -69,8 +69,8 @@ class ToolCalls(Protocol):
         answer = _ANSWER.search(text)
         calls = [match for match in _CALL.finditer(text) if answer is None or match.start() < answer.start()]
         if calls:
-            read = [self._read(match.group(1)) for match in calls]
-            return None if None in read else Action(calls[0].start(), calls=tuple(read))
+            read = tuple(call for match in calls if (call := self._read(match.group(1))) is not None)
+            return Action(calls[0].start(), calls=read) if len(read) == len(calls) else None
         if answer is None or not answer.group(1).strip():
             return None
         return Action(answer.start(), answer=answer.group(1).strip())
@@ -125,9 +125,9 @@ class ToolCalls(Protocol):
         if render_chat(tokenizer, [asked], settings, self.schemas) == render_chat(tokenizer, [asked], settings):
             return False
         call = ToolCall(tool.name, dict.fromkeys(tool.parameters.get("properties", ()), _SOUGHT))
-        function = {"name": call.name, "arguments": dict(call.arguments)}
+        function: dict[str, Any] = {"name": call.name, "arguments": dict(call.arguments)}
         calls = [{"id": "call00000", "type": "function", "function": function}]
-        said = {"role": "assistant", "content": _SAID, "tool_calls": calls}
+        said: dict[str, Any] = {"role": "assistant", "content": _SAID, "tool_calls": calls}
         try:
             written = render_chat(tokenizer, [asked, said], settings, self.schemas)
         except UserError:

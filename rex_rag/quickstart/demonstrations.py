@@ -188,7 +188,7 @@ def tokenize_demonstrations(
 
     def pieces(demonstration: Demonstration) -> list[tuple[SegmentKind, str]]:
         """The texts that are encoded apart: every segment, and what closes an observation."""
-        found = []
+        found: list[tuple[SegmentKind, str]] = []
         segments = demonstration.segments
         following = [*(kind for kind, _ in segments[1:]), None]
         for (kind, text), next_kind in zip(segments, following, strict=True):

@@ -302,7 +302,7 @@ def _question_text(relations: tuple[str, ...], start: str) -> str:
 def _walks(names: Iterable[tuple[str, EntityType]], facts: Mapping, hops: int) -> Iterator[tuple[tuple, tuple]]:
     """All (relations, chain) of a length whose entities are distinct."""
     for name, kind in names:
-        stack = [((), (name,), kind)]
+        stack: list[tuple[tuple[str, ...], tuple[str, ...], EntityType]] = [((), (name,), kind)]
         while stack:
             relations, chain, kind_now = stack.pop()
             if len(relations) == hops:

@@ -15,8 +15,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin starve whatever else is running
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is made here
@@ -101,7 +103,7 @@ def run_side_by_side(commands: Mapping[str, Sequence[str]]) -> None:
     width = max(map(len, started))
 
     def pass_on(name: str, process: subprocess.Popen) -> None:
-        for line in process.stdout:
+        for line in process.stdout or ():
             print(f"{name:<{width}} | {line.rstrip()}", flush=True)
 
     readers = [Thread(target=pass_on, args=item, daemon=True) for item in started.items()]
@@ -151,16 +153,14 @@ class Examiner:
         started = time.perf_counter()
         set_seed(self.seed)
         tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left", trust_remote_code=False)
-        model = load_causal_lm(model_path, dtype=torch.float32).eval()
+        model = load_causal_lm(str(model_path), dtype=torch.float32).eval()
         total = len(self.questions) * (1 + SAMPLES)
         with tqdm(total=total, desc=f"evaluating {name}", unit="rollout", dynamic_ncols=True) as bar:
             runs = {}
             for mode, samples in (("greedy", 1), ("sampled", SAMPLES)):
                 temperature = 1.0 if mode == "sampled" else 0.0
                 agent = Agent(
-                    lambda stop, temperature=temperature: TransformersGenerator(
-                        model, tokenizer, temperature=temperature, stop_strings=stop
-                    ),
+                    partial(_generator, model, tokenizer, temperature),
                     make_tools(self.config.agent_tools, self.retriever, self.config.retrieval_top_k),
                     tokenizer,
                     self.config.agent_protocol(),
@@ -173,6 +173,10 @@ class Examiner:
         return summarize(runs["greedy"], runs["sampled"], time.perf_counter() - started), runs["sampled"]
 
 
+def _generator(model: Any, tokenizer: Any, temperature: float, stop: tuple[str, ...]) -> TransformersGenerator:
+    return TransformersGenerator(model, tokenizer, temperature=temperature, stop_strings=stop)
+
+
 def summarize(greedy: list[EvaluatedQuestion], sampled: list[EvaluatedQuestion], seconds: float) -> dict:
     """The figures of one model, by hop count and over all."""
 
@@ -181,7 +185,7 @@ def summarize(greedy: list[EvaluatedQuestion], sampled: list[EvaluatedQuestion],
         return sum(values) / len(values) if values else float("nan")
 
     figures: dict = {}
-    hops = sorted({question.hops for question in sampled})
+    hops = sorted({question.hops for question in sampled if question.hops is not None})
     for key, chosen in [*((f"{count}_hop", {count}) for count in hops), ("all", set(hops))]:
         drawn = [question for question in sampled if question.hops in chosen]
         dead = [question for question in drawn if question.is_dead_end]
@@ -248,14 +252,14 @@ def draw(histories: Mapping[str, list[dict]], path: Path) -> None:
 
 def example_records(before: list[EvaluatedQuestion], after: list[EvaluatedQuestion], steps: int) -> list[dict]:
     """A few whole trajectories of multi-hop questions: dead ends, their probes, and what training made of them."""
-    records = []
+    records: list[dict] = []
     for old, new in zip(before, after, strict=True):
         if (old.hops or 1) < 2 or not (old.is_dead_end and old.probes):
             continue
         probe = max(old.probes, key=old.is_correct)
         first = len(records)
         for step, question, trajectory in (
-            (0, old, old.rollouts[probe.parent]),
+            (0, old, old.rollouts[probe.origin]),
             (0, old, probe),
             (steps, new, new.rollouts[0]),
         ):

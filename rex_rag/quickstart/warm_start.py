@@ -164,7 +164,7 @@ def training_rows(args: argparse.Namespace, tokenizer: Qwen2Tokenizer, protocol:
             doubt_wrong_rate=args.doubt_wrong_rate,
             protocol=protocol,
         )
-        rows += tokenize_demonstrations(demonstrations, tokenizer, protocol)
+        rows += [dict(row) for row in tokenize_demonstrations(demonstrations, tokenizer, protocol)]
     return rows
 
 
@@ -225,7 +225,7 @@ class StopWhenGood(TrainerCallback):
         self.args = args
         self.examination = examination
         self.score = float("nan")
-        self.bar: tqdm | None = None
+        self.bar: tqdm  # while it trains
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(total=state.max_steps, desc="warm start", unit="step", mininterval=1.0, dynamic_ncols=True)
@@ -259,7 +259,8 @@ def batches_of_like_length(rows: list[dict], steps: int, batch_size: int, seed: 
     Batches are shuffled. transformers' `group_by_length` gives long ones first, again and again; the policy did not
     learn to copy with it (docs/experiments.md, 2026-11-27).
     """
-    draw, found, group = random.Random(f"batches/{seed}"), [], 20 * batch_size
+    found: list[list[int]] = []
+    draw, group = random.Random(f"batches/{seed}"), 20 * batch_size
     while len(found) < steps:
         order = draw.sample(range(len(rows)), len(rows))
         groups = [order[at : at + group] for at in range(0, len(order), group)]

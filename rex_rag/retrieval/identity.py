@@ -43,7 +43,8 @@ _NOT_TOLD = ("kind", "description", "served")
 
 def of_bm25(arguments: RetrieverArguments, loaded: Retriever | None, **parameters: Any) -> dict[str, Any]:
     """That of the index which `rex-rag index --kind bm25` would make of the corpus, with further parameters."""
-    passages = loaded.passages if loaded is not None else read_corpus(arguments.corpus)
+    stages = None if loaded is None else loaded.stages
+    passages = read_corpus(arguments.corpus) if stages is None else stages.passages
     return _in_process(passages, BM25Options().index_parameters | parameters)
 
 

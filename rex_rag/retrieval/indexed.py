@@ -42,11 +42,11 @@ class IndexedRetriever(Retriever):
         return len(self.passages)
 
     @property
-    def passage_count(self) -> int:
+    def passage_count(self) -> int:  # type: ignore[override]
         return len(self)
 
     @property
-    def stages(self) -> IndexedRetriever:
+    def stages(self) -> IndexedRetriever:  # type: ignore[override]
         return self
 
     @abstractmethod

@@ -68,6 +68,7 @@ def _load_bm25s(arguments: RetrieverArguments) -> Retriever:
 def _load_online(arguments: RetrieverArguments) -> Retriever:
     from rex_rag.retrieval.online.retriever import OnlineRetriever
 
+    assert arguments.search_cache  # `_online_problems` asks for it
     return OnlineRetriever(
         arguments.retriever[0],
         arguments.search_cache,

@@ -12,6 +12,7 @@ import json
 import logging
 import mmap
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,12 +64,18 @@ def passage_json(passage: Passage) -> bytes:
     return _TO_JSON(row_of_passage(passage)).encode()
 
 
-class _Documents:
+class _Documents(ABC):
     """Passages whose table of titles and ids is made, or opened, when it is first asked for."""
 
     def __init__(self) -> None:
         self._table: np.ndarray | None = None
         self._table_lock = threading.Lock()
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, row: int) -> Passage: ...
 
     def find(self, key: str) -> list[int]:
         with self._table_lock:

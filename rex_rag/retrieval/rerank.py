@@ -186,7 +186,7 @@ class RerankedSearch(Retriever):
         pairs = [(query, passage) for query, found in zip(queries, rankings, strict=True) for passage in found]
         scores = iter(_score_all(self._scorer, pairs, pair_text).tolist())
         scored = [[replace(passage, score=next(scores)) for passage in found] for found in rankings]
-        return [sorted(found, key=lambda passage: -passage.score)[:top_k] for found in scored]
+        return [sorted(found, key=lambda passage: passage.score or 0.0, reverse=True)[:top_k] for found in scored]
 
     def read(self, keys: Sequence[str]) -> list[list[Passage]]:
         return self._inner.read(keys)

@@ -82,7 +82,7 @@ class Books:
 
     def enter(self, running: Sequence[Running], generations: Sequence[Generation]) -> None:
         """Append what was sampled, count what was cut, and let every script go on."""
-        limits = [self.limit(one.wants) for one in running]
+        limits = [self.limit(one.generate) for one in running]
         sampled = [generation.ids[:limit] for generation, limit in zip(generations, limits, strict=True)]
         texts = self.decode(sampled)
         for one, generation, limit, ids, text in zip(running, generations, limits, sampled, texts, strict=True):
@@ -101,11 +101,11 @@ class Books:
         if has_end_token:
             text = self.decode([ids[:kept]])[0]
         # A backend may leave the end token out; a row that stopped early for no other reason ended.
-        stopped = any(string in text for string in one.wants.stop)
+        stopped = any(string in text for string in one.generate.stop)
         ended = has_end_token or not (is_cut or stopped)
         truncation = None
         if not ended and not stopped:
-            by_turn = limit in (one.wants.limit, self.budget.max_turn_tokens)
+            by_turn = limit in (one.generate.limit, self.budget.max_turn_tokens)
             truncation = Truncation.TURN if by_turn else Truncation.SEQUENCE
             one.trajectory.truncations[truncation] += 1
         return Written(ids[:kept], text, ended, truncation)

@@ -118,7 +118,7 @@ class Driver:
             waiting = [one for one in running if one.wants is not None]
             if self._max_over_ranks(len(waiting)) == 0:
                 return
-            groups = [(stop, [one for one in waiting if one.wants.stop == stop]) for stop in sets]
+            groups = [(stop, [one for one in waiting if one.generate.stop == stop]) for stop in sets]
             for stop, group in groups:
                 if rows := self._max_over_ranks(len(group)):
                     self._generate(self.generator(stop), group, rows)
@@ -126,8 +126,8 @@ class Driver:
 
     def _generate(self, generator: Generator, running: list[Running], rows: int) -> None:
         """Sample one turn of every row, cut to each row's own limit."""
-        prompts = [one.wants.prompt_ids for one in running]
-        limits = [self.books.limit(one.wants) for one in running]
+        prompts = [one.generate.prompt_ids for one in running]
+        limits = [self.books.limit(one.generate) for one in running]
         output: dict[int, Generation] = {}
         started = time.perf_counter()
         for asked, limit, count in self._calls(generator, prompts, limits, rows):
@@ -178,7 +178,7 @@ def batches(running: Sequence[Running]) -> dict[str, list]:
     """Tool -> the arguments of all its calls among these scripts, in their order."""
     found: dict[str, list] = {}
     for one in running:
-        for call in one.wants.calls:
+        for call in one.calls:
             found.setdefault(call.name, []).append(call.arguments)
     return found
 
@@ -187,8 +187,8 @@ def hand_out(running: Sequence[Running], results: Mapping[str, Sequence[ToolResu
     """Give every script the results of its calls, as `batches` put them together, and record them."""
     left = {name: iter(found) for name, found in results.items()}
     for one in running:
-        own = [next(left[call.name]) for call in one.wants.calls]
-        for call, result in zip(one.wants.calls, own, strict=True):
+        own = [next(left[call.name]) for call in one.calls]
+        for call, result in zip(one.calls, own, strict=True):
             place = len(one.trajectory.segments)
             one.trajectory.tool_uses.append(ToolUse(call.name, call.arguments, result.passages, place))
         one.resume(own)
@@ -238,7 +238,7 @@ class _Streaming:
         # Scripts that call the same tools go together; those that call several wait for all of them.
         groups: dict[frozenset, list[Running]] = {}
         for one in self._calling:
-            groups.setdefault(frozenset(call.name for call in one.wants.calls), []).append(one)
+            groups.setdefault(frozenset(call.name for call in one.calls), []).append(one)
         self._calling = []
         for group in groups.values():
             self._called[self._threads.submit(self._run_calls, batches(group))] = group
@@ -264,7 +264,7 @@ class _Streaming:
             done = [future for future in self._called if future.done()]
         else:
             with STAGES.inside("tools"):
-                done, _ = wait(self._called, return_when=FIRST_COMPLETED)
+                done = list(wait(self._called, return_when=FIRST_COMPLETED).done)
             self._driver.seconds.tools += time.perf_counter() - started
         for future in done:
             running = self._called.pop(future)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rex_rag.protocols.base import ToolCall
 from rex_rag.types import Trajectory, Truncation
@@ -72,7 +72,8 @@ class Written:
     truncation: Truncation | None
 
 
-Script = Generator[Generate | Call, Written | list["ToolResult"], None]
+# What is sent depends on what was yielded, `Written` or a list of `ToolResult`; a generator's type cannot say so.
+Script = Generator[Generate | Call, Any, None]
 
 
 class Running:
@@ -85,6 +86,18 @@ class Running:
         self.generations = 0
         self.wants: Generate | Call | None = None
         self.resume(None)
+
+    @property
+    def generate(self) -> Generate:
+        """What it wants of the model, which it must be waiting for."""
+        assert isinstance(self.wants, Generate)
+        return self.wants
+
+    @property
+    def calls(self) -> tuple[ToolCall, ...]:
+        """What it wants of tools, which it must be waiting for."""
+        assert isinstance(self.wants, Call)
+        return self.wants.calls
 
     def resume(self, result: Written | list[ToolResult] | None) -> None:
         try:

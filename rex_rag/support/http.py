@@ -73,7 +73,7 @@ def parse_json(body: bytes) -> Any:
 
 
 class _Bounded(httpx.BaseTransport):
-    def __init__(self, inner: httpx.BaseTransport) -> None:
+    def __init__(self, inner: Any) -> None:
         self._inner = inner
         inner._pool._network_backend = _Backend(inner._pool._network_backend)
 
@@ -89,6 +89,7 @@ class _Bounded(httpx.BaseTransport):
             raise httpx.DecodingError(f"the answer is compressed ({encoding!r:.40}), which was not asked for")
         most = request.extensions.get("max_bytes", MAX_ANSWER_BYTES)
         announced = int(response.headers.get("content-length", 0))
+        assert isinstance(response.stream, httpx.SyncByteStream)
         response.stream = _BoundedBody(response.stream, until, most, announced)
         return response
 

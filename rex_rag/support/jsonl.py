@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rex_rag.support.wording import shorten
 
@@ -45,7 +46,7 @@ def iter_json_objects(
         raise error_type(f"{path}: the file is empty; it needs one JSON object a line")
 
 
-def open_lines(path: Path) -> IO[bytes]:
+def open_lines(path: Path) -> io.BufferedIOBase:
     """Open a file, decompressed if its name ends in `.gz`, for reading by lines of bytes.
 
     Binary mode splits at "\n" alone; text mode would also hide which line a decoding error comes from.

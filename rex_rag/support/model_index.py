@@ -258,7 +258,7 @@ def _from_eval_result(result: EvalResult) -> CardResult:
         dataset_config=result.dataset_config,
         dataset_split=result.dataset_split,
         metric_type=result.metric_type,
-        metric_name=result.metric_name,
+        metric_name=result.metric_name or result.metric_type,
         value=result.metric_value,
         n=details.pop("n", None),
         interval=None if interval is None else tuple(interval),

@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from email.utils import parsedate_to_datetime
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tenacity
 
@@ -53,8 +53,8 @@ def persist(
     attempts: int,
     backoff: float,
     longest: float,
-    say: Callable[[int, PassingTrouble, float], object],
-    sleep: Callable[[float], object] = time.sleep,
+    say: Callable[[int, PassingTrouble, float], Any],
+    sleep: Callable[[float], Any] = time.sleep,
 ) -> T:
     """Call until it succeeds, `attempts` times at most; the last `PassingTrouble` is raised, any other error at once.
 
@@ -62,15 +62,19 @@ def persist(
         say: given the number of the failed attempt, its trouble and the seconds until the next.
     """
 
+    def trouble(state: tenacity.RetryCallState) -> PassingTrouble:
+        error = state.outcome.exception() if state.outcome else None
+        assert isinstance(error, PassingTrouble)  # no other is waited for
+        return error
+
     def wait(state: tenacity.RetryCallState) -> float:
-        wanted = state.outcome.exception().retry_after
-        return min(longest, max(wanted, pause(state.attempt_number, backoff, longest)))
+        return min(longest, max(trouble(state).retry_after, pause(state.attempt_number, backoff, longest)))
 
     return tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(PassingTrouble),
         stop=tenacity.stop_after_attempt(attempts),
         wait=wait,
-        before_sleep=lambda state: say(state.attempt_number, state.outcome.exception(), state.next_action.sleep),
+        before_sleep=lambda state: say(state.attempt_number, trouble(state), state.upcoming_sleep),
         sleep=sleep,
         reraise=True,
     )(attempt)

@@ -32,6 +32,6 @@ def describe_unknown(names: Sequence[str], known: Sequence[str]) -> str:
     """An error text for keys that do not exist, each with the nearest one that does."""
     described = []
     for name in names:
-        [near] = difflib.get_close_matches(name, known, n=1) or [None]
+        near = next(iter(difflib.get_close_matches(name, known, n=1)), None)
         described.append(f"{name!r} (did you mean {near}?)" if near else repr(name))
     return f"unknown keys: {', '.join(described)}; correct or remove them"

@@ -44,9 +44,13 @@ def make_tools(names: Sequence[str], retriever: Retriever | None, top_k: int = 3
     Raises:
         ValueError: for an unknown name, and a tool that needs a retriever where there is none.
     """
-    if retriever is None and (asking := [name for name in names if name in TOOLS]):
-        raise UserError(f"the tool {asking[0]!r} needs a retriever; name one, or leave the tool out")
-    return [TOOLS[name](retriever, top_k) if name in TOOLS else _own_tool(name) for name in names]
+    return [_built_in(name, retriever, top_k) if name in TOOLS else _own_tool(name) for name in names]
+
+
+def _built_in(name: str, retriever: Retriever | None, top_k: int) -> Tool:
+    if retriever is None:
+        raise UserError(f"the tool {name!r} needs a retriever; name one, or leave the tool out")
+    return TOOLS[name](retriever, top_k)
 
 
 def _own_tool(name: str) -> Tool:

@@ -41,7 +41,7 @@ class SearchTool(Tool):
         self.top_k = top_k
 
     @property
-    def is_concurrent(self) -> bool:
+    def is_concurrent(self) -> bool:  # type: ignore[override]
         return self.retriever.is_concurrent
 
     def run(self, calls: Sequence[Mapping[str, Any]]) -> list[ToolResult]:
@@ -60,7 +60,7 @@ class ReadTool(Tool):
         self.retriever = as_retriever(retriever)
 
     @property
-    def is_concurrent(self) -> bool:
+    def is_concurrent(self) -> bool:  # type: ignore[override]
         return self.retriever.is_concurrent
 
     def run(self, calls: Sequence[Mapping[str, Any]]) -> list[ToolResult]:

@@ -88,7 +88,7 @@ def find_checkpoint(asked: str | bool | None, output_dir: str) -> str | None:
         return None
     output = Path(output_dir)
     if str(asked).lower() != "true":
-        named = Path(asked)
+        named = Path(str(asked))
         if not named.is_dir():
             raise CheckpointError(
                 f"resume_from_checkpoint={asked} is no directory here ({Path.cwd()}); name a checkpoint-N"
@@ -135,7 +135,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def step_of(checkpoint: Path) -> int:
     """The step that a folder `checkpoint-N` was written at."""
-    return int(_CHECKPOINT.fullmatch(checkpoint.name)[1])
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def _done_steps(checkpoint: Path) -> int | None:
@@ -268,6 +268,7 @@ def set_aside_later(output_dir: str, checkpoint: str) -> list[Path]:
     """
     output = Path(output_dir)
     step = _done_steps(Path(checkpoint))
+    assert step is not None  # else it is damaged, and refused
     later = [path for path in checkpoints(output) if step_of(path) > step]
     later += [path for number, path in completion_tables(output) if number > step]
     finished = output / TRAINER_STATE_FILE  # of a run that came to its end

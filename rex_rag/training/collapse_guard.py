@@ -101,8 +101,10 @@ class CollapseGuard(TrainerCallback):
         """The newest whole checkpoint from before the breach; further back where a rollback did not help."""
         # Figures are of rollouts from before an update: the weights of the checkpoint before these are broken already.
         updates = math.ceil(args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps)
-        before = self.figures.out_since - updates
-        if self._went_to is None or self.figures.out_since - self._went_to > RECENT:
+        since = self.figures.out_since
+        assert since is not None  # there is a breach
+        before = since - updates
+        if self._went_to is None or since - self._went_to > RECENT:
             return newest_whole(args.output_dir, before=before)
         further = newest_whole(args.output_dir, before=min(before, self._went_to - FURTHER_BACK))
         # With none there, the same one again, at a still lower rate.

@@ -291,8 +291,8 @@ class REXRAGConfig(GRPOConfig):
         if self.max_completion_length is None:
             self.max_completion_length = self.max_sequence_length
         super().__post_init__()
-        self.run_name = self.run_name or Path(self.output_dir).resolve().name
-        self.trackio_static_space_id = self.trackio_static_space_id or False
+        self.run_name: str = self.run_name or Path(self.output_dir).resolve().name
+        self.trackio_static_space_id: str | bool = self.trackio_static_space_id or False
         self._refuse(data_loading_problems(self))
         self._refuse_split_groups()
         self._prepare_generation()
@@ -311,14 +311,14 @@ class REXRAGConfig(GRPOConfig):
 
     def __copy__(self) -> REXRAGConfig:
         """With secrets, as for `__deepcopy__`: a copy is there to train with."""
-        return self._twin(vars(self))
+        return self._twin(self.__dict__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> REXRAGConfig:
-        return self._twin(copy.deepcopy(vars(self), memo))
+        return self._twin(copy.deepcopy(self.__dict__, memo))
 
     def _twin(self, settings: dict[str, Any]) -> REXRAGConfig:
         twin = object.__new__(type(self))
-        vars(twin).update(settings)
+        twin.__dict__.update(settings)
         return twin
 
     def to_dict(self) -> dict[str, Any]:
@@ -434,9 +434,9 @@ class REXRAGConfig(GRPOConfig):
             )
         if not self.use_vllm:
             return
-        self.generation_kwargs = allowed
+        self.generation_kwargs: dict[str, Any] | None = allowed
         if self.vllm_max_model_length is None:
-            self.vllm_max_model_length = self.max_sequence_length
+            self.vllm_max_model_length: int = self.max_sequence_length
         elif self.vllm_max_model_length < self.max_sequence_length:
             raise UserError(
                 f"vllm_max_model_length is {self.vllm_max_model_length}, less than max_sequence_length "

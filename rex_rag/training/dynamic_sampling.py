@@ -69,7 +69,7 @@ def split_groups(batch: MixedBatch, questions: Sequence[str], originals: int) ->
         for first, question in zip(range(0, len(batch.originals), originals), questions, strict=True)
     ]
     for probe, right in zip(batch.probes, batch.probe_correct, strict=True):
-        index, probe.parent = divmod(probe.parent, originals)
+        index, probe.parent = divmod(probe.origin, originals)
         groups[index].probes.append(probe)
         groups[index].probe_correct.append(right)
     return groups
@@ -79,7 +79,7 @@ def join_groups(groups: Sequence[Group], batch: MixedBatch, originals: int) -> M
     """The inverse of `split_groups`, with the counts of `batch`."""
     for index, group in enumerate(groups):
         for probe in group.probes:
-            probe.parent += index * originals
+            probe.parent = probe.origin + index * originals
     return replace(
         batch,
         originals=[original for group in groups for original in group.originals],
@@ -355,6 +355,7 @@ class DynamicSampler:
         Args:
             lacking: of every group of the global batch, whether it is to be replaced.
         """
+        assert self._fresh is not None  # else nothing is replaced
         fresh = self._fresh.draw(sum(lacking), avoided, step)
         places = [place for place, lacks in enumerate(lacking) if lacks][: len(fresh)]
         if len(fresh) < sum(lacking) and self._rank == 0:

@@ -91,7 +91,8 @@ class EvaluationLog(GRPOSeams):
         if name := "" if self._evaluated_as == "eval" else self._evaluated_as.removeprefix("eval_"):
             named = {f"{name}_{key}": values for key, values in self.metric_lists["eval"].items()}
             self.metric_lists["eval"] = defaultdict(list, named)
-        wanted, self.log_completions = self.log_completions, False
+        wanted: bool = self.log_completions
+        self.log_completions: bool = False
         try:
             super().log(logs, start_time)
         finally:

@@ -24,7 +24,7 @@ class Slots:
     `discarded` holds what was sampled for it and replaced by dynamic sampling.
     """
 
-    rows: list[Trajectory | None]
+    rows: Sequence[Trajectory | None]
     batch: MixedBatch
     replayed: dict[int, Imitated] | None = None
     live: torch.Tensor | None = None
@@ -71,7 +71,7 @@ def lay_out(batch: MixedBatch, num_rows: int, group: int, originals: int) -> lis
     for row, original in zip(original_rows(num_rows, group, originals), batch.originals, strict=True):
         rows[row] = original
     for probe in batch.probes:
-        slot = probe.parent // originals * group + originals
+        slot = probe.origin // originals * group + originals
         while rows[slot] is not None:
             slot += 1
         rows[slot] = probe

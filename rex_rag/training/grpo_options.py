@@ -14,7 +14,7 @@ from rex_rag.support.errors import UserError
 from rex_rag.support.named import is_named
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
     from trl import GRPOConfig
 
     from rex_rag.training.config import REXRAGConfig
@@ -212,7 +212,7 @@ def training_problems(args: GRPOConfig, train_dataset: Any) -> list[str]:
     return problems
 
 
-def training_warnings(args: GRPOConfig, train_dataset: Any, model: nn.Module) -> list[str]:
+def training_warnings(args: GRPOConfig, train_dataset: Any, model: PreTrainedModel) -> list[str]:
     """Questions that are never asked, and noise on the log-probabilities."""
     warnings = []
     batch = args.generation_batch_size // args.num_generations
@@ -242,7 +242,7 @@ def refuse_short_server(client: Any, args: GRPOConfig) -> None:
         )
 
 
-def dropped_out(model: nn.Module) -> dict[str, Any]:
+def dropped_out(model: PreTrainedModel) -> dict[str, Any]:
     """Where a model drops out while it is trained: name of the module or setting, and probability."""
     from torch import nn
 

@@ -206,7 +206,7 @@ class GRPOSeams(GRPOTrainer):
         sleeping = generation.enable_sleep_mode and generation._llm_weights_sleeping
         if step != self._last_loaded_step or sleeping:
             generation.sync_weights()
-            self._last_loaded_step = step
+            self._last_loaded_step: int = step
         if generation.enable_sleep_mode:
             generation.llm.wake_up(tags=["kv_cache"])
         try:
@@ -266,7 +266,7 @@ class GRPOSeams(GRPOTrainer):
             logps, *rest = forward(model, ids, mask, logits_to_keep, batch_size=batch_size, **others)
         else:
             logps = by_length(forward, model, ids, mask, logits_to_keep, batch_size, self.pad_to_multiple_of)
-            rest = None, None
+            rest = [None, None]
         unpacked = logps.new_zeros(input_ids.size(0), logps.size(1))
         unpacked[live] = logps
         return unpacked, *rest
@@ -290,10 +290,10 @@ class GRPOSeams(GRPOTrainer):
         return [row[: len(own)].tolist() for row, own in zip(logps.float(), ids, strict=False)]
 
     def _padded(self, rows: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = [torch.tensor(row) for row in rows]
+        tensors = [torch.tensor(row) for row in rows]
         device = self.accelerator.device
-        ids = pad(rows, padding_value=self._tokenizer.pad_token_id, padding_side=side).to(device)
-        mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side=side).to(device)
+        ids = pad(tensors, padding_value=self._tokenizer.pad_token_id, padding_side=side).to(device)
+        mask = pad([torch.ones_like(row) for row in tensors], padding_value=0, padding_side=side).to(device)
         return ids, mask
 
     def max_over_ranks(self, count: int) -> int:

@@ -60,7 +60,7 @@ def mixed_counts(batch: MixedBatch, originals_per_question: int) -> Counter:
     counts.update({f"{_DROPPED}{cause}": count for cause, count in batch.dropped.items()})
     probed: dict[int, bool] = {}
     for probe, right in zip(batch.probes, batch.probe_correct, strict=True):
-        question = probe.parent // originals_per_question
+        question = probe.origin // originals_per_question
         probed[question] = probed.get(question, False) or right
     for question in range(len(batch.originals) // originals_per_question):
         first, last = question * originals_per_question, (question + 1) * originals_per_question

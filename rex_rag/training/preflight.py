@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -60,12 +61,18 @@ class Findings:
     waiting: list[str] = field(default_factory=list)
 
 
+def _home(package: str) -> Path:
+    """Where an installed package lies, without importing it."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])
+
+
 def recipe_keys() -> set[str]:
     """Every key that a recipe may have, read from where the installed versions declare them."""
     keys = {one.name for part in _LIGHT for one in fields(part)} | {"config"}
     for package, path, name in _DECLARED:
-        root = importlib.util.find_spec(package).submodule_search_locations[0]
-        tree = ast.parse(Path(root, path).read_text(encoding="utf-8"))
+        tree = ast.parse((_home(package) / path).read_text(encoding="utf-8"))
         declared = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
         for node in declared.body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and not _is_no_field(node):
@@ -122,7 +129,7 @@ def examine(settings: Mapping[str, Any]) -> Findings:
     made: dict[type, Any] = {}
     for part in _LIGHT:
         own = {one.name: settings[one.name] for one in fields(part) if settings.get(one.name) is not None}
-        made[part] = _tried(found.settings, lambda part=part, own=own: part(**own))
+        made[part] = _tried(found.settings, partial(part, **own))
     found.here += _model_problems(settings)
     _examine_trackers(settings.get("report_to"), found)
     for name in _TEXT_FILES:
@@ -132,7 +139,7 @@ def examine(settings: Mapping[str, Any]) -> Findings:
         if not questions.datasets:
             found.settings.append("datasets names no question set; name at least one")
         for source in questions.datasets:
-            _tried(found.here, lambda source=source, questions=questions: _check_source(source, questions))
+            _tried(found.here, partial(_check_source, source, questions))
     if (evaluation := made[EvaluationSetArguments]) is not None:
         found.here += _missing_benchmarks(evaluation)
     if (retriever := made[RetrieverArguments]) is not None:
@@ -182,11 +189,11 @@ def _examine_trackers(report_to: str | Sequence[str] | None, found: Findings) ->
 
 def _all_trackers() -> set[str]:
     """Every name that transformers takes, read from where it lists them."""
-    [root] = importlib.util.find_spec("transformers").submodule_search_locations
-    tree = ast.parse(Path(root, "integrations", "integration_utils.py").read_text(encoding="utf-8"))
-    tables = (node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict))
-    table = next(node for node in tables if ast.unparse(node.targets[0]) == "INTEGRATION_TO_CALLBACK")
-    return {key.value for key in table.value.keys}
+    tree = ast.parse((_home("transformers") / "integrations" / "integration_utils.py").read_text(encoding="utf-8"))
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+    table = next(node.value for node in assigned if ast.unparse(node.targets[0]) == "INTEGRATION_TO_CALLBACK")
+    assert isinstance(table, ast.Dict)
+    return {ast.literal_eval(key) for key in table.keys if key is not None}
 
 
 def _hub_problem(name: str, revision: str | None) -> str | None:

@@ -103,9 +103,9 @@ class RescueReplay:
                 if right
             ]
             found += [
-                Imitated.of(step, Role.RESCUE, probe.trained)
+                Imitated.of(step, Role.RESCUE, probe.trained or probe)
                 for probe, right in zip(batch.probes, batch.probe_correct, strict=True)
-                if right and dead[probe.parent // originals]
+                if right and dead[probe.origin // originals]
             ]
         for row in (row for part in self._gather(found) for row in part):
             self._kept[row.role].append(row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,7 @@ def run_settings(
         "exploration_prompts": hashlib.sha256("\n".join(args.exploration_pool()).encode()).hexdigest(),
         "agent": asdict(args.agent_settings()),
     }
-    if hasattr(questions, "__len__"):
+    if isinstance(questions, Sized):
         settings["questions"] = {"rows": len(questions), "sha256": _questions_sha256(questions)}
     return json.loads(json.dumps(settings, default=str))
 

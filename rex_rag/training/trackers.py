@@ -101,7 +101,8 @@ class TrackioRun(TableLog):
 
 def shown_rows(table: pandas.DataFrame) -> pandas.DataFrame:
     """At most so many rows of a completion table, half of them probes where there are such, from all of its length."""
-    is_probe, chosen = table["is_probe"].astype(bool), []
+    is_probe = table["is_probe"].astype(bool)
+    chosen: list[int] = []
     for part, most in ((table[is_probe], _ROWS // 2), (table[~is_probe], _ROWS)):
         chosen.extend(part.index[:: max(-(-len(part) // (most - len(chosen))), 1)])
     others = [name for name in table if name not in (*_FIRST, *_HIDDEN, "trajectory")]

@@ -140,7 +140,7 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, FiniteTrainer, ResumableTrainer):
         self.retriever = retriever
         self.recipe = recipe
         self._keep_ratio = KeepRatio(args.keep_ratio, args.keep_ratio_schedule)
-        self._slots: Slots | None = None
+        self._slots: Slots  # of the batch under way
         self._replay: RescueReplay | None = None
         self._drawn: list[Imitated] = []
         protocol = args.agent_protocol()
@@ -235,7 +235,7 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, FiniteTrainer, ResumableTrainer):
         )
 
     @property
-    def agent(self) -> Agent:
+    def agent(self) -> Agent:  # type: ignore[override]
         """What samples now: the training agent, or the evaluating one."""
         return self.sampler.agent if self.model.training else self.evaluator
 
@@ -281,19 +281,19 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, FiniteTrainer, ResumableTrainer):
             examples, prompt_ids, step=self.state.global_step, keep_ratio=self._keep_ratio.value
         )
         self.log_metrics(sampled.metrics)
-        rows = lay_out(sampled.batch, len(prompt_ids), self.num_generations, self.args.num_originals)
-        slots = Slots(rows, sampled.batch, discarded=sampled.discarded)
+        laid = lay_out(sampled.batch, len(prompt_ids), self.num_generations, self.args.num_originals)
+        slots = Slots(laid, sampled.batch, discarded=sampled.discarded)
         if self._replay is not None:
-            slots.replayed = self._replayed(slots)
+            slots.replayed = self._replayed(slots, self._replay)
         largest = self.max_over_ranks(sum(row is not None for row in slots.trained))
         slots.live = live_rows(slots.trained, largest, self.args.steps_per_generation)
         return slots
 
-    def _replayed(self, slots: Slots) -> dict[int, Imitated]:
+    def _replayed(self, slots: Slots, replay: RescueReplay) -> dict[int, Imitated]:
         """This process's share of the rows to imitate, laid into its probe slots. A collective."""
         batches = [batch for batch in (slots.batch, slots.discarded) if batch is not None]
-        self._replay.add(batches, self.args.num_originals, self.state.global_step)
-        self._drawn = self._replay.draw(self.state.global_step)
+        replay.add(batches, self.args.num_originals, self.state.global_step)
+        self._drawn = replay.draw(self.state.global_step)
         for role in (Role.RESCUE, Role.RIGHT):
             self.log_metric(f"replay/{role.name.lower()}", float(sum(row.role is role for row in self._drawn)))
         own = self._drawn[self.accelerator.process_index :: self.accelerator.num_processes]

@@ -45,7 +45,7 @@ def in_two_buckets(
     attention_mask: torch.Tensor,
     logits_to_keep: int,
     **others: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
     """The forward pass of short rows and of long ones apart, each without the padding that the others need.
 
     Takes and gives what TRL's `_get_per_token_logps_and_entropies` does. Log-probabilities of padding are 0, which
@@ -98,6 +98,7 @@ def by_length(
         if output is None:
             output = logps.new_zeros(len(input_ids), logits_to_keep)
         output[rows, :kept] = logps
+    assert output is not None  # there are rows
     return output
 
 

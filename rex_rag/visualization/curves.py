@@ -125,11 +125,11 @@ def labelled_runs(runs: Sequence[str]) -> dict[str, Path]:
     while len({parts[-depth:] for parts in unlabelled}) < len(unlabelled) and depth < max(map(len, unlabelled)):
         depth += 1
     labelled: dict[str, Path] = {}
-    for label, path in given:
-        name = label if label is not None else "/".join(path.resolve().parts[-depth:])
+    for own, folder in given:
+        name = own if own is not None else "/".join(folder.resolve().parts[-depth:])
         if name in labelled:
             raise UserError(f"two runs are called {name!r}; name each once, and tell them apart by LABEL=DIR")
-        labelled[name] = path
+        labelled[name] = folder
     return labelled
 
 
@@ -245,7 +245,7 @@ def _draw_panel(
         else:
             axes.legend(fontsize=7, framealpha=0.6)
         axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         # From zero up, or a constant line would be magnified into noise.
         low, high = min(0.0, axes.dataLim.ymin), max(0.0, axes.dataLim.ymax)
         room = 0.05 * ((high - low) or 1.0)
@@ -262,7 +262,9 @@ def _compress_spikes(axes: Axes) -> None:
 
     The height of a line is the 90th percentile of its values, of a kind that a few spikes do not move.
     """
-    lines = [sorted(abs(value) for value in line.get_ydata()) for line in axes.get_lines()]
+    import numpy as np
+
+    lines = [sorted(abs(value) for value in np.asarray(line.get_ydata())) for line in axes.get_lines()]
     heights = [values[int(0.9 * (len(values) - 1))] for values in lines]
     usual = min((height for height in heights if height > 0), default=0.0)
     if usual and max(map(max, lines)) > _SPIKE * usual:

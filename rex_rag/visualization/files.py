@@ -77,11 +77,10 @@ def write_figure(figure: Figure, path: str | os.PathLike, dpi: int) -> Path:
     kind = picture_format(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Text stays text in an SVG: small, searchable, and drawn in the reader's own fonts.
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "rex_rag"}
     with warnings.catch_warnings(record=True) as caught:
         # Once for each character, whatever else was warned of before and whatever the caller makes of warnings.
         warnings.filterwarnings("always", message=_LACKING, category=UserWarning)
-        with rc_context(settings), written_whole(path) as file:
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "rex_rag"}), written_whole(path) as file:
             figure.savefig(file, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
     lacking: set[str] = set()
     for warning in caught:

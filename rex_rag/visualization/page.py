@@ -106,8 +106,7 @@ def families(records: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     grouped: dict[int, list[int]] = {}
     for index, record in enumerate(records):
         anchor = record.get("parent") if record.get("kind") == "probe" else record.get("beside")
-        is_anchored = isinstance(anchor, int) and 0 <= anchor < len(records) and anchor != index
-        first = anchor if is_anchored else index
+        first = anchor if isinstance(anchor, int) and 0 <= anchor < len(records) else index
         grouped.setdefault(first, []).append(index)
     # An original may stand behind its probe in the list; it leads all the same.
     return [sorted(grouped[first], key=lambda index: (index != first, index)) for first in sorted(grouped)]

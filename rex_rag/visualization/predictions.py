@@ -114,7 +114,7 @@ def _prediction_records(prediction: Prediction, benchmark: str, judge: Judge | N
         }
         if prediction.choices is None:
             is_right = exact_match(sample.answer, prediction.golden_answers)
-            scored = {"metric": "exact match", "judged": _judged(judge, prediction, sample.answer)}
+            scored: dict[str, Any] = {"metric": "exact match", "judged": _judged(judge, prediction, sample.answer)}
         else:
             letter = choice_letter(sample.answer, prediction.choices)
             is_right = letter in prediction.golden_answers

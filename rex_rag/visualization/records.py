@@ -224,7 +224,7 @@ def first_of_each(records: Sequence[dict[str, Any]], limit: int) -> list[dict[st
     for _, members in groupby(range(len(records)), key=lambda index: records[index].get("benchmark")):
         position.update((index, place) for place, index in enumerate(members))
     chosen = sorted(sorted(position, key=lambda index: (position[index], index))[:limit])
-    moved = {index: place for place, index in enumerate(chosen)}
+    moved: dict[int | None, int] = {index: place for place, index in enumerate(chosen)}
     return [records[index] | {"parent": moved.get(records[index].get("parent"))} for index in chosen]
 
 

@@ -161,7 +161,8 @@ def _bars_html(aleatoric: float, epistemic: float) -> str:
 def _shares(token: Mapping[str, Any], scale: Mapping[str, Any]) -> tuple[float, float]:
     """How full the two bars of a token are, in [0, 1]."""
     values = ((token[name] or 0.0, scale[name]) for name in ("aleatoric", "epistemic"))
-    return tuple(value / full if full else 0.0 for value, full in values)
+    aleatoric, epistemic = (value / full if full else 0.0 for value, full in values)
+    return aleatoric, epistemic
 
 
 def draw_reliability(pictures: Sequence[Mapping[str, Any]], path: str | os.PathLike, title: str) -> Path:
@@ -187,11 +188,11 @@ def draw_reliability(pictures: Sequence[Mapping[str, Any]], path: str | os.PathL
     total_width = max(len(pictures) * (width + gap) - gap, 9.6) + 2 * margin
     total_height = head + body + foot
     figure = new_figure(total_width, total_height)
-    for number, line in enumerate(heading):
+    for number, words in enumerate(heading):
         figure.text(
             margin / total_width,
             1 - (0.2 + 0.28 * number) / total_height,
-            line,
+            words,
             fontsize=11,
             va="top",
             parse_math=False,
@@ -203,10 +204,8 @@ def draw_reliability(pictures: Sequence[Mapping[str, Any]], path: str | os.PathL
         axes.axis("off")
         name = _fitting(without_controls(picture["model"]), _COLUMN)
         # The name in the font that its width was counted in.
-        for text, above, look in (
-            (name, 0.46, {"weight": "bold", "family": "monospace"}),
-            (summary(picture), 0.22, {}),
-        ):
+        bold: dict[str, Any] = {"weight": "bold", "family": "monospace"}
+        for text, above, look in ((name, 0.46, bold), (summary(picture), 0.22, {})):
             figure.text(
                 left / total_width,
                 (foot + body + above) / total_height,
@@ -271,7 +270,7 @@ def _fitting(text: str, columns: int) -> str:
 def _draw_token(axes: Axes, place: float, row: int, token: Mapping[str, Any], scale: Mapping[str, Any]) -> None:
     from matplotlib.patches import Rectangle
 
-    text = {"fontsize": 9, "family": "monospace", "va": "center", "ha": "center", "parse_math": False}
+    text: dict[str, Any] = {"fontsize": 9, "family": "monospace", "va": "center", "ha": "center", "parse_math": False}
     width, height = token["width"], 0.86
     if token["epistemic"] is None:
         axes.add_patch(
@@ -305,7 +304,7 @@ def _draw_legend(axes: Axes, width: float, picture: Mapping[str, Any]) -> None:
 
     axes.set(xlim=(0, width), ylim=(2, 0))
     axes.axis("off")
-    text = {"fontsize": 9, "va": "center", "parse_math": False}
+    text: dict[str, Any] = {"fontsize": 9, "va": "center", "parse_math": False}
     colours, aleatoric, epistemic = _legend_texts(picture)
     for step, colour in enumerate(COLOURS):
         axes.add_patch(Rectangle((2.0 * step, 0.25), 2.0, 0.5, facecolor=colour, edgecolor="0.6", lw=0.4))

@@ -147,10 +147,12 @@ def test_model_written_weights_average_to_one():
     assert mixture_times_weights(math.log(1 / 2), lambda x1, d: written[x1, d].item()) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_a_generation_without_log_probabilities_gives_none(word_tokenizer, retriever):
+@pytest.mark.parametrize("first", [[], [None]])
+def test_a_generation_without_log_probabilities_of_all_its_tokens_gives_none(word_tokenizer, retriever, first):
     class Silent(ScriptedGenerator):
         def generate(self, prompt_ids, max_new_tokens):
-            return [Generation(row.ids) for row in super().generate(prompt_ids, max_new_tokens)]
+            rows = super().generate(prompt_ids, max_new_tokens)
+            return [Generation(row.ids, [*first, *row.logprobs[1:]] if first else None) for row in rows]
 
     original = failed_original(word_tokenizer, retriever, searches=1)
     agent = agent_for(Silent(word_tokenizer, [["Wait the oak ."]]), retriever, word_tokenizer, ROOMY)

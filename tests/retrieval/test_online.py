@@ -333,7 +333,8 @@ def test_the_wait_that_the_engine_asks_for_is_kept(make, services):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_keys_appear_in_no_error_log_or_file(make, services, engine, caplog, tmp_path):
-    with caplog.at_level(logging.DEBUG):
+    # trackio, once imported, has httpx say less.
+    with caplog.at_level(logging.DEBUG), caplog.at_level(logging.DEBUG, logger="httpx"):
         retriever = make(engine, max_attempts=2)
         retriever.search(["q", "fail 503 1"], 1)
         with pytest.raises(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from rex_rag.protocols import SearchR1
-from rex_rag.support.model_index import CardResult, read_results, training_results, write_results
+from rex_rag.support.model_index import TASK_NAME, CardResult, read_results, training_results, write_results
 
 NQ = CardResult(
     dataset_name="NQ",
@@ -161,6 +162,13 @@ def test_results_of_others_stay_and_are_not_taken_for_ours(tmp_path: Path):
     assert theirs["metrics"] == [{"type": "accuracy", "value": 61.2, "verified": True, "verifyToken": "abc"}]
     assert theirs["source"] == source and "source" not in ours
     assert "ARC" not in path.read_text(encoding="utf-8").split("# Text")[1]
+
+
+def test_a_result_of_ours_that_has_lost_its_metrics_name_is_shown_by_its_type(tmp_path: Path):
+    path = with_index(tmp_path, [foreign(task={"type": "text-generation", "name": TASK_NAME})])
+    write_results(path, [NQ], model_name="me/model")
+    assert [result.metric_name for result in read_results(path)] == ["accuracy", NQ.metric_name]
+    assert re.search(r"\| ARC +\| accuracy +\| +61\.2 \|", path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(

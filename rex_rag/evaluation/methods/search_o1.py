@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import ClassVar
+from collections.abc import Mapping
 
 from rex_rag.evaluation.methods.base import Attempt, Method
 from rex_rag.evaluation.methods.extraction import boxed_answer
@@ -72,7 +72,7 @@ class SearchO1(Method):
     source = "Li et al., Search-o1: Agentic Search-Enhanced Large Reasoning Models, arXiv 2501.05366"
     uses_retriever = True
     default_template = SEARCH_O1
-    further_prompts: ClassVar[dict[str, str]] = {
+    further_prompts: Mapping[str, str] = {
         "documents": SEARCH_O1_DOCUMENTS,
         "nothing": SEARCH_O1_NOTHING,
         "repeated": SEARCH_O1_REPEATED,

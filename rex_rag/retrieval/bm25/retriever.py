@@ -15,7 +15,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rex_rag.data.corpus import read_corpus
 from rex_rag.retrieval.base import RetrievalError
@@ -82,7 +82,7 @@ class BM25Retriever(IndexedRetriever):
         logger.info("indexed %s", self.description)
 
     @classmethod
-    def from_corpus(cls, paths: str | Path | Sequence[str | Path], **options: object) -> BM25Retriever:
+    def from_corpus(cls, paths: str | Path | Sequence[str | Path], **options: Any) -> BM25Retriever:
         """Index one or more corpus files; `options` are those of the constructor.
 
         Raises:
@@ -138,7 +138,7 @@ class BM25Retriever(IndexedRetriever):
 
         def search(query: int) -> None:
             hits = self._searcher.search(self._any_of(encoded[query]), shape[1], count=False).hits
-            found = self._searcher.fast_field_values(ROW, [address for _, address in hits])
+            found: list[Any] = self._searcher.fast_field_values(ROW, [address for _, address in hits])
             scores[query, : len(hits)] = [score for score, _ in hits]
             rows[query, : len(hits)] = found
             if len(hits) < shape[1]:

@@ -46,7 +46,7 @@ def make_index(analyzer: tantivy.TextAnalyzer, directory: Path | None = None) ->
     schema = tantivy.SchemaBuilder()
     schema.add_text_field(TEXT, tokenizer_name="passages", index_option=POSTINGS)
     schema.add_integer_field(ROW, fast=True)
-    index = tantivy.Index(schema.build(), path=directory and str(directory), sort_by_field=ROW)
+    index = tantivy.Index(schema.build(), path=None if directory is None else str(directory), sort_by_field=ROW)
     index.register_tokenizer("passages", analyzer)
     return index
 
@@ -112,7 +112,7 @@ def settled_names(directory: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
     meta = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
     searcher = tantivy.Index.open(str(directory)).searcher()
-    names = {}
+    names: dict[str, str] = {}
     for number, segment in enumerate(meta["segments"]):
         [row] = searcher.fast_field_values(ROW, [tantivy.DocAddress(number, 0)])
         old, new = segment["segment_id"].replace("-", ""), f"{row:032x}"

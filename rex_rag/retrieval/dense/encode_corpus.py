@@ -60,7 +60,7 @@ class VectorShards:
     def __iter__(self) -> Iterator[np.ndarray]:
         return map(self._shard, self._names)
 
-    def take(self, rows: Sequence[int]) -> np.ndarray:
+    def take(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return the vectors of some rows as (n, dimension) float32, reading the shards that hold them alone."""
         import numpy as np
 

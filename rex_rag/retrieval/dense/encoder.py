@@ -23,6 +23,8 @@ from rex_rag.support.wording import counted
 from rex_rag.types import Passage
 
 if TYPE_CHECKING:
+    from concurrent.futures import ProcessPoolExecutor
+
     import numpy as np
 
 logger = logging.getLogger(__name__)
@@ -130,10 +132,11 @@ class Encoder:
         self.spec = _completed(spec, checkpoint, self._model)
         # Fast tokenizers keep padding and truncation as state and refuse to be borrowed twice.
         self._lock = threading.Lock()
-        self._pool = None
+        self._pool: ProcessPoolExecutor | None = None
 
     @property
     def dimension(self) -> int:
+        assert self.spec.dimension is not None  # filled in from the checkpoint
         return self.spec.dimension
 
     @property
@@ -408,7 +411,8 @@ def _start_worker(waiting, settings: dict[str, Any], workers: int) -> None:
     import torch
 
     def follow_parent() -> None:
-        multiprocessing.parent_process().join()
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()
@@ -420,6 +424,7 @@ def _start_worker(waiting, settings: dict[str, Any], workers: int) -> None:
 
 
 def _encode_in_worker(texts: list[str]) -> np.ndarray:
+    assert _worker is not None  # `_start_worker` made it
     return _worker._encode(texts, _worker.spec.passage_prefix)
 
 

@@ -63,7 +63,8 @@ def estimate_index(total: int, dimension: int, options: FaissOptions) -> Estimat
     size = index_bytes(total, dimension, options)
     seconds = size / _DISK_BYTES_PER_SECOND
     # Vectors on their way from shards into the index, as stored and as float32.
-    peak, notes = ADD_ROWS * dimension * 8, ()
+    peak = ADD_ROWS * dimension * 8
+    notes: tuple[str, ...] = ()
     if options.kind == "ivf":
         lists = options.lists(total)
         training = min(total, lists * TRAINING_PER_LIST)

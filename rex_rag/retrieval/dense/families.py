@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.dense.checkpoints import Checkpoint, find_checkpoint
@@ -85,7 +86,7 @@ def resolve_encoder(
     Raises:
         RetrievalError: for an encoder of which too little is known, and what `checkpoints.find_checkpoint` refuses.
     """
-    given = {key: value for key, value in overrides.items() if value is not None}
+    given: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
     if family is not None and family not in FAMILIES:
         raise RetrievalError(f"there is no encoder family {family!r}; choose one of {', '.join(FAMILIES)}")
     known = FAMILIES[family] if family else _family_of(name_or_path)

@@ -107,7 +107,7 @@ class DenseKind(IndexKind):
         from rex_rag.retrieval.dense.faiss_index import FaissOptions
 
         wanted = self.arguments
-        given = {
+        given: dict[str, Any] = {
             "nlist": wanted.nlist,
             "nprobe": wanted.nprobe,
             "m": wanted.hnsw_m,
@@ -152,7 +152,10 @@ class DenseKind(IndexKind):
             from rex_rag.retrieval.dense.qdrant_calls import connect_qdrant
             from rex_rag.retrieval.dense.qdrant_load import QdrantOptions, load_qdrant
 
-            graph = {"hnsw_m": self.arguments.hnsw_m, "hnsw_ef_construct": self.arguments.ef_construction}
+            graph: dict[str, Any] = {
+                "hnsw_m": self.arguments.hnsw_m,
+                "hnsw_ef_construct": self.arguments.ef_construction,
+            }
             load_qdrant(
                 _numbered(vectors),
                 connect_qdrant(self.arguments.qdrant_url),
@@ -258,7 +261,7 @@ def _open_vectors(
         fingerprint = _qdrant_fingerprint(manifest.corpus_sha256, manifest.encoder)
         if manifest.index["url"] is None:
             return QdrantIndex.embedded([(0, map_flat(directory / VECTORS_FILE))], rows, dimension, fingerprint)
-        settings = {} if options.ef_search is None else {"ef": options.ef_search}
+        settings: dict[str, Any] = {} if options.ef_search is None else {"ef": options.ef_search}
         place = manifest.index["url"], manifest.index["collection"]
         return QdrantIndex.connect(*place, rows, dimension, fingerprint, **settings)
     engine = _engine(kind, options)

@@ -176,8 +176,8 @@ def is_complete(calls: QdrantCalls, wanted: dict[str, Any]) -> bool:
     metadata = calls(calls.client.get_collection, calls.collection).config.metadata or {}
     name = calls.collection
     try:
-        found = json.loads(metadata.get(FINGERPRINT_KEY))
-    except (TypeError, ValueError):
+        found = json.loads(metadata[FINGERPRINT_KEY])
+    except (KeyError, TypeError, ValueError):
         found = None
     if not isinstance(found, dict):
         raise RetrievalError(

@@ -39,7 +39,7 @@ class DenseRetriever(IndexedRetriever):
                 f"the index holds vectors of {index.dimension} dimensions, the encoder {encoder.spec.name} makes "
                 f"{encoder.dimension}; load the encoder that built the index"
             )
-        name = short_name(encoder.spec.name, encoder.spec.revision)
+        name = short_name(encoder.spec.name, encoder.spec.revision or "")
         super().__init__(
             passages, description or f"{name}, {index.description} over {counted(len(passages), 'passage')}"
         )

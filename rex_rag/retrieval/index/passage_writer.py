@@ -129,7 +129,8 @@ def _write_pass(
     import numpy as np
 
     parts = [directory / f".{name}.part" for name in STORE_FILES]
-    counts, digests, count_prefixed, lookup = [], _GrowingDigests(), 0, LookupBuilder()
+    counts: list[int] = []
+    digests, count_prefixed, lookup = _GrowingDigests(), 0, LookupBuilder()
     content, position = hashlib.sha256(), 0
     total = sum(file.lines for file in scanned)
     with parts[0].open("wb") as text, parts[1].open("wb") as offsets, progress_bar(total, "passages") as bar:

@@ -155,7 +155,8 @@ def _result(body: bytes, asked: str, count: int) -> list[list[Any]]:
 
 
 def _read_passages(entry: list[Any], asked: str, most: int | None, tell: Callable[[str], object]) -> list[Passage]:
-    passages, problems = [], []
+    passages: list[Passage] = []
+    problems: list[str] = []
     for item in entry:
         if len(passages) == most:
             break

@@ -87,7 +87,7 @@ def create_app(
         redoc_url=None,
     )
     app.add_middleware(Guard, options=options)
-    problems = {
+    problems: dict[int | str, dict[str, Any]] = {
         408: {"model": Problem, "description": "The body did not come in time."},
         413: {"model": Problem, "description": "The body is larger than the limit."},
         415: {"model": Problem, "description": "The body is not announced as application/json."},
@@ -96,7 +96,9 @@ def create_app(
         500: {"model": Problem, "description": "A query could not be answered."},
         503: {"model": Problem, "description": "Loading, or too much waits: come back after Retry-After seconds."},
     }
-    unread = {501: {"model": Problem, "description": "The retriever behind this server only searches."}}
+    unread: dict[int | str, dict[str, Any]] = {
+        501: {"model": Problem, "description": "The retriever behind this server only searches."}
+    }
     for path, endpoint, summary, asked, answer, more in (
         (SEARCH_PATH, service.retrieve, "Search", RetrieveRequest, RetrieveResponse, {}),
         (READ_PATH, service.read, "Read documents by title or id", ReadRequest, ReadResponse, unread),
@@ -209,7 +211,7 @@ class _Service:
         # Daemon: a stop does not wait for an index that is still being loaded.
         threading.Thread(target=self._load_in_thread, args=(asyncio.get_running_loop(),), daemon=True).start()
         yield
-        if self._runner is not None:
+        if self._runner is not None and self._reads is not None:
             await self._runner.close()
             await self._reads.close()
 
@@ -222,12 +224,12 @@ class _Service:
                 self._identity = dict(self._identify(retriever))
                 self._index = index_digest(self._identity)
         except BaseException as error:
-            then, argument = self._on_load_failure, error
+            then: Callable[[], None] = partial(self._on_load_failure, error)
         else:
             logger.info("ready after %.1f s: %s", perf_counter() - started, retriever.description)
-            then, argument = self._start, retriever
+            then = partial(self._start, retriever)
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server stopped meanwhile
-            loop.call_soon_threadsafe(then, argument)
+            loop.call_soon_threadsafe(then)
 
     def _start(self, retriever: Retriever) -> None:
         options = self._options
@@ -301,6 +303,7 @@ class _Service:
             await self._bodies.read(request),
         )
         top_k = self._options.default_top_k if asked.topk is None else asked.topk
+        assert self._retriever is not None and self._runner is not None  # until then all is refused
         # An engine may give fewer passages than the options allow, and its refusal would look like passing trouble.
         most = min(self._options.max_top_k, self._retriever.max_top_k or self._options.max_top_k)
         check_limits(asked.queries, "query", "queries", self._options)
@@ -326,6 +329,7 @@ class _Service:
         check_limits(keys, "key", "keys", self._options)
         if not keys:
             return _NOTHING
+        assert self._retriever is not None and self._reads is not None  # until then all is refused
         served = await self._wait(
             request, self._reads.submit(len(keys), partial(read_documents, self._retriever, keys))
         )

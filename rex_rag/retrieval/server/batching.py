@@ -283,7 +283,8 @@ class MicroBatcher:
     def _fetch(self, requests: list[_Request]) -> list[tuple[bytes | Exception, float]]:
         def answer(request: _Request) -> bytes:
             with self._retriever.watched():
-                return render(self._retriever, request.rankings, request.with_scores)
+                found = [ranking for ranking in request.rankings if ranking is not None]  # all are there by now
+                return render(self._retriever, found, request.with_scores)
 
         return [timed(attempt, answer, request) for request in requests]
 

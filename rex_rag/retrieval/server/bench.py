@@ -347,8 +347,9 @@ def _drive_processes(loads: list[Load], tick: Callable[[int], object]) -> list[S
         samples: dict[Connection, Samples] = {}
         while len(samples) < len(pipes):
             # Whichever speaks first: where one has died, the others wait for it at the barrier for ever.
-            for pipe in wait([pipe for pipe in pipes if pipe not in samples]):
-                samples[pipe] = pipe.recv()
+            waiting = [pipe for pipe in pipes if pipe not in samples]
+            ready = wait(waiting)
+            samples |= {pipe: pipe.recv() for pipe in waiting if pipe in ready}
         return [samples[pipe] for pipe in pipes]
     except EOFError:
         for child in children:

@@ -147,8 +147,7 @@ class Connection:
             f"{_authorization(credentials)}Content-Type: application/json\r\nContent-Length: "
         ).encode()
         self._timeout = timeout
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     def request(self, queries: Sequence[str], top_k: int) -> bytes:
         payload = {"queries": list(queries), "topk": top_k, "return_scores": True}
@@ -172,35 +171,37 @@ class Connection:
         return timing, body
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        self._reader = self._writer = None
+        if self._streams is not None:
+            self._streams[1].close()
+        self._streams = None
 
     async def _exchange(self, request: bytes) -> tuple[int, bytes, bytes]:
-        if self._writer is None:
-            self._reader, self._writer = await asyncio.open_connection(
+        if self._streams is None:
+            self._streams = await asyncio.open_connection(
                 self._host, self._port, ssl=self._tls, limit=_MAX_HEADER_BYTES
             )
-        self._writer.write(request)
-        head = await self._reader.readuntil(b"\r\n\r\n")
+        reader, writer = self._streams
+        writer.write(request)
+        head = await reader.readuntil(b"\r\n\r\n")
         first, *lines = head[:-4].split(b"\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines)}
         status = int(first.split(b" ", 2)[1])
         if b"content-length" in headers:
-            body = await self._reader.readexactly(int(headers[b"content-length"]))
+            body = await reader.readexactly(int(headers[b"content-length"]))
         elif headers.get(b"transfer-encoding", b"").lower() == b"chunked":
-            body = await self._read_chunks()
+            body = await _read_chunks(reader)
         else:
-            body = await self._reader.read()
+            body = await reader.read()
             self.close()
         if headers.get(b"connection", b"").lower() == b"close":
             self.close()
         return status, headers.get(b"server-timing", b""), body
 
-    async def _read_chunks(self) -> bytes:
-        chunks = []
-        while True:
-            size = int((await self._reader.readuntil(b"\r\n")).split(b";")[0], 16)
-            chunks.append((await self._reader.readexactly(size + 2))[:-2])
-            if not size:
-                return b"".join(chunks)
+
+async def _read_chunks(reader: asyncio.StreamReader) -> bytes:
+    chunks = []
+    while True:
+        size = int((await reader.readuntil(b"\r\n")).split(b";")[0], 16)
+        chunks.append((await reader.readexactly(size + 2))[:-2])
+        if not size:
+            return b"".join(chunks)
