@@ -32,6 +32,7 @@ from rex_rag.support.hub import bound_hub_requests
 from rex_rag.support.logs import start_logging
 from rex_rag.support.recipes import with_recipe_path
 from rex_rag.support.tokenization import open_tokenizer
+from rex_rag.training.budgets import fit_budgets
 from rex_rag.training.checkpoints import find_checkpoint, finished_at, refuse_other_engine
 from rex_rag.training.config import REXRAGConfig
 from rex_rag.training.progress_line import ProgressLine
@@ -111,6 +112,14 @@ def prepare(words: Sequence[str], held_folder: ExitStack) -> tuple[REXRAGTrainer
         raise UserError("model_name_or_path is not set; name a Hub model or a folder in the recipe")
     name = model.model_name_or_path
     check_model(name, model.model_revision)
+    config.model_init_kwargs = {
+        **(config.model_init_kwargs or {}),
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    }
+    with explained(name):
+        config = fit_budgets(config, name)
     checkpoint = find_checkpoint(config.resume_from_checkpoint, config.output_dir)
     if checkpoint is not None:
         refuse_other_engine(checkpoint, config)
@@ -130,12 +139,6 @@ def prepare(words: Sequence[str], held_folder: ExitStack) -> tuple[REXRAGTrainer
         changed_settings(recorded_settings(checkpoint) or settings, settings)
 
     quantization = get_quantization_config(model)
-    config.model_init_kwargs = {
-        **(config.model_init_kwargs or {}),
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-    }
     peft_config = get_peft_config(model)
     place, revision = tokenizer_place(name, model.model_revision)
     with explained(name):

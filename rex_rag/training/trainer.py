@@ -32,6 +32,7 @@ from rex_rag.rollout.agent import Agent
 from rex_rag.rollout.books import end_tokens
 from rex_rag.support.errors import UserError
 from rex_rag.tools import make_tools
+from rex_rag.training.budgets import context_warning, fit_budgets
 from rex_rag.training.config import REXRAGConfig
 from rex_rag.training.corrected_loss import CorrectedLoss
 from rex_rag.training.dynamic_sampling import DynamicSampler, fresh_questions
@@ -137,6 +138,7 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, FiniteTrainer, ResumableTrainer):
             args = REXRAGConfig(output_dir=f"{policy_name(model).split('/')[-1]}-REX-RAG")
         retriever = as_retriever(retriever)
         retriever.check()
+        args = fit_budgets(args, model)
         self.retriever = retriever
         self.recipe = recipe
         self._keep_ratio = KeepRatio(args.keep_ratio, args.keep_ratio_schedule)
@@ -176,7 +178,7 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, FiniteTrainer, ResumableTrainer):
         greedy = args.num_generations_eval == 1  # as benchmarks are decoded; several of a question have to differ
         self.evaluator = self._make_agent(protocol, retriever, 0.0) if greedy else self.sampler.agent
         self._refuse_long_prompts()
-        for warning in training_warnings(args, self.train_dataset, self.model):
+        for warning in [*training_warnings(args, self.train_dataset, self.model), *context_warning(args, self.model)]:
             logger.warning(warning)
         if args.num_probe_slots and args.correction_form.replays:
             slots = args.generation_batch_size // self.num_generations * args.num_probe_slots
