@@ -162,6 +162,7 @@ class REXRAGConfig(GRPOConfig):
     > - `bf16`: Where neither it nor `fp16` is set, `True` only on an accelerator that has bfloat16.
     > - `beta`: Defaults to `0.001` instead of `0.0` (paper section 4.1).
     > - `use_bias_correction_kl`: Defaults to `False` instead of `True` (the plain k3 estimator, as in the paper).
+    > - `num_completions_to_print`: Defaults to `2` instead of `None`, all; whole trajectories are on disk.
     > - `per_device_train_batch_size`: Defaults to `10`, one question a micro-batch.
     > - `run_name`: Defaults to the last part of `output_dir`, so that a tracker's run goes on where training does.
     > - `trackio_static_space_id`: Defaults to `False` instead of `None`: nothing is published unasked.
@@ -184,6 +185,9 @@ class REXRAGConfig(GRPOConfig):
         metadata={"help": "Follows from max_sequence_length; leave it unset."},
     )
     beta: float = field(default=0.001, metadata={"help": "KL coefficient against the initial model (k3 estimator)."})
+    num_completions_to_print: int | None = field(
+        default=2, metadata={"help": "Rollouts a log on screen, with log_completions; all are on disk."}
+    )
     use_bias_correction_kl: bool = field(
         default=False, metadata={"help": "Weight the KL estimate by the importance ratio."}
     )

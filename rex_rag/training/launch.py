@@ -17,7 +17,6 @@ from rex_rag.support.errors import RunEnded, UserError
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-from transformers import PrinterCallback, ProgressCallback
 from trl import TrlParser, get_peft_config, get_quantization_config
 
 from rex_rag.data.qa import load_questions
@@ -35,7 +34,6 @@ from rex_rag.support.tokenization import open_tokenizer
 from rex_rag.training.budgets import fit_budgets
 from rex_rag.training.checkpoints import find_checkpoint, finished_at, refuse_other_engine
 from rex_rag.training.config import REXRAGConfig
-from rex_rag.training.progress_line import ProgressLine
 from rex_rag.training.push import push
 from rex_rag.training.recipe import RECIPE_PARTS
 from rex_rag.training.run_folder import check_folder, clear_folder, held
@@ -150,13 +148,10 @@ def prepare(words: Sequence[str], held_folder: ExitStack) -> tuple[REXRAGTrainer
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[ProgressLine()],
             quantization_config=quantization,
             peft_config=peft_config,
             recipe=recipe,
         )
-    for noisy in (ProgressCallback, PrinterCallback):  # they print every metric at every step
-        trainer.remove_callback(noisy)
     return trainer, checkpoint
 
 
