@@ -109,6 +109,10 @@ def _curves(options: argparse.Namespace) -> None:
     from rex_rag.visualization.curves import labelled_runs, plot_training_curves, read_log_history
 
     runs = {label: read_log_history(path) for label, path in labelled_runs(options.runs).items()}
+    if not any(runs.values()):
+        raise UserError(
+            f"no step is logged yet in {', '.join(options.runs)}; the first comes after logging_steps steps"
+        )
     picture = plot_training_curves(runs, options.output, options.title)
     steps = ", ".join(f"{label} {sum('step' in row for row in rows)}" for label, rows in runs.items())
     print(f"{picture}: rows logged: {steps}")

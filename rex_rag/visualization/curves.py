@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rex_rag.support.errors import UserError
 from rex_rag.support.log_rows import EXACT_MATCH, UNNAMED_SET, evaluated_sets
-from rex_rag.support.run_log import read_log
+from rex_rag.support.run_log import LOG_FILE, read_log
 from rex_rag.visualization.escape import without_controls
 from rex_rag.visualization.files import new_figure, picture_format, write_figure
 
@@ -69,8 +69,9 @@ def read_log_history(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The log rows of a training run.
 
     Args:
-        path: a `trainer_state.json`, or a training run's directory: its `log.jsonl`, also while it trains; in a run
-            without one its state's, or its newest checkpoint's where that has come further.
+        path: a `trainer_state.json`, or a training run's directory: its `log.jsonl`, also while it trains, before the
+            first step without rows; in a run without one its state's, or its newest checkpoint's where that has come
+            further.
 
     Raises:
         FileNotFoundError: where there is none.
@@ -79,15 +80,19 @@ def read_log_history(path: str | os.PathLike) -> list[dict[str, Any]]:
     path = Path(path)
     if path.is_file():
         return _read_state(path)[1]
-    if rows := read_log(path):
-        return rows
+    logged = read_log(path)
+    if logged:
+        return logged
     checkpoints = [(_number(found.parent), found) for found in path.glob(f"checkpoint-*/{STATE_FILE}")]
     files = [path / STATE_FILE] if (path / STATE_FILE).is_file() else []
     files += [max(checkpoints)[1]] if checkpoints else []
-    if not files:
+    if not files and logged is None:
         raise FileNotFoundError(
-            f"there is no {STATE_FILE} in {path} or in a checkpoint of it; name a training run's output directory"
+            f"there is neither {LOG_FILE} nor {STATE_FILE} in {path}, nor a checkpoint with one; name a training "
+            "run's output directory. A run that is still loading its model has none yet"
         )
+    if not files:
+        return []
     return max(map(_read_state, files), key=lambda state: state[0])[1]
 
 
