@@ -289,7 +289,10 @@ def main() -> None:
 
     warm_start = args.output / "warm_start"
     if not (args.keep_warm_start and warm_start.is_dir()):
-        say("1/4 warm start: a tiny policy learns to search from demonstrations, and to stop half-way at two hops")
+        say(
+            "1/4 warm start: a tiny policy learns to search from demonstrations, and to stop half-way at two hops; "
+            "until it answers questions of one hop"
+        )
         command = ["-m", "rex_rag.quickstart.warm_start", "--output", str(warm_start), "--seed", str(args.seed)]
         timed("warm_start", run, sys.executable, *command, "--wrong-rate", "1.0")
     settings = {name: recipe_settings(args, name) for name in args.recipes}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from rex_rag.support.errors import RunEnded, UserError
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
+from tqdm.auto import tqdm
 from trl import TrlParser, get_peft_config, get_quantization_config
 
 from rex_rag.data.qa import load_questions
@@ -25,12 +27,14 @@ from rex_rag.models.adapters import load_policy, tokenizer_place
 from rex_rag.models.files import check_model, explained
 from rex_rag.models.identity import holds_weights
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.load import load_retriever
+from rex_rag.retrieval.load import BM25, RetrieverArguments, load_retriever
+from rex_rag.support.announce import announce
 from rex_rag.support.errors import from_the_user, refuse
 from rex_rag.support.hub import bound_hub_requests
 from rex_rag.support.logs import start_logging
 from rex_rag.support.recipes import with_recipe_path
 from rex_rag.support.tokenization import open_tokenizer
+from rex_rag.support.wording import counted
 from rex_rag.training.budgets import fit_budgets
 from rex_rag.training.checkpoints import find_checkpoint, finished_at, refuse_other_engine
 from rex_rag.training.config import REXRAGConfig
@@ -48,14 +52,14 @@ def main(words: Sequence[str] | None = None) -> int:
     bound_hub_requests()
     with ExitStack() as held_folder:
         try:
-            trainer, checkpoint = prepare(sys.argv[1:] if words is None else words, held_folder)
+            prepared = prepare(sys.argv[1:] if words is None else words, held_folder)
         except RunFinished as finished:
             sys.stderr.write(f"{finished}\n")
             return 0
         except Exception as error:
             return refuse(error)
         try:
-            run(trainer, checkpoint)
+            run(*prepared)
         except (RetrievalError, RunEnded) as error:  # any other in the middle of training is worth its traceback
             return refuse(error)
     return 0
@@ -78,13 +82,17 @@ def train(recipe: str | Path, **overrides: object) -> REXRAGTrainer:
         values = value if isinstance(value, list | tuple) else [value]
         words += [f"--{key}", *("none" if one is None else str(one) for one in values)]
     with ExitStack() as held_folder:
-        trainer, checkpoint = prepare(words, held_folder)
-        run(trainer, checkpoint)
+        trainer, *others = prepare(words, held_folder)
+        run(trainer, *others)
     return trainer
 
 
-def run(trainer: REXRAGTrainer, checkpoint: str | None) -> None:
-    """Train to the end, save, and push where that is asked for."""
+def run(trainer: REXRAGTrainer, checkpoint: str | None, search_words: Sequence[str] = ()) -> None:
+    """Train to the end, save, push where that is asked for, and say where the model is and how to look at it.
+
+    Args:
+        search_words: what `rex-rag ask` needs to search as training did.
+    """
     if trainer.args.overwrite_output_dir:
         clear_folder(trainer.args.output_dir, trainer.accelerator)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -93,10 +101,25 @@ def run(trainer: REXRAGTrainer, checkpoint: str | None) -> None:
     trainer.create_model_card()
     if trainer.args.push_to_hub:
         push(trainer.push_to_hub, trainer.args.output_dir, str(trainer.hub_model_id))
+    if trainer.is_world_process_zero():
+        tqdm.write(farewell(trainer.args, search_words))
 
 
-def prepare(words: Sequence[str], held_folder: ExitStack) -> tuple[REXRAGTrainer, str | None]:
-    """The trainer that recipe and command line ask for, and the checkpoint to go on from.
+def farewell(args: REXRAGConfig, search_words: Sequence[str]) -> str:
+    """Where the model is, and the commands that look at it."""
+    folder = shlex.quote(args.output_dir)
+    looks = [
+        ("how training went", f"curves {folder} --output {shlex.quote(str(Path(args.output_dir, 'curves.png')))}"),
+        ("what it wrote", f"view {folder}" if args.log_completions else ""),
+        ("put a question", shlex.join(["ask", args.output_dir, "your question", *search_words])),
+    ]
+    return "\n".join(
+        [f"saved to {args.output_dir}", *(f"  {why + ':':<19}rex-rag {how}" for why, how in looks if how)]
+    )
+
+
+def prepare(words: Sequence[str], held_folder: ExitStack) -> tuple[REXRAGTrainer, str | None, list[str]]:
+    """The trainer that recipe and command line ask for, the checkpoint to go on from, and `run`'s search words.
 
     Args:
         held_folder: holds the output directory for this run until it is closed.
@@ -126,10 +149,12 @@ def prepare(words: Sequence[str], held_folder: ExitStack) -> tuple[REXRAGTrainer
     check_folder(config.output_dir, overwrite=config.overwrite_output_dir, checkpoint=checkpoint, model=name)
 
     with config.main_process_first(desc="questions and corpus"):
+        announce(f"reading questions: {', '.join(source.path for source in questions.datasets)}")
         train_dataset = load_questions(questions)
         eval_dataset = load_evaluation_sets(evaluation, config.eval_strategy)
         if eval_dataset is not None:
             check_best_metric(eval_dataset, config.metric_for_best_model)
+        announce(f"{counted(len(train_dataset), 'question')}; retriever: {retrieval.name}")
         retriever = load_retriever(retrieval)
     retriever.check()
     if checkpoint is not None:
@@ -138,6 +163,8 @@ def prepare(words: Sequence[str], held_folder: ExitStack) -> tuple[REXRAGTrainer
 
     quantization = get_quantization_config(model)
     peft_config = get_peft_config(model)
+    engine = ", then starting vLLM" if config.use_vllm and config.vllm_mode == "colocate" else ""
+    announce(f"{retriever.description}; loading {name} on {config.device.type}{engine}")
     place, revision = tokenizer_place(name, model.model_revision)
     with explained(name):
         tokenizer = open_tokenizer(place, revision, trust_remote_code=config.trust_remote_code)
@@ -152,7 +179,14 @@ def prepare(words: Sequence[str], held_folder: ExitStack) -> tuple[REXRAGTrainer
             peft_config=peft_config,
             recipe=recipe,
         )
-    return trainer, checkpoint
+    return trainer, checkpoint, ask_words(retrieval)
+
+
+def ask_words(retrieval: RetrieverArguments) -> list[str]:
+    """The options of `rex-rag ask` that name the retriever of a training."""
+    named = [] if retrieval.retriever == [BM25] else retrieval.retriever
+    pairs = [*(("--retriever", one) for one in named), *(("--corpus", one) for one in retrieval.corpus)]
+    return [word for pair in pairs for word in pair]
 
 
 def refuse_finished(config: REXRAGConfig, checkpoint: str) -> None:

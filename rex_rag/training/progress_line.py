@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from rex_rag.support.log_rows import EXACT_MATCH, evaluated_sets
 from rex_rag.support.numbers import clock, is_number
+from rex_rag.support.run_log import LOG_FILE
+from rex_rag.support.wording import counted
 
 _SHOWN = (
     ("EM", EXACT_MATCH),
@@ -22,7 +25,7 @@ _SHOWN = (
 
 
 class ProgressLine(TrainerCallback):
-    """Writes steps done, rate, time left and the headline metrics on every log, on the main process."""
+    """Writes, on the main process, what begins, and on every log steps done, rate, time left and headline metrics."""
 
     def __init__(self) -> None:
         self._started = 0.0
@@ -31,6 +34,13 @@ class ProgressLine(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self._started = time.perf_counter()
         self._first_step = state.global_step
+        if state.is_world_process_zero:
+            after = f" from step {state.global_step}" if state.global_step else ""
+            questions = counted(args.generation_batch_size // args.num_generations, "question")
+            tqdm.write(
+                f"training{after}: {counted(state.max_steps, 'step')}, {questions} a generation; a line every "
+                f"{counted(state.logging_steps, 'step')}, all figures in {Path(args.output_dir) / LOG_FILE}"
+            )
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if not state.is_world_process_zero or not logs:
