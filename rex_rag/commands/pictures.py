@@ -90,9 +90,9 @@ def add_curves(commands: argparse._SubParsersAction) -> None:
     curves = commands.add_parser(
         "curves",
         help="draw training curves, several runs in one figure",
-        description="Draw exact match, dead ends and rescues, probes, importance weights, effective sample size, "
-        "clipping, KL, lengths and seconds over the steps of one or several training runs. Whatever a run did not "
-        "log is left out.",
+        description="Draw one or several training runs in six panels: whether it learns, leaves dead ends, has "
+        "something to learn from and is healthy, what it does, and what it costs. docs/health.md says how to read "
+        "them. Whatever a run did not log is left out.",
     )
     curves.add_argument(
         "runs",
@@ -102,6 +102,7 @@ def add_curves(commands: argparse._SubParsersAction) -> None:
     )
     curves.add_argument("--output", required=True, metavar="CURVES.png|svg", type=Path, help="image to write")
     curves.add_argument("--title", default="Training", help="above all panels")
+    curves.add_argument("--all", action="store_true", help="further panels: weights, clipping, lengths, gradient, …")
     curves.set_defaults(run=_curves)
 
 
@@ -113,7 +114,7 @@ def _curves(options: argparse.Namespace) -> None:
         raise UserError(
             f"no step is logged yet in {', '.join(options.runs)}; the first comes after logging_steps steps"
         )
-    picture = plot_training_curves(runs, options.output, options.title)
+    picture = plot_training_curves(runs, options.output, options.title, options.all)
     steps = ", ".join(f"{label} {sum('step' in row for row in rows)}" for label, rows in runs.items())
     print(f"{picture}: rows logged: {steps}")
 
