@@ -38,7 +38,9 @@ def add_view(commands: argparse._SubParsersAction) -> None:
         "--output", metavar="PAGE.html", type=Path, help="page to write (default: trajectories.html beside the data)"
     )
     view.add_argument("--step", type=int, metavar="N", help="only this training step (default: all)")
-    view.add_argument("--benchmark", metavar="NAME", help="only this benchmark of an evaluation (default: all)")
+    view.add_argument(
+        "--benchmark", "--benchmarks", metavar="NAME", help="only this benchmark of an evaluation (default: all)"
+    )
     view.add_argument(
         "--limit",
         type=positive,
@@ -128,10 +130,17 @@ def add_reliability(commands: argparse._SubParsersAction) -> None:
         "colour of its reliability (LogTokU, arXiv 2502.00290), with bars for aleatoric and epistemic uncertainty.",
     )
     add = parser.add_argument
-    add("--model", action="append", required=True, metavar="MODEL", help="folder or Hub name; given once for each")
+    several = {"action": "extend", "nargs": "+"}
+    add("--model", **several, required=True, metavar="MODEL", help="folder or Hub name of each model")
     add("--question", required=True, help="what to ask")
-    add("--retriever", nargs="+", default=[], metavar="R", help="index directory or URLs (default: nothing to search)")
-    add("--corpus", action="append", default=[], metavar="FILE", help="search these passages with BM25 in memory")
+    add("--retriever", **several, default=[], metavar="R", help="index directory or URLs (default: nothing to search)")
+    add(
+        "--corpus",
+        **several,
+        default=[],
+        metavar="FILE",
+        help="search these passages with BM25 in memory",
+    )
     add("--output", required=True, metavar="PICTURE.png|svg", type=Path, help="image to write")
     add("--page", metavar="PAGE.html", type=Path, help="write the trajectories with their tokens as a page, too")
     add("--prompt-template", metavar="FILE", type=Path, help="text with {question} in it (default: the built-in one)")

@@ -36,6 +36,7 @@ from rex_rag.probes import explorer_kind
 from rex_rag.quickstart.hopworld import TEST_FILES
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
 from rex_rag.rollout.agent import Agent
+from rex_rag.support.options import OptionParser
 from rex_rag.support.recipes import FOLDER
 from rex_rag.tools import make_tools
 from rex_rag.training.config import REXRAGConfig
@@ -58,7 +59,7 @@ NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BA
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = OptionParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--seed", type=int, default=0, help="seed of world, warm start, training and evaluation")
     parser.add_argument("--test-questions", type=int, default=100, help="test questions per hop count")

@@ -41,6 +41,7 @@ from rex_rag.quickstart.warm_start import CHAT_TEMPLATE, build_model, build_toke
 from rex_rag.retrieval.base import Retriever, checked_search
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
 from rex_rag.rollout.agent import Agent
+from rex_rag.support.options import OptionParser
 from rex_rag.support.recipes import FOLDER
 from rex_rag.tools import SearchTool
 from rex_rag.training.config import REXRAGConfig
@@ -198,7 +199,7 @@ def train(args: argparse.Namespace, model: Qwen2ForCausalLM, tokenizer, rows: li
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = OptionParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--recipe", type=Path, default=RECIPE, help="the run that the model is for")
     add("--questions", nargs="+", metavar="FILE", help="questions to demonstrate on (default: the recipe's)")

@@ -49,6 +49,7 @@ from rex_rag.quickstart.hopworld import HopQuestion, HopWorldConfig, build_hopwo
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.rollout.agent import Agent
 from rex_rag.rollout.script import RolloutBudget
+from rex_rag.support.options import OptionParser
 from rex_rag.tools import SearchTool
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -360,7 +361,7 @@ def save(model, tokenizer, figures: dict, output: Path) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = OptionParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--output", type=Path, default=Path("outputs/quickstart/warm_start"), help="directory of model and tokenizer")
     add("--world", type=Path, help="directory of the unseen world (default: `world` beside --output)")

@@ -32,6 +32,7 @@ from rex_rag.support.announce import announce
 from rex_rag.support.errors import from_the_user, refuse
 from rex_rag.support.hub import bound_hub_requests
 from rex_rag.support.logs import start_logging
+from rex_rag.support.options import LISTS, with_lists_joined
 from rex_rag.support.recipes import with_recipe_path
 from rex_rag.support.tokenization import open_tokenizer
 from rex_rag.support.wording import counted
@@ -124,7 +125,7 @@ def prepare(words: Sequence[str], held_folder: ExitStack) -> tuple[REXRAGTrainer
     Args:
         held_folder: holds the output directory for this run until it is closed.
     """
-    words = with_recipe_path(list(words))
+    words = with_recipe_path(with_lists_joined(words, LISTS))
     recipe = words[words.index("--config") + 1] if "--config" in words else None
     parser = TrlParser(RECIPE_PARTS, usage=argparse.SUPPRESS)  # hundreds of lines before the one that matters
     with from_the_user():
