@@ -35,8 +35,8 @@ def fit_budgets(args: REXRAGConfig, model: str | PreTrainedModel | PeftModel) ->
 
     Only the model's configuration is read. What is set keeps its meaning: `context_warning` says where it is too much.
     """
-    context = context_length(model, args)
-    if _TOTAL not in args.unset_budgets or context is None or context >= args.max_sequence_length:
+    context = context_length(model, args) if _TOTAL in args.unset_budgets else None
+    if context is None or context >= args.max_sequence_length:
         return args
     fitted = copy.copy(args)
     for name in args.unset_budgets:

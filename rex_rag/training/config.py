@@ -399,6 +399,7 @@ class REXRAGConfig(GRPOConfig):
             feedback=self._text_file("feedback_text"),
             budget=self.rollout_budget(),
             chat_template_kwargs=read_settings(self.chat_template_kwargs) or None,
+            method="rex_rag" if self.num_probe_slots else "search_r1",
         )
 
     def agent_protocol(self) -> Protocol:

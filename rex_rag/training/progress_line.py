@@ -22,6 +22,7 @@ _SHOWN = (
     ("searches", "searches/mean"),
     ("KL", "kl"),
 )
+_OF_PROBES = ("probe EM", "rescued", "kept")
 
 
 class ProgressLine(TrainerCallback):
@@ -45,20 +46,19 @@ class ProgressLine(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if not state.is_world_process_zero or not logs:
             return
+        at = f"step {state.global_step}/{state.max_steps}"
         for name, prefix in evaluated_sets(logs).items():
             where = f"evaluation of {name}" if name else "evaluation"
-            tqdm.write(f"step {state.global_step}/{state.max_steps}  {where}: {_values(logs, prefix)}")
+            tqdm.write(f"{at}  {where}: {_values(logs, probes=False, prefix=prefix)}")
         if EXACT_MATCH not in logs:
             return
         elapsed = time.perf_counter() - self._started
         done = max(state.global_step - self._first_step, 1)
         left = elapsed / done * (state.max_steps - state.global_step)
-        tqdm.write(
-            f"step {state.global_step}/{state.max_steps}  {_values(logs)}  {elapsed / done:.1f} s/step  "
-            f"{clock(left)} left"
-        )
+        figures = _values(logs, probes=args.num_probe_slots > 0)
+        tqdm.write(f"{at}  {figures}  {elapsed / done:.1f} s/step  {clock(left)} left")
 
 
-def _values(logs: dict, prefix: str = "") -> str:
-    shown = [(label, logs.get(prefix + key)) for label, key in _SHOWN]
+def _values(logs: dict, *, probes: bool, prefix: str = "") -> str:
+    shown = [(label, logs.get(prefix + key)) for label, key in _SHOWN if probes or label not in _OF_PROBES]
     return "  ".join(f"{label} {value:.2f}" for label, value in shown if is_number(value))

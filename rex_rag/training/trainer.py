@@ -51,7 +51,7 @@ from rex_rag.training.metrics import (
     ratio_metrics,
     ratio_statistics,
 )
-from rex_rag.training.model_card import PAPER, write_card
+from rex_rag.training.model_card import method_of, write_card
 from rex_rag.training.questions import add_prompts, checked_questions, refuse_long_prompt, refuse_long_prompts
 from rex_rag.training.rescue_replay import Imitated, RescueReplay, Role, imitation_advantages
 from rex_rag.training.resuming import ResumableTrainer
@@ -115,10 +115,6 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, FiniteTrainer, ResumableTrainer):
         RetrievalError: when the retriever cannot answer.
     """
 
-    _tag_names = ["trl", "grpo", "rex-rag"]  # noqa: RUF012 (TRL's contract)
-    _name = "REX-RAG"
-    _paper = PAPER
-
     def __init__(
         self,
         model,
@@ -138,9 +134,9 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, FiniteTrainer, ResumableTrainer):
             args = REXRAGConfig(output_dir=f"{policy_name(model).split('/')[-1]}-REX-RAG")
         retriever = as_retriever(retriever)
         retriever.check()
-        args = fit_budgets(args, model)
         self.retriever = retriever
         self.recipe = recipe
+        self._name, self._paper, self._tag_names = method_of(args)
         self._keep_ratio = KeepRatio(args.keep_ratio, args.keep_ratio_schedule)
         self._slots: Slots | None = None
         self._replay: RescueReplay | None = None
@@ -150,6 +146,7 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, FiniteTrainer, ResumableTrainer):
         eval_dataset = checked_questions(eval_dataset, "eval_dataset")
         if problems := training_problems(args, train_dataset):
             raise UserError("; ".join(problems))
+        args = fit_budgets(args, model)
         processing_class = processing_class or policy_tokenizer(model, args)
         forbidden = control_tokens(processing_class)
         self.run_settings = run_settings(args, policy_name(model), train_dataset, retriever.description)

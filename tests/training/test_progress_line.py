@@ -15,10 +15,10 @@ def written(monkeypatch):
     return lines
 
 
-def log(logs, main_process=True):
+def log(logs, main_process=True, probe_slots=5):
     line = ProgressLine()
     state = SimpleNamespace(is_world_process_zero=main_process, global_step=0, max_steps=8, logging_steps=4)
-    args = SimpleNamespace(generation_batch_size=20, num_generations=10, output_dir="out")
+    args = SimpleNamespace(generation_batch_size=20, num_generations=10, output_dir="out", num_probe_slots=probe_slots)
     line.on_train_begin(args, state, None)
     state.global_step = 4
     line.on_log(args, state, None, logs=logs)
@@ -29,6 +29,11 @@ def test_headline_metrics_rate_and_time_left(written):
     begin, line = written
     assert begin == "training: 8 steps, 2 questions a generation; a line every 4 steps, all figures in out/log.jsonl"
     assert line.startswith("step 4/8  EM 0.44  KL 0.12  ") and line.endswith(" s/step  0:00:00 left")
+
+
+def test_a_run_without_probes_shows_no_figures_of_them(written):
+    log({"em/originals": 0.5, "probes/kept": 0.0, "dead_end/rate": 0.25}, probe_slots=0)
+    assert "EM 0.50  dead ends 0.25  " in written[-1] and "kept" not in written[-1]
 
 
 def test_every_evaluation_set_has_its_line(written):
