@@ -224,7 +224,7 @@ def table(figures: Mapping[str, dict]) -> str:
     return "\n".join(lines)
 
 
-# Greedy two-hop exact match over seeds 0 to 4, each with a world and a start of its own (docs/reproduction.md).
+# Greedy two-hop exact match over seeds 0 to 4, each with a world and a start of its own.
 OVER_SEEDS = {"rescue_replay": ".80 to .92", "grpo": ".00"}
 
 
@@ -296,6 +296,7 @@ def example_records(before: list[EvaluatedQuestion], after: list[EvaluatedQuesti
 
 def main() -> None:
     args = parse_args()
+    os.chdir(ROOT)  # where recipes find their files, wherever this was started
     started = time.perf_counter()
     disable_progress_bar()
     seconds: dict[str, float] = {}

@@ -38,10 +38,17 @@ class ProgressLine(TrainerCallback):
         if state.is_world_process_zero:
             after = f" from step {state.global_step}" if state.global_step else ""
             questions = counted(args.generation_batch_size // args.num_generations, "question")
+            often = "step" if state.logging_steps == 1 else f"{state.logging_steps:g} steps"
             tqdm.write(
-                f"training{after}: {counted(state.max_steps, 'step')}, {questions} a generation; a line every "
-                f"{counted(state.logging_steps, 'step')}, all figures in {Path(args.output_dir) / LOG_FILE}"
+                f"training{after}: {counted(state.max_steps, 'step')}, {questions} a generation; a line every {often}, all "
+                f"figures in {Path(args.output_dir) / LOG_FILE}"
             )
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Say how long a step takes, once, where the first line is some steps away."""
+        is_first = state.global_step == self._first_step + 1
+        if is_first and state.logging_steps > 1 and state.is_world_process_zero:
+            tqdm.write(f"the first step took {time.perf_counter() - self._started:.0f} s")
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if not state.is_world_process_zero or not logs:

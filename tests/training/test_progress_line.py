@@ -36,6 +36,18 @@ def test_a_run_without_probes_shows_no_figures_of_them(written):
     assert "EM 0.50  dead ends 0.25  " in written[-1] and "kept" not in written[-1]
 
 
+def test_the_first_step_says_how_long_it_took_where_the_first_line_is_far(written):
+    args = SimpleNamespace(generation_batch_size=20, num_generations=10, output_dir="out")
+    for logging_steps, said in ((4, 1), (1, 0)):
+        written.clear()
+        line = ProgressLine()
+        state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=8, logging_steps=logging_steps)
+        line.on_train_begin(args, state, None)
+        for state.global_step in (1, 2):
+            line.on_step_end(args, state, None)
+        assert sum("the first step took" in text for text in written) == said
+
+
 def test_every_evaluation_set_has_its_line(written):
     log({"eval_nq_em/originals": 0.5, "eval_nq_searches/mean": 1.25, "eval_nq_loss": 3.0})
     log({"eval_em/originals": 0.25})
