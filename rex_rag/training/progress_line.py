@@ -40,8 +40,8 @@ class ProgressLine(TrainerCallback):
             questions = counted(args.generation_batch_size // args.num_generations, "question")
             often = "step" if state.logging_steps == 1 else f"{state.logging_steps:g} steps"
             tqdm.write(
-                f"training{after}: {counted(state.max_steps, 'step')}, {questions} a generation; a line every {often}, all "
-                f"figures in {Path(args.output_dir) / LOG_FILE}"
+                f"training{after}: {counted(state.max_steps, 'step')}, {questions} a generation; "
+                f"a line every {often}, all figures in {Path(args.output_dir) / LOG_FILE}"
             )
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
