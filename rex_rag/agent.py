@@ -35,7 +35,10 @@ class AgentError(UserError):
 
 @dataclass(frozen=True)
 class AgentSettings:
-    """How a model is asked and acts. `template` and `feedback` are texts; `None` is the protocol's own."""
+    """How a model is asked and acts. `template` and `feedback` are texts; `None` is the protocol's own.
+
+    `method` names the row of the comparison that it is: `rex_rag`, or `search_r1` for one trained without probes.
+    """
 
     protocol: str = "search_r1"
     tools: tuple[str, ...] = ("search",)
@@ -43,6 +46,7 @@ class AgentSettings:
     feedback: str | None = None
     budget: RolloutBudget = field(default_factory=RolloutBudget)
     chat_template_kwargs: Mapping[str, Any] | None = None
+    method: str | None = None
 
     def make_protocol(self) -> Protocol:
         return make_protocol(self.protocol, tool_specs(self.tools), self.template, self.feedback)

@@ -32,6 +32,7 @@ from rex_rag.commands.terminal import positive
 from rex_rag.support.errors import EXPECTED_ERROR, UserError, from_the_user, one_line
 from rex_rag.support.hub import bound_hub_requests
 from rex_rag.support.logs import start_logging
+from rex_rag.support.options import OptionParser
 from rex_rag.support.recipes import recipe_path
 from rex_rag.support.wording import counted
 
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="rex-rag",
         description="Tools around training search agents with REX-RAG.",
         epilog="Training itself: accelerate launch --config_file recipes/accelerate_configs/NAME.yaml "
@@ -134,9 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     hopworld.add_argument("--output", required=True, metavar="DIR", type=Path, help="directory to write into")
     hopworld.add_argument("--seed", type=int, help="names one world")
-    hopworld.add_argument(
-        "--overwrite_output_dir", "--overwrite-output-dir", action="store_true", help="replace a world that is there"
-    )
+    hopworld.add_argument("--overwrite-output-dir", action="store_true", help="replace a world that is there")
     for size in ("people", "cities", "organisations", "countries"):
         hopworld.add_argument(f"--{size}", type=int, metavar="N", help=f"how many {size} the world has")
     for split in ("train", "test"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from rex_rag.support.announce import announce
 from rex_rag.training.preflight import refuse_at_once
 
 
@@ -16,6 +17,7 @@ def main(words: Sequence[str]) -> int:
     code = refuse_at_once(words)
     if code:
         return code
+    announce("loading torch, transformers and TRL")
     from rex_rag.training.launch import main as train
 
     return train(words)

@@ -39,6 +39,20 @@ def test_training_saves_how_the_model_acts(saved):
     assert settings.protocol == "search_r1" and settings.tools == ("search",)
     assert settings.template == "Question: {question}" and settings.feedback is None
     assert settings.budget == RolloutBudget(2, 30, 40, 200, 3)
+    assert settings.method == "rex_rag"
+
+
+def test_a_model_trained_without_probes_goes_by_the_name_of_grpo_everywhere(tmp_path):
+    sizes = {"num_generations": 3, "num_probe_slots": 0, "per_device_train_batch_size": 6}
+    trainer = tiny_trainer(save_tiny_policy(tmp_path), tmp_path / "run", BM25Retriever(PASSAGES), **sizes)
+    trainer.save_model()
+    trainer.create_model_card()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "GRPO over searches (Search-R1)" in card and "2503.09516" in card
+    assert "REX-RAG" not in card and "2508.08149" not in card and "\n- rex-rag\n" not in card
+    shared = {"model": str(tmp_path / "run"), "benchmarks": ["nq"], "output": str(tmp_path / "out")}
+    for method, ran in (("rex_rag", "search_r1"), ("search_r1", "search_r1"), ("rag", "rag")):
+        assert EvaluationArguments(**shared, method=method).method == ran
 
 
 def test_an_agent_is_loaded_and_asked(saved):

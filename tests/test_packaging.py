@@ -286,6 +286,7 @@ def test_the_docs_name_every_setting_with_its_default():
     rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", text, re.MULTILINE))
     own = set(REXRAGConfig.__annotations__) - {
         "num_generations_eval",
+        "num_completions_to_print",
         "per_device_train_batch_size",
         "max_completion_length",
     }

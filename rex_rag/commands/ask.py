@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from rex_rag.commands.terminal import printable
+from rex_rag.support.announce import announce
 from rex_rag.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def _ask(options: argparse.Namespace) -> None:
 
     if options.question is not None and not options.question.strip():
         raise UserError("the question is blank; write one, or leave it out to be asked for it")
+    announce(f"loading {options.model} and what it searches")
     agent = SearchAgent.load(
         options.model,
         options.retriever,

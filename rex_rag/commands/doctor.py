@@ -77,7 +77,7 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
         "with its way out; exit code 1 where there is one.",
     )
     doctor.add_argument("recipe", metavar="RECIPE", help="a file, or a name that `rex-rag recipe` lists")
-    doctor.add_argument("--no_dry_run", "--no-dry-run", action="store_true", help="leave the two steps out")
+    doctor.add_argument("--no-dry-run", action="store_true", help="leave the two steps out")
     doctor.set_defaults(run=_doctor)
 
 

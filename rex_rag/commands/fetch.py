@@ -146,10 +146,7 @@ def make_plan(name: str, output: Path, revision: str | None = None) -> Plan:
     held = _read_manifest(folder)
     pinned = revision or (held.revision if held else None)
     there = held is not None and (name != SAMPLE or all(_whole(folder / file.path, file) for file in held.files))
-    if there and pinned == held.revision:
-        listing = held
-    else:
-        listing = _ask(source, pinned)
+    listing = held if held is not None and there and pinned == held.revision else _ask(source, pinned)
     wanted = tuple(file for file in listing.files if split in ("", PurePosixPath(file.path).stem))
     if not wanted:
         splits = ", ".join(PurePosixPath(file.path).stem for file in listing.files)

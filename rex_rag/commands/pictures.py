@@ -38,7 +38,9 @@ def add_view(commands: argparse._SubParsersAction) -> None:
         "--output", metavar="PAGE.html", type=Path, help="page to write (default: trajectories.html beside the data)"
     )
     view.add_argument("--step", type=int, metavar="N", help="only this training step (default: all)")
-    view.add_argument("--benchmark", metavar="NAME", help="only this benchmark of an evaluation (default: all)")
+    view.add_argument(
+        "--benchmark", "--benchmarks", metavar="NAME", help="only this benchmark of an evaluation (default: all)"
+    )
     view.add_argument(
         "--limit",
         type=positive,
@@ -90,9 +92,9 @@ def add_curves(commands: argparse._SubParsersAction) -> None:
     curves = commands.add_parser(
         "curves",
         help="draw training curves, several runs in one figure",
-        description="Draw exact match, dead ends and rescues, probes, importance weights, effective sample size, "
-        "clipping, KL, lengths and seconds over the steps of one or several training runs. Whatever a run did not "
-        "log is left out.",
+        description="Draw one or several training runs in six panels: whether it learns, leaves dead ends, has "
+        "something to learn from and is healthy, what it does, and what it costs. docs/health.md says how to read "
+        "them. Whatever a run did not log is left out.",
     )
     curves.add_argument(
         "runs",
@@ -102,6 +104,7 @@ def add_curves(commands: argparse._SubParsersAction) -> None:
     )
     curves.add_argument("--output", required=True, metavar="CURVES.png|svg", type=Path, help="image to write")
     curves.add_argument("--title", default="Training", help="above all panels")
+    curves.add_argument("--all", action="store_true", help="further panels: weights, clipping, lengths, gradient, …")
     curves.set_defaults(run=_curves)
 
 
@@ -109,7 +112,11 @@ def _curves(options: argparse.Namespace) -> None:
     from rex_rag.visualization.curves import labelled_runs, plot_training_curves, read_log_history
 
     runs = {label: read_log_history(path) for label, path in labelled_runs(options.runs).items()}
-    picture = plot_training_curves(runs, options.output, options.title)
+    if not any(runs.values()):
+        raise UserError(
+            f"no step is logged yet in {', '.join(options.runs)}; the first comes after logging_steps steps"
+        )
+    picture = plot_training_curves(runs, options.output, options.title, options.all)
     steps = ", ".join(f"{label} {sum('step' in row for row in rows)}" for label, rows in runs.items())
     print(f"{picture}: rows logged: {steps}")
 
@@ -123,10 +130,17 @@ def add_reliability(commands: argparse._SubParsersAction) -> None:
         "colour of its reliability (LogTokU, arXiv 2502.00290), with bars for aleatoric and epistemic uncertainty.",
     )
     add = parser.add_argument
-    add("--model", action="append", required=True, metavar="MODEL", help="folder or Hub name; given once for each")
+    several = {"action": "extend", "nargs": "+"}
+    add("--model", **several, required=True, metavar="MODEL", help="folder or Hub name of each model")
     add("--question", required=True, help="what to ask")
-    add("--retriever", nargs="+", default=[], metavar="R", help="index directory or URLs (default: nothing to search)")
-    add("--corpus", action="append", default=[], metavar="FILE", help="search these passages with BM25 in memory")
+    add("--retriever", **several, default=[], metavar="R", help="index directory or URLs (default: nothing to search)")
+    add(
+        "--corpus",
+        **several,
+        default=[],
+        metavar="FILE",
+        help="search these passages with BM25 in memory",
+    )
     add("--output", required=True, metavar="PICTURE.png|svg", type=Path, help="image to write")
     add("--page", metavar="PAGE.html", type=Path, help="write the trajectories with their tokens as a page, too")
     add("--prompt-template", metavar="FILE", type=Path, help="text with {question} in it (default: the built-in one)")

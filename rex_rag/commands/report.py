@@ -103,7 +103,7 @@ def add_compare(commands: argparse._SubParsersAction) -> None:
         help="main: exact match, or accuracy for multiple choice (default: %(default)s)",
     )
     parser.add_argument(
-        "--benchmarks", type=_names, default=[], metavar="SET,…", help="the sets to compare (default: all)"
+        "--benchmarks", type=_names, nargs="+", default=[], metavar="SET", help="the sets to compare (default: all)"
     )
     parser.add_argument(
         "--mark", action="store_true", help="compare runs of different protocols, and say how they differ"
@@ -133,7 +133,7 @@ def compare(options: argparse.Namespace) -> None:
         first,
         second,
         metric=options.metric,
-        benchmarks=options.benchmarks,
+        benchmarks=[name for part in options.benchmarks for name in part],
         mark=options.mark,
         resamples=options.resamples,
         seed=options.seed,

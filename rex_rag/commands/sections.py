@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from rex_rag.support.errors import UserError, from_the_user
+from rex_rag.support.options import OptionParser, with_lists_joined
 from rex_rag.support.recipes import recipe_path
 from rex_rag.support.wording import describe_unknown
 
@@ -35,8 +36,11 @@ def parse_section(
     """
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(
-        types,
+    class SectionParser(OptionParser, HfArgumentParser):
+        pass
+
+    parser = SectionParser(  # type: ignore[misc]  # the arguments are HfArgumentParser's
+        types,  # type: ignore[arg-type]
         prog=f"rex-rag {command}",
         description=description,
         allow_abbrev=False,
@@ -46,6 +50,10 @@ def parse_section(
     if add_arguments is not None:
         add_arguments(parser)
     optional = {name for kind in types for name in _optional_fields(kind)}
+    lists = {
+        entry.name for kind in types for entry in fields(kind) if get_origin(get_type_hints(kind)[entry.name]) is list
+    }
+    words = with_lists_joined(words, lists)
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config.add_argument("--config")
     given, _ = config.parse_known_args(words)

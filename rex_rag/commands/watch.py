@@ -55,7 +55,8 @@ def describe(run: Path, steps: int, trajectories: int) -> str:
 
     rows = read_log_history(run)
     trained = [row for row in rows if "loss" in row]
-    blocks = [f"{run}: {_progress(rows, trained)}", _table(trained[-steps:]), _health(trained)]
+    blocks = [f"{run}: {_progress(rows, trained)}"]
+    blocks += [_table(trained[-steps:]), _health(trained)] if trained else []
     blocks += _evaluations(rows)
     return "\n\n".join([*blocks, *_newest(run, trajectories)]) + "\n"
 

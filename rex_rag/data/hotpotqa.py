@@ -23,7 +23,9 @@ def cut_sample(rows: Iterable[dict[str, Any]], questions: int, contexts: int) ->
         Contents of three JSON lines files: the sample's questions; the corpus; the questions that are left, to train
         a starting point on.
     """
-    asked, others, passages = [], [], {}
+    asked: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    passages: dict[tuple[str, str], None] = {}
     for row in rows:
         metadata = row.get("metadata") or {}
         context = metadata.get("context") or {}

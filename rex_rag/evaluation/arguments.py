@@ -10,6 +10,7 @@ from typing import Any
 from rex_rag.agent import AgentSettings
 from rex_rag.evaluation.benchmarks import benchmark_specs
 from rex_rag.evaluation.methods import AGENTS
+from rex_rag.evaluation.methods.agents import REXRAG, SearchR1
 from rex_rag.models.endpoint import DEFAULT_KEY_VARIABLE, EndpointOptions, check_endpoint_url
 from rex_rag.models.language_model import BACKENDS, ENDPOINT, TRANSFORMERS, VLLM, ModelOptions
 from rex_rag.protocols.chat import read_settings
@@ -178,6 +179,8 @@ class EvaluationArguments:
                 self.model if self.chosen_backend != ENDPOINT else where, self.model_revision
             )
         agent = self._agent or AgentSettings()
+        if self.method == REXRAG.name and agent.method == SearchR1.name:  # the same rollouts under the right name
+            self.method = agent.method
         known = {"protocol": agent.protocol, "agent_tools": list(agent.tools), **asdict(agent.budget)}
         self.differences: list[str] = []
         for name, value in known.items():

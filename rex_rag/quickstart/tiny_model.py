@@ -39,6 +39,7 @@ from rex_rag.protocols.inert import SEARCH_TAGS
 from rex_rag.quickstart.warm_start import CHAT_TEMPLATE, build_model, build_tokenizer, save, supervise
 from rex_rag.retrieval.base import Retriever, checked_search
 from rex_rag.retrieval.load import RetrieverArguments, load_retriever
+from rex_rag.support.options import OptionParser
 from rex_rag.support.recipes import FOLDER
 from rex_rag.tools import SearchTool
 from rex_rag.training.config import REXRAGConfig
@@ -99,8 +100,7 @@ def demonstrate(
         turns.append(ANSWER.format(title=title, answer=answer))
         scripts[len(turns)].append(Turns(question, (), tuple(turns)))
     tools = [SearchTool(retriever, config.retrieval_top_k)]
-    turns = [*scripts[2], *scripts[3]]
-    played = play(turns, tools, tokenizer, config.agent_protocol(), config.rollout_budget())
+    played = play([*scripts[2], *scripts[3]], tools, tokenizer, config.agent_protocol(), config.rollout_budget())
     trajectories = [trajectory for trajectory in played if trajectory is not None]
     draw.shuffle(trajectories)
     search_id = tokenizer.convert_tokens_to_ids(SEARCH_TAGS[0])
@@ -168,7 +168,7 @@ def train(args: argparse.Namespace, model: Qwen2ForCausalLM, tokenizer, rows: li
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = OptionParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--recipe", type=Path, default=RECIPE, help="the run that the model is for")
     add("--questions", nargs="+", metavar="FILE", help="questions to demonstrate on (default: the recipe's)")

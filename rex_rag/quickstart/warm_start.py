@@ -49,6 +49,7 @@ from rex_rag.quickstart.hopworld import HopQuestion, HopWorldConfig, build_hopwo
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
 from rex_rag.rollout.agent import Agent
 from rex_rag.rollout.script import RolloutBudget
+from rex_rag.support.options import OptionParser
 from rex_rag.tools import SearchTool
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -224,15 +225,17 @@ class StopWhenGood(TrainerCallback):
     def __init__(self, args: argparse.Namespace, examination: Examination) -> None:
         self.args = args
         self.examination = examination
-        self.score = float("nan")
+        self.score: float | None = None  # of the last check
         self.bar: tqdm  # while it trains
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, desc="warm start", unit="step", mininterval=1.0, dynamic_ncols=True)
+        # Nobody knows how many it will be, so no share of them is shown.
+        self.bar = tqdm(desc=f"warm start, {state.max_steps} steps at most", unit=" steps", mininterval=1.0)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
-            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, one-hop EM {self.score:.2f}", refresh=False)
+            checked = "" if self.score is None else f", one-hop EM {self.score:.2f} of {self.args.target:.2f}"
+            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}{checked}", refresh=False)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.bar.update(1)
@@ -336,7 +339,7 @@ def train(args: argparse.Namespace, model, tokenizer, rows: list[dict], examinat
         logging_steps=25,
         seed=args.seed,
     )
-    if steps == args.max_steps:
+    if callback.score is None or steps == args.max_steps:
         callback.score = examination.exact_match(model, hops=1)
     return steps, callback.score
 
@@ -359,7 +362,7 @@ def save(model, tokenizer, figures: dict, output: Path) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = OptionParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--output", type=Path, default=Path("outputs/quickstart/warm_start"), help="directory of model and tokenizer")
     add("--world", type=Path, help="directory of the unseen world (default: `world` beside --output)")

@@ -57,7 +57,7 @@ def list_files(repository: str, revision: str | None = None) -> HubListing:
             )
         digest = f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git:{entry.blob_id}"
         files.append(HubFile(entry.rfilename, entry.size or 0, digest))
-    return HubListing(repository, info.sha, tuple(files))
+    return HubListing(repository, str(info.sha), tuple(files))
 
 
 def partial(file: HubFile, target: Path) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
 from rex_rag.agent import AgentSettings
@@ -23,6 +24,7 @@ from rex_rag.rollout.script import RolloutBudget
 from rex_rag.support.errors import UserError
 from rex_rag.support.named import choose
 from rex_rag.support.secrets import without_secrets
+from rex_rag.training.budgets import fill_budgets
 from rex_rag.training.collapse_guard import MODES
 from rex_rag.training.config_checks import config_warnings, rollout_problems
 from rex_rag.training.dynamic_sampling import signal_problems
@@ -96,14 +98,16 @@ class REXRAGConfig(GRPOConfig):
         max_turns (`int`, *optional*, defaults to `5`):
             Turns that may search (reference: 5; Search-R1 v0.2: 4). One last generation follows, in which a search
             is not executed.
-        max_prompt_length (`int`, *optional*, defaults to `2048`):
-            Longest prompt in tokens. A longer one is refused by name, never truncated.
-        max_turn_tokens (`int`, *optional*, defaults to `500`):
-            Longest generation of one turn in tokens.
-        max_observation_tokens (`int`, *optional*, defaults to `500`):
-            Longest observation in tokens, tags included.
-        max_sequence_length (`int`, *optional*, defaults to `4096`):
-            Prompt and completion in all, in tokens. `max_completion_length` follows from it.
+        max_prompt_length (`int`, *optional*):
+            Longest prompt in tokens, 2048 if unset. A longer one is refused by name, never truncated.
+        max_turn_tokens (`int`, *optional*):
+            Longest generation of one turn in tokens, 500 if unset.
+        max_observation_tokens (`int`, *optional*):
+            Longest observation in tokens, tags included, 500 if unset.
+        max_sequence_length (`int`, *optional*):
+            Prompt and completion in all, in tokens, 4096 if unset. `max_completion_length` follows from it. For a
+            model that takes fewer tokens, the trainer lowers it to them, and the three above that are unset in
+            proportion.
         retrieval_top_k (`int`, *optional*, defaults to `3`):
             Passages per search (`top_k` is TRL's sampling parameter).
         protocol (`str`, *optional*, defaults to `"search_r1"`):
@@ -155,8 +159,10 @@ class REXRAGConfig(GRPOConfig):
     > - `num_generations`: Defaults to `10` instead of `8`.
     > - `num_generations_eval`: Defaults to `1`, decoded greedily; several are sampled.
     > - `max_completion_length`: Defaults to `max_sequence_length`.
+    > - `bf16`: Where neither it nor `fp16` is set, `True` only on an accelerator that has bfloat16.
     > - `beta`: Defaults to `0.001` instead of `0.0` (paper section 4.1).
     > - `use_bias_correction_kl`: Defaults to `False` instead of `True` (the plain k3 estimator, as in the paper).
+    > - `num_completions_to_print`: Defaults to `2` instead of `None`, all; whole trajectories are on disk.
     > - `per_device_train_batch_size`: Defaults to `10`, one question a micro-batch.
     > - `run_name`: Defaults to the last part of `output_dir`, so that a tracker's run goes on where training does.
     > - `trackio_static_space_id`: Defaults to `False` instead of `None`: nothing is published unasked.
@@ -179,6 +185,9 @@ class REXRAGConfig(GRPOConfig):
         metadata={"help": "Follows from max_sequence_length; leave it unset."},
     )
     beta: float = field(default=0.001, metadata={"help": "KL coefficient against the initial model (k3 estimator)."})
+    num_completions_to_print: int | None = field(
+        default=2, metadata={"help": "Rollouts a log on screen, with log_completions; all are on disk."}
+    )
     use_bias_correction_kl: bool = field(
         default=False, metadata={"help": "Weight the KL estimate by the importance ratio."}
     )
@@ -229,10 +238,21 @@ class REXRAGConfig(GRPOConfig):
         default=None, metadata={"help": "Use only the first so many exploration prompts."}
     )
     max_turns: int = field(default=5, metadata={"help": "Turns that may search, before one last generation."})
-    max_prompt_length: int = field(default=2048, metadata={"help": "Longest prompt, in tokens."})
-    max_turn_tokens: int = field(default=500, metadata={"help": "Longest generation of a turn, in tokens."})
-    max_observation_tokens: int = field(default=500, metadata={"help": "Longest observation, in tokens."})
-    max_sequence_length: int = field(default=4096, metadata={"help": "Prompt and completion in all, in tokens."})
+    max_prompt_length: int = field(
+        default=None, metadata={"help": "Longest prompt, in tokens; unset: 2048, less for a model that takes fewer."}
+    )
+    max_turn_tokens: int = field(
+        default=None,
+        metadata={"help": "Longest generation of a turn, in tokens; unset: 500, less for a model that takes fewer."},
+    )
+    max_observation_tokens: int = field(
+        default=None,
+        metadata={"help": "Longest observation, in tokens; unset: 500, less for a model that takes fewer."},
+    )
+    max_sequence_length: int = field(
+        default=None,
+        metadata={"help": "Prompt and completion in all, in tokens; unset: 4096, less for a model that takes fewer."},
+    )
     retrieval_top_k: int = field(default=3, metadata={"help": "Passages per search."})
     protocol: str = field(
         default="search_r1",
@@ -287,6 +307,11 @@ class REXRAGConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        self.unset_budgets = fill_budgets(self)
+        if self.bf16 is None and not self.fp16:
+            self.bf16: bool | None = not self.use_cpu and is_torch_bf16_gpu_available()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # torch would warn of it
         self._refuse_bad_values()
         if self.max_completion_length is None:
             self.max_completion_length = self.max_sequence_length
@@ -374,6 +399,7 @@ class REXRAGConfig(GRPOConfig):
             feedback=self._text_file("feedback_text"),
             budget=self.rollout_budget(),
             chat_template_kwargs=read_settings(self.chat_template_kwargs) or None,
+            method="rex_rag" if self.num_probe_slots else "search_r1",
         )
 
     def agent_protocol(self) -> Protocol:
@@ -417,6 +443,10 @@ class REXRAGConfig(GRPOConfig):
             except ValueError as error:
                 problems.append(str(error))
         self._refuse(problems)
+
+    def refuse_bad_budgets(self) -> None:
+        """Raise for budgets that do not go together."""
+        self._refuse(rollout_problems(self))
 
     def _refuse(self, problems: list[str]) -> None:
         if problems:

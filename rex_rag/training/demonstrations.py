@@ -173,7 +173,8 @@ def demonstration_rows(
     turns: Sequence[Turns], trajectories: Sequence[Trajectory | None]
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Rows for supervised training of those that still answer right within the budget, and why others are left out."""
-    rows, left_out = [], Counter()
+    rows: list[dict[str, Any]] = []
+    left_out: Counter[str] = Counter()
     for one, trajectory in zip(turns, trajectories, strict=True):
         if trajectory is None or trajectory.truncations[Truncation.SEQUENCE]:
             left_out["too long for the recipe's budgets"] += 1

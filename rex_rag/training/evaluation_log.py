@@ -83,7 +83,11 @@ class EvaluationLog(GRPOSeams):
             for name in [name for name, values in metrics.items() if all(map(math.isnan, values))]:
                 del metrics[name]
         if self.model.training:
+            printed = self.args.num_completions_to_print
+            if "train_runtime" in logs:  # the last step's rollouts were shown with its own log
+                self.num_completions_to_print = 0
             super().log(logs, start_time)
+            self.num_completions_to_print = printed
             return
         for name, value in summarize(self._evaluated).items():
             if not math.isnan(value) and not name.startswith("probes/"):  # evaluation never probes

@@ -18,7 +18,8 @@ What is changed with respect to GRPOTrainer, and why:
 - `_save_checkpoint`, `_get_output_dir`: a checkpoint is written aside and takes its place whole.
 - `_save_optimizer_and_scheduler`, `_load_optimizer_and_scheduler`: the state of the hooks' owner goes along.
 - `VLLMGeneration`: see `rex_rag.training.engine_weights`.
-- `print_prompt_completions_sample`: what passages and models write reaches the terminal as text alone.
+- `print_prompt_completions_sample`: a few rollouts that can be read; what passages and models write reaches the
+  terminal as text alone.
 
 tests/training/test_grpo_seams.py holds what this rests on, and fails with a sentence where a version moves it.
 """
@@ -43,12 +44,11 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import grpo_trainer
-from trl.trainer.utils import pad, print_prompt_completions_sample
+from trl.trainer.utils import pad
 
 from rex_rag.models.generation import TransformersGenerator, VLLMGenerator
 from rex_rag.models.vllm_stream import VLLMStream
 from rex_rag.support.stages import STAGES
-from rex_rag.support.wording import visible
 from rex_rag.training.checkpoints import (
     SAVING,
     STATE_FILE,
@@ -58,25 +58,12 @@ from rex_rag.training.checkpoints import (
 )
 from rex_rag.training.engine_weights import ExactSync
 from rex_rag.training.epoch_sampler import EpochSampler
+from rex_rag.training.shown_rollouts import print_rollouts
 from rex_rag.training.trim import by_length, in_two_buckets, trimmed
 
 REFERENCE_ADAPTER = "ref"  # TRL's name for it
 
-
-def _visible(entry: Any) -> Any:
-    """Texts, in columns and messages too, without control characters."""
-    if isinstance(entry, str):
-        return visible(entry)
-    if isinstance(entry, Mapping):
-        return {name: _visible(value) for name, value in entry.items()}
-    return [_visible(value) for value in entry] if isinstance(entry, list | tuple | deque) else entry
-
-
-def _print_visibly(prompts: Sequence, completions: Sequence, *more: Any, extra: Any = None) -> None:
-    print_prompt_completions_sample(_visible(prompts), _visible(completions), *more, extra=_visible(extra))
-
-
-grpo_trainer.print_prompt_completions_sample = _print_visibly
+grpo_trainer.print_prompt_completions_sample = print_rollouts
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,18 @@ PAPER = {
         }"""),
 }
 
-PAPER_URL = f"https://huggingface.co/papers/{PAPER['id']}"
+SEARCH_R1 = {
+    "title": "Search-R1: Training LLMs to Reason and Leverage Search Engines with Reinforcement Learning",
+    "id": "2503.09516",
+    "citation": textwrap.dedent("""\
+        @article{jin2025searchr1,
+            title  = {{Search-R1: Training LLMs to Reason and Leverage Search Engines with Reinforcement Learning}},
+            author = {Jin and others},
+            year   = 2025,
+            eprint = {2503.09516},
+            archivePrefix = {arXiv},
+        }"""),
+}
 _RESULTS = (EXACT_MATCH, "em/probes", "dead_end/rate", "dead_end/rescue_rate", "searches/mean", "kl")
 _PACKAGES = ("rex-rag", "trl", "transformers", "torch", "accelerate", "datasets", "peft", "vllm", "deepspeed")
 
@@ -66,7 +77,7 @@ def write_card(
     card.data.pop("licence", None)  # TRL's placeholder, which names none
     base = card.data.base_model
     origin = f"[{base}](https://huggingface.co/{base})" if isinstance(base, str) else "a model that is not on the Hub"
-    method = "REX-RAG" if args.num_probe_slots else "plain GRPO over searches (Search-R1)"
+    trained, paper, _ = method_of(args)
     settings = {
         "Recipe": "none; built in Python" if recipe is None else _shareable(recipe),
         "Retriever": f"{_without_addresses(retriever)}; top-k {args.retrieval_top_k}",
@@ -85,8 +96,8 @@ def write_card(
         f"# {markdown_text(name)}",
         "",
         f"A language model that searches: it reasons, calls {' and '.join(protocol.tools)}, reads what comes back, "
-        f"and answers (protocol `{protocol.name}`). It was trained from {origin} with {method} (the "
-        f"[paper]({PAPER_URL})), by the `rex_rag` package on TRL's GRPO trainer.",
+        f"and answers (protocol `{protocol.name}`). It was trained from {origin} with {trained} (the "
+        f"[paper](https://huggingface.co/papers/{paper['id']})), by the `rex_rag` package on TRL's GRPO trainer.",
         "",
         "## Use",
         "",
@@ -111,13 +122,21 @@ def write_card(
         "## Citation",
         "",
         "```bibtex",
-        PAPER["citation"].rstrip("\n"),
+        paper["citation"],
         "```",
     ]
     path.write_text(f"---\n{card.data}\n---\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
     if results := training_results(log_history, decoded):
         asked = {set_name or UNNAMED_SET: known for set_name, known in evaluation_sets.items()}
         write_results(path, [_with_size(one, asked.get(one.dataset_name)) for one in results], model_name=name)
+
+
+def method_of(args: REXRAGConfig) -> tuple[str, dict[str, str], list[str]]:
+    """What a run trains with: its name, its paper, and the tags of its model."""
+    if not args.num_probe_slots:
+        return "GRPO over searches (Search-R1)", SEARCH_R1, ["trl", "grpo", "search-r1"]
+    name = "rescue replay, a variant of REX-RAG" if args.correction_form.replays else "REX-RAG"
+    return name, PAPER, ["trl", "grpo", "rex-rag"]
 
 
 def _with_size(result: CardResult, known: tuple[int, str] | None) -> CardResult:

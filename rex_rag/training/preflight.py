@@ -29,6 +29,7 @@ from rex_rag.models.files import HUB_NAME, check_model
 from rex_rag.retrieval.base import RetrievalError
 from rex_rag.retrieval.load import RetrieverArguments
 from rex_rag.support.errors import EXPECTED_ERROR, one_line
+from rex_rag.support.options import LISTS, with_lists_joined
 from rex_rag.support.politeness import longest_wait
 from rex_rag.support.recipes import with_recipe_path
 from rex_rag.support.wording import describe_unknown
@@ -90,7 +91,7 @@ def read_settings(words: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError, OSError, yaml.YAMLError: for a recipe that is not there, or is none.
     """
-    words = with_recipe_path(list(words))
+    words = with_recipe_path(with_lists_joined(words, LISTS))
     settings: dict[str, Any] = {}
     if "--config" in words:
         with open(words[words.index("--config") + 1], encoding="utf-8") as file:
@@ -101,6 +102,7 @@ def read_settings(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         if word.startswith("--"):
             key, _, value = word[2:].partition("=")
+            key = key.replace("-", "_")
             given[key] = [value] if value else []
         elif key is not None:
             given[key].append(word)

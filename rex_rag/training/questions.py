@@ -47,7 +47,7 @@ def checked_questions(dataset: Dataset | IterableDataset | dict | None, name: st
     def checked(row: dict, index: int) -> dict:
         return {"golden_answers": checked_answers(row, f"{name}[{index}]")}
 
-    return dataset.map(checked, with_indices=True)
+    return dataset.map(checked, with_indices=True, **_described(dataset, "checking questions"))
 
 
 def add_prompts(dataset: Dataset | IterableDataset | dict | None, protocol: Protocol, forbidden: Sequence[str]):
@@ -60,7 +60,13 @@ def add_prompts(dataset: Dataset | IterableDataset | dict | None, protocol: Prot
         return None
     if isinstance(dataset, dict):
         return {key: add_prompts(part, protocol, forbidden) for key, part in dataset.items()}
-    return dataset.map(lambda row: {"prompt": protocol.messages(row["question"], forbidden)})
+    described = _described(dataset, "writing prompts")
+    return dataset.map(lambda row: {"prompt": protocol.messages(row["question"], forbidden)}, **described)
+
+
+def _described(dataset: Dataset | IterableDataset, name: str) -> dict[str, str]:
+    """What a progress bar says; a stream has none."""
+    return {"desc": name} if hasattr(dataset, "__len__") else {}
 
 
 def refuse_long_prompt(length: int, prompt: list[dict[str, str]], args: REXRAGConfig) -> None:

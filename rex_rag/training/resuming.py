@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from transformers import PrinterCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from rex_rag.training.checkpoints import find_checkpoint, other_processes, refuse_other_engine, set_aside_later
 from rex_rag.training.collapse_guard import CollapseGuard
 from rex_rag.training.grpo_seams import GRPOSeams
 from rex_rag.training.interruption import StopOnSignal
+from rex_rag.training.progress_line import ProgressLine
 from rex_rag.training.run_log import RunLog
 from rex_rag.training.run_settings import changed_settings, recorded_settings
 from rex_rag.training.trackers import guard_trackers
@@ -33,7 +36,9 @@ class ResumableTrainer(GRPOSeams):
         super().__init__(*args, **kwargs)
         self.stop_on_signal = StopOnSignal(self.max_over_ranks)
         self.collapse_guard = CollapseGuard(self.args.collapse_guard, self.max_over_ranks)
-        for callback in (RunLog(), self.stop_on_signal, self.collapse_guard):
+        for printed in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # every metric of every log
+            self.remove_callback(printed)
+        for callback in (RunLog(), ProgressLine(), self.stop_on_signal, self.collapse_guard):
             self.add_callback(callback)
         guard_trackers(self)
 

@@ -58,7 +58,7 @@ def run_settings(
         "model": "/".join(Path(model).parts[-2:]) if Path(model).is_dir() else model,
         "retriever": retriever,
         "exploration_prompts": hashlib.sha256("\n".join(args.exploration_pool()).encode()).hexdigest(),
-        "agent": asdict(args.agent_settings()),
+        "agent": {name: value for name, value in asdict(args.agent_settings()).items() if name != "method"},
     }
     if isinstance(questions, Sized):
         settings["questions"] = {"rows": len(questions), "sha256": _questions_sha256(questions)}

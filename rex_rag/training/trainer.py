@@ -32,6 +32,7 @@ from rex_rag.rollout.agent import Agent
 from rex_rag.rollout.books import end_tokens
 from rex_rag.support.errors import UserError
 from rex_rag.tools import make_tools
+from rex_rag.training.budgets import context_warning, fit_budgets
 from rex_rag.training.config import REXRAGConfig
 from rex_rag.training.corrected_loss import CorrectedLoss
 from rex_rag.training.dynamic_sampling import DynamicSampler, fresh_questions
@@ -50,7 +51,7 @@ from rex_rag.training.metrics import (
     ratio_metrics,
     ratio_statistics,
 )
-from rex_rag.training.model_card import PAPER, write_card
+from rex_rag.training.model_card import method_of, write_card
 from rex_rag.training.questions import add_prompts, checked_questions, refuse_long_prompt, refuse_long_prompts
 from rex_rag.training.rescue_replay import Imitated, RescueReplay, Role, imitation_advantages
 from rex_rag.training.resuming import ResumableTrainer
@@ -114,10 +115,6 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, FiniteTrainer, ResumableTrainer):
         RetrievalError: when the retriever cannot answer.
     """
 
-    _tag_names = ["trl", "grpo", "rex-rag"]  # noqa: RUF012 (TRL's contract)
-    _name = "REX-RAG"
-    _paper = PAPER
-
     def __init__(
         self,
         model,
@@ -139,6 +136,7 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, FiniteTrainer, ResumableTrainer):
         retriever.check()
         self.retriever = retriever
         self.recipe = recipe
+        self._name, self._paper, self._tag_names = method_of(args)
         self._keep_ratio = KeepRatio(args.keep_ratio, args.keep_ratio_schedule)
         self._slots: Slots  # of the batch under way
         self._replay: RescueReplay | None = None
@@ -148,6 +146,7 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, FiniteTrainer, ResumableTrainer):
         eval_dataset = checked_questions(eval_dataset, "eval_dataset")
         if problems := training_problems(args, train_dataset):
             raise UserError("; ".join(problems))
+        args = fit_budgets(args, model)
         processing_class = processing_class or policy_tokenizer(model, args)
         forbidden = control_tokens(processing_class)
         self.run_settings = run_settings(args, policy_name(model), train_dataset, retriever.description)
@@ -176,7 +175,7 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, FiniteTrainer, ResumableTrainer):
         greedy = args.num_generations_eval == 1  # as benchmarks are decoded; several of a question have to differ
         self.evaluator = self._make_agent(protocol, retriever, 0.0) if greedy else self.sampler.agent
         self._refuse_long_prompts()
-        for warning in training_warnings(args, self.train_dataset, self.model):
+        for warning in [*training_warnings(args, self.train_dataset, self.model), *context_warning(args, self.model)]:
             logger.warning(warning)
         if args.num_probe_slots and args.correction_form.replays:
             slots = args.generation_batch_size // self.num_generations * args.num_probe_slots

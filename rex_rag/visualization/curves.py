@@ -6,13 +6,13 @@ import json
 import math
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rex_rag.support.errors import UserError
 from rex_rag.support.log_rows import EXACT_MATCH, UNNAMED_SET, evaluated_sets
-from rex_rag.support.run_log import read_log
+from rex_rag.support.run_log import LOG_FILE, read_log
 from rex_rag.visualization.escape import without_controls
 from rex_rag.visualization.files import new_figure, picture_format, write_figure
 
@@ -22,41 +22,105 @@ if TYPE_CHECKING:
 
 STATE_FILE = "trainer_state.json"
 
-# One panel: title, unit of the vertical axis, (metric key, label) of its lines.
-_Panel = tuple[str, str, tuple[tuple[str, str], ...]]
-_PANELS: tuple[_Panel, ...] = (
-    ("Exact match", "share", ((EXACT_MATCH, "originals"), ("em/probes", "probes"))),
-    ("Dead ends", "share", (("dead_end/rate", "dead ends"), ("dead_end/rescue_rate", "rescued"))),
-    ("Probes", "count a step", (("probes/made", "made"), ("probes/kept", "kept"))),
-    ("Mixing share a", "share", (("probes/mixing_share", "a"),)),
-    ("Importance weight", "weight", (("importance_weight/mean", "mean"), ("importance_weight/max", "max"))),
-    ("Effective sample size", "share of rows", (("importance_weight/ess", "ESS"),)),
-    (
+
+class _Panel(NamedTuple):
+    """metrics: (key, label) of its lines. spikes: what is drawn logarithmically where something towers over it, the
+    height of the lowest line ("lines", which may lie orders of magnitude apart) or of the highest ("tallest")."""
+
+    title: str
+    hint: str
+    unit: str
+    metrics: tuple[tuple[str, str], ...]
+    spikes: str = ""
+
+
+# What everybody asks of a run; docs/health.md, "Reading the curves", says what answers look like.
+_QUESTIONS = (
+    _Panel(
+        "Does it learn?", "exact match: should rise", "share", ((EXACT_MATCH, "training, sampled"),)
+    ),  # and evaluation sets
+    _Panel(
+        "Does it leave dead ends?",
+        "dead ends should fall; rescued ones show the way",
+        "share of questions",
+        (("dead_end/rate", "dead ends"), ("dead_end/rescue_rate", "rescued, of those probed")),
+    ),
+    _Panel(
+        "Is there something to learn from?",
+        "groups neither all right nor all wrong: not near 0",
+        "share",
+        (("signal/trained", "groups with signal"), ("probes/mixing_share", "probes among rows")),
+    ),
+    _Panel(
+        "Is it healthy?",
+        "KL grows slowly, entropy stays above 0; neither jumps",
+        "nats a token",
+        (("kl", "KL"), ("entropy", "entropy")),
+        "lines",
+    ),
+    _Panel(
+        "What does it do?",
+        "searches as many as questions need; invalid ones fade",
+        "count a rollout",
+        (("searches/mean", "searches"), ("invalid_actions/mean", "invalid actions"), ("unanswered/rate", "no answer")),
+        "tallest",
+    ),
+    _Panel(
+        "What does it cost?",
+        "which part takes the time",
+        "seconds a step",
+        (("step_time", "step"), ("seconds/generation", "generation"), ("seconds/retrieval", "retrieval")),
+        "tallest",
+    ),
+)
+_FURTHER = (
+    _Panel("Probes", "what the filter keeps", "count a step", (("probes/made", "made"), ("probes/kept", "kept"))),
+    _Panel("Reward", "by kind", "mean", (("reward/originals", "originals"), ("reward/probes", "probes"))),
+    _Panel(
+        "Importance weight",
+        "far above 1: few rows count",
+        "weight",
+        (("importance_weight/mean", "mean"), ("importance_weight/max", "max")),
+        "lines",
+    ),
+    _Panel("Effective sample size", "near 1: all rows count", "share of rows", (("importance_weight/ess", "ESS"),)),
+    _Panel(
         "Clipped",
+        "tokens without gradient",
         "share of tokens",
         (("clip_ratio/policy", "policy"), ("clip_ratio/probe", "probe"), ("clip_ratio/region_mean", "all")),
     ),
-    ("KL", "nats", (("kl", "all"), ("kl/policy", "policy"), ("kl/probe", "probe"))),
-    (
+    _Panel(
+        "KL by kind of token",
+        "inserted ones are not sampled, and may be far",
+        "nats",
+        (("kl/policy", "policy"), ("kl/probe", "probe")),
+        "lines",
+    ),
+    _Panel(
         "Completion length",
+        "model-written",
         "tokens",
         (
             ("completions/mean_length", "mean"),
             ("completions/min_length", "shortest"),
             ("completions/max_length", "longest"),
         ),
+        "tallest",
     ),
-    ("Actions a rollout", "count", (("searches/mean", "searches"), ("invalid_actions/mean", "invalid"))),
-    (
-        "Time a step",
-        "seconds",
-        (("step_time", "step"), ("seconds/generation", "generation"), ("seconds/retrieval", "retrieval")),
+    _Panel(
+        "Cut short, repetitive, garbled",
+        "should stay near 0",
+        "share of rollouts",
+        (
+            ("completions/clipped_ratio", "out of tokens"),
+            ("repetitive/rate", "repetitive"),
+            ("garbled/rate", "garbled"),
+        ),
     ),
-    ("Reward and entropy", "mean; nats", (("reward", "reward"), ("entropy", "entropy"))),
+    _Panel("Gradient", "norm before clipping", "norm", (("grad_norm", "gradient"),), "tallest"),
 )
-# Panels whose lines can lie orders of magnitude apart, or spike: above the lowest line's usual height, logarithmic.
-_SPIKING = ("KL", "Importance weight")
-_SPIKE = 5.0  # times that height
+_SPIKE = 5.0  # times a line's usual height
 _LINE_STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 4)), (0, (8, 3)))
 # Okabe and Ito's colours, told apart with any colour vision; yellow is left out, too pale for a line on white.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
@@ -69,8 +133,9 @@ def read_log_history(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The log rows of a training run.
 
     Args:
-        path: a `trainer_state.json`, or a training run's directory: its `log.jsonl`, also while it trains; in a run
-            without one its state's, or its newest checkpoint's where that has come further.
+        path: a `trainer_state.json`, or a training run's directory: its `log.jsonl`, also while it trains, before the
+            first step without rows; in a run without one its state's, or its newest checkpoint's where that has come
+            further.
 
     Raises:
         FileNotFoundError: where there is none.
@@ -79,15 +144,19 @@ def read_log_history(path: str | os.PathLike) -> list[dict[str, Any]]:
     path = Path(path)
     if path.is_file():
         return _read_state(path)[1]
-    if rows := read_log(path):
-        return rows
+    logged = read_log(path)
+    if logged:
+        return logged
     checkpoints = [(_number(found.parent), found) for found in path.glob(f"checkpoint-*/{STATE_FILE}")]
     files = [path / STATE_FILE] if (path / STATE_FILE).is_file() else []
     files += [max(checkpoints)[1]] if checkpoints else []
-    if not files:
+    if not files and logged is None:
         raise FileNotFoundError(
-            f"there is no {STATE_FILE} in {path} or in a checkpoint of it; name a training run's output directory"
+            f"there is neither {LOG_FILE} nor {STATE_FILE} in {path}, nor a checkpoint with one; name a training "
+            "run's output directory. A run that is still loading its model has none yet"
         )
+    if not files:
+        return []
     return max(map(_read_state, files), key=lambda state: state[0])[1]
 
 
@@ -134,9 +203,14 @@ def labelled_runs(runs: Sequence[str]) -> dict[str, Path]:
 
 
 def plot_training_curves(
-    runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike, title: str = "Training"
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    path: str | os.PathLike,
+    title: str = "Training",
+    every_panel: bool = False,
 ) -> Path:
     """Draw the training curves of one or several runs into one PNG or SVG, as the name ends; return its path.
+
+    Six panels answer a question each; the first one shows the evaluation sets beside the training questions.
 
     Args:
         runs: {name: rows}, rows as in `log_history` of trainer_state.json. Runs are told apart by colour and marker,
@@ -144,32 +218,32 @@ def plot_training_curves(
             behind. Rows without a step, and values that are not finite, are left out.
         path: the image.
         title: above all panels.
+        every_panel: draw what is asked more seldom too.
 
-    A panel none of whose metrics has a finite value says so instead of showing an empty plot; only the one of
-    evaluation sets is left out where there are none.
+    A panel none of whose metrics has a finite value says so instead of showing an empty plot.
 
     Raises:
         ImportError: without matplotlib; the message says how to install it.
         ValueError: for a name that ends neither in .png nor in .svg.
     """
     picture_format(path)
-    columns, panels = 3, _PANELS + _evaluation_panel(runs)
+    learns, *others = _QUESTIONS
+    panels = (learns._replace(metrics=learns.metrics + _evaluated(runs)), *others, *(_FURTHER if every_panel else ()))
+    columns = 3
     rows = math.ceil(len(panels) / columns)
     figure = new_figure(5 * columns, 3.1 * rows, layout="constrained")
     figure.suptitle(without_controls(title), parse_math=False)
     longest = max((row["step"] for log in runs.values() for row in log if "step" in row), default=0)
     window = max(1, int(longest) // _WINDOWS) if len(runs) > 1 else 1
-    places = figure.subplots(rows, columns).flat
-    for axes in places[len(panels) :]:
-        axes.remove()
-    for axes, (name, unit, metrics) in zip(places, panels, strict=False):
-        _draw_panel(axes, runs, metrics, window)
-        axes.set_title(name, fontsize=10)
+    for axes, panel in zip(figure.subplots(rows, columns).flat, panels, strict=True):
+        _draw_panel(axes, runs, panel.metrics, window)
+        axes.set_title(panel.title, fontsize=11, pad=18)
+        axes.text(0.5, 1.02, panel.hint, ha="center", va="bottom", transform=axes.transAxes, fontsize=8, color="0.35")
         axes.set_xlabel("step", fontsize=8)
-        axes.set_ylabel(unit, fontsize=8)
+        axes.set_ylabel(panel.unit, fontsize=8)
         axes.tick_params(labelsize=8)
-        if name in _SPIKING:
-            _compress_spikes(axes)
+        if panel.spikes:
+            _compress_spikes(axes, min if panel.spikes == "lines" else max)
     if len(runs) > 1:
         handles = [_line("-", without_controls(name), _look(number)) for number, name in enumerate(runs)]
         legend = figure.legend(
@@ -209,14 +283,13 @@ def running_mean(steps: Sequence[float], values: Sequence[float], window: int) -
     return means
 
 
-def _evaluation_panel(runs: Mapping[str, Sequence[Mapping]]) -> tuple[_Panel, ...]:
-    """The panel of the evaluation sets that training looked at; none where it looked at none."""
+def _evaluated(runs: Mapping[str, Sequence[Mapping]]) -> tuple[tuple[str, str], ...]:
+    """(metric key, label) of exact match in the evaluation sets that training looked at."""
     prefixes: dict[str, str] = {}
     for rows in runs.values():
         for row in rows:
             prefixes |= evaluated_sets(row)
-    metrics = tuple((prefix + EXACT_MATCH, name or UNNAMED_SET) for name, prefix in sorted(prefixes.items()))
-    return (("Exact match, evaluation sets", "share", metrics),) if metrics else ()
+    return tuple((prefix + EXACT_MATCH, name or UNNAMED_SET) for name, prefix in sorted(prefixes.items()))
 
 
 def _draw_panel(
@@ -257,18 +330,22 @@ def _draw_panel(
         axes.set_yticks([])
 
 
-def _compress_spikes(axes: Axes) -> None:
-    """Where something towers over the lowest line, draw what lies above that line logarithmically.
+def _compress_spikes(axes: Axes, of_lines: Callable[..., float]) -> None:
+    """Where something towers over the usual height of the lowest or the highest line, draw it logarithmically.
 
-    The height of a line is the 90th percentile of its values, of a kind that a few spikes do not move.
+    The usual height of a line is the 90th percentile of its values, of a kind that a few spikes do not move.
     """
     import numpy as np
 
     lines = [sorted(abs(value) for value in np.asarray(line.get_ydata())) for line in axes.get_lines()]
     heights = [values[int(0.9 * (len(values) - 1))] for values in lines]
-    usual = min((height for height in heights if height > 0), default=0.0)
+    usual = of_lines((height for height in heights if height > 0), default=0.0)
     if usual and max(map(max, lines)) > _SPIKE * usual:
+        from matplotlib.ticker import SymmetricalLogLocator
+
         axes.set_yscale("symlog", linthresh=usual, linscale=2.0)
+        axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=usual, subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_ylabel(f"{axes.get_ylabel()}, logarithmic above {usual:.2g}", fontsize=8)
 
 

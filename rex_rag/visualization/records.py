@@ -23,6 +23,7 @@ from rex_rag.visualization.predictions import JudgeReader, prediction_files, rea
 if TYPE_CHECKING:
     import pyarrow
 
+_PARQUET_END = b"PAR1"
 OUTCOMES = ("wrong", "right", "rescued", "unanswered", "disputed")
 
 
@@ -98,9 +99,9 @@ def read_records(
     if not tables and not predictions:
         raise FileNotFoundError(
             f"there are neither completion tables nor {PREDICTIONS_FILE} at {path}; name a completions_*.parquet "
-            f"(training writes them with log_completions: true), a {PREDICTIONS_FILE} of an evaluation, or the "
-            "directory of a run (an evaluation shows once its first chunk is finished). --step looks for the former "
-            "alone, --benchmark for the latter"
+            "(training writes them with log_completions: true, the first after logging_steps steps), a "
+            f"{PREDICTIONS_FILE} of an evaluation, or the directory of a run (an evaluation shows once its first "
+            "chunk is finished). --step looks for the former alone, --benchmark for the latter"
         )
     records = read_completion_tables(path, step, limit) if tables else []
     total = sum(steps[step] if step is not None else steps.total() for steps in map(_steps, tables))
@@ -179,8 +180,15 @@ def completion_files(path: Path) -> list[Path]:
         return [] if path.suffix == ".jsonl" else [path]
     for folder in (path / "completions", path):
         if files := sorted(folder.glob("completions_*.parquet")):
-            return files
+            return files if _is_whole(files[-1]) else files[:-1]
     return []
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a table has its end; the newest of a run under way may still be being written."""
+    with file.open("rb") as opened:
+        opened.seek(max(file.stat().st_size - len(_PARQUET_END), 0))
+        return opened.read() == _PARQUET_END
 
 
 def _completion_rows(file: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from parts import PASSAGES
 from tiny_training import save_tiny_policy, tiny_trainer
+from transformers import TrainerCallback
 
 from rex_rag.cli import main
 from rex_rag.retrieval.bm25.retriever import BM25Retriever
@@ -62,6 +63,50 @@ def test_a_run_under_way_and_a_broken_one(run, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "step 5 of 3" in said and "health: OUT OF BOUNDS since step 4: kl/policy 2.5 (was " in said
     assert len(read_log_history(tmp_path)) == 5
+
+
+class Looking(TrainerCallback):
+    """Looks at a run from outside before its first step and behind it, while it holds no checkpoint."""
+
+    def __init__(self, folder, capsys) -> None:
+        self.folder, self.capsys, self.seen = folder, capsys, []
+
+    def look(self) -> None:
+        said = []
+        for words in (["watch"], ["curves", "--output", str(self.folder / "c.png")], ["view"]):
+            self.capsys.readouterr()
+            code = main([words[0], str(self.folder), *words[1:]])
+            said.append((code, "".join(self.capsys.readouterr())))
+        self.seen.append(said)
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step < 2:
+            self.look()
+
+
+def test_a_run_is_looked_at_before_its_first_checkpoint(tmp_path, capsys):
+    settings = {"per_device_train_batch_size": 18, "max_turns": 1, "max_steps": 2, "log_completions": True}
+    policy, retriever = save_tiny_policy(tmp_path / "tiny"), BM25Retriever(PASSAGES)
+    trainer = tiny_trainer(policy, tmp_path / "out", retriever, save_strategy="no", **settings)
+    looking = Looking(tmp_path / "out", capsys)
+    trainer.add_callback(looking)
+    trainer.train()
+    (watch, curves, view), (watch_later, curves_later, view_later) = looking.seen
+    assert watch == (0, f"{tmp_path / 'out'}: no step is logged yet\n\n")
+    assert curves[0] == 2 and "no step is logged yet" in curves[1]
+    assert view[0] == 2 and "the first after logging_steps steps" in view[1]
+    assert watch_later[0] == curves_later[0] == view_later[0] == 0
+    assert "step 1 of 2" in watch_later[1] and "rows logged: out 1" in curves_later[1]
+    shown = view_later[1].partition(": ")[2].split()
+    assert shown[0] == shown[2] and int(shown[0]) > 6
+
+
+def test_a_table_that_is_being_written_is_left_out(run, tmp_path, capsys):
+    copied = shutil.copytree(run[0], tmp_path / "copied")
+    newest = max((copied / "completions").glob("*.parquet"))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert main(["view", str(copied)]) == 0 and "trajectories" in capsys.readouterr().out
+    assert main(["watch", str(copied)]) == 0 and "[POLICY]" in capsys.readouterr().out
 
 
 def test_no_run_and_a_changed_log_are_said(tmp_path, capsys):

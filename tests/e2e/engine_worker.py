@@ -54,7 +54,7 @@ def train(folder: Path, policy: str, output: Path, rows: int, checkpoint: Path |
     words += ["--per_device_train_batch_size", str(rows), "--max_steps", str(STEPS), "--save_steps", str(SAVED_AT)]
     words += [] if checkpoint is None else ["--resume_from_checkpoint", str(checkpoint)]
     with ExitStack() as held_folder:
-        trainer, found = prepare(words, held_folder)
+        trainer, found, _ = prepare(words, held_folder)
         generator = ByPrompt(trainer.tokenizer)
         trainer.sampler.agent.driver.generator = lambda stop: generator
         run(trainer, found)

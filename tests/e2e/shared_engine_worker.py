@@ -114,7 +114,7 @@ def train(folder: Path, output: Path, mode: str, policy: str) -> None:
     words += ["--vllm_mode", "server" if mode == "server" else "colocate"]
     words += ["--vllm_tensor_parallel_size", "1" if mode == "server" else "2"]
     with ExitStack() as held_folder:
-        trainer, _ = prepare(words, held_folder)
+        trainer, *_ = prepare(words, held_folder)
         rank, generation, calls = trainer.accelerator.process_index, trainer.vllm_generation, []
         generate, rollout = generation.generate, trainer.sampler.agent.rollout
         turns: list[int] = []

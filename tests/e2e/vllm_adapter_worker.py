@@ -24,7 +24,7 @@ def main() -> None:
     words = ["--config", str(folder / "lora.yaml"), "--output_dir", str(folder / "run"), "--use_vllm", "true"]
     words += ["--vllm_mode", "colocate", "--vllm_gpu_memory_utilization", "0.1"]
     with ExitStack() as held_folder:
-        trainer, _ = prepare(words, held_folder)
+        trainer, *_ = prepare(words, held_folder)
         trainer.reward_funcs[0] = brevity
         model = trainer.vllm_generation.llm.llm_engine.model_executor.driver_worker.model_runner.model
         given, load_weights = {}, model.load_weights

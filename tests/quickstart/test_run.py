@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from rex_rag.quickstart.run import ROWS, draw, recipe_of, run_side_by_side, table
+from rex_rag.quickstart.run import ROWS, draw, recipe_of, run_side_by_side, table, tolerance
 
 
 def figures(value: float) -> dict:
@@ -19,6 +19,14 @@ def test_the_table_has_a_column_a_model_and_no_number_where_there_is_none():
     assert lines[0] == "| figure | questions | before | grpo | ours |"
     assert lines[2] == "| exact match, greedy | two-hop (3) | 0.000 | - | 0.250 |"
     assert len(lines) == 2 + len(ROWS)
+
+
+def test_the_table_says_how_far_its_figures_can_be_trusted():
+    hundred = figures(0.5)
+    hundred["two_hop"]["questions"] = 100
+    said = tolerance({"before": hundred, "grpo": hundred, "rescue_replay": hundred})
+    assert "±0.10" in said and "grpo .00" in said and "rescue_replay .80 to .92" in said
+    assert "Over seeds" not in tolerance({"before": hundred, "own": hundred})
 
 
 def test_the_picture_takes_runs_of_unequal_length_and_runs_without_probes(tmp_path):

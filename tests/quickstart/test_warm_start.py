@@ -1,10 +1,13 @@
 """What the warm start begins with, and the order in which it sees its rows."""
 
+from types import SimpleNamespace
+
 import torch
 
 from rex_rag.protocols import make_protocol
 from rex_rag.quickstart.warm_start import (
     QUICKSTART_PROMPT,
+    StopWhenGood,
     batches_of_like_length,
     begin_by_copying,
     build_model,
@@ -42,3 +45,17 @@ def test_attention_begins_by_looking_for_its_own_token_and_passing_it_on():
         # Whatever is seen is added, halved, to what is there; a token's likeness to itself is |x|^2 / 2.
         torch.testing.assert_close(o @ v, half, atol=1e-5, rtol=0)
         torch.testing.assert_close(q.T @ k, half, atol=1e-5, rtol=0)
+
+
+def test_the_bar_promises_no_steps_and_shows_no_figure_before_it_is_measured():
+    args = SimpleNamespace(check_from=2, check_every=2, target=0.95)
+    callback = StopWhenGood(args, SimpleNamespace(exact_match=lambda model, hops: 0.96))
+    state, control = SimpleNamespace(max_steps=1800, global_step=0), SimpleNamespace(should_training_stop=False)
+    callback.on_train_begin(None, state, control)
+    callback.on_log(None, state, control, logs={"loss": 0.5})
+    assert callback.bar.total is None and "nan" not in str(callback.bar) and "one-hop EM" not in str(callback.bar)
+    for state.global_step in (1, 2):
+        callback.on_step_end(None, state, control)
+        callback.on_log(None, state, control, logs={"loss": 0.5})
+    assert control.should_training_stop and "one-hop EM 0.96 of 0.95" in str(callback.bar)
+    callback.on_train_end(None, state, control)

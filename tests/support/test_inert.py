@@ -45,18 +45,17 @@ def test_errors_and_log_lines_are_inert(capsys):
     assert is_inert(_Visible("%(message)s").format(record)) and "title" in _Visible().format(record)
 
 
-def test_trls_table_prints_passages_and_prompts_as_text(capsys):
-    pytest.importorskip("rich")
+def test_rollouts_are_printed_as_text(capsys):
     from trl.trainer import grpo_trainer
 
     from rex_rag.training import grpo_seams
 
     assert grpo_seams.GRPOSeams
     messages = [[{"role": "user", "content": NASTY}]]
-    extra = {"t": [NASTY]}
+    extra = {name: [NASTY] for name in ("question", "predicted_answer", "trajectory")} | {"golden_answers": [[NASTY]]}
     grpo_trainer.print_prompt_completions_sample(messages, [NASTY], {"em": [1.0]}, [0.5], 3, None, extra=extra)
     printed = capsys.readouterr().out
-    assert "Step 3" in printed
+    assert "step 3" in printed and printed.count("title") == 4
     assert not {"\x07", "\x9b", "\u202e"} & set(printed) and "\x1b]" not in printed and "\x1b[2J" not in printed
 
 

@@ -18,12 +18,12 @@ def rows(count: int, **metrics: float) -> list[dict]:
     return [{"step": step, **{name: value * step for name, value in metrics.items()}} for step in range(1, count + 1)]
 
 
-def drawn_axes(runs: dict[str, list[dict]]) -> list[Axes]:
+def drawn_axes(runs: dict[str, list[dict]], every_panel: bool = False) -> list[Axes]:
     """The panels of a picture, as matplotlib holds them before they are saved."""
     figures = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(curves, "write_figure", lambda figure, path, dpi: figures.append(figure))
-        plot_training_curves(runs, "curves.png")
+        plot_training_curves(runs, "curves.png", every_panel=every_panel)
     return figures[0].axes
 
 
@@ -63,7 +63,7 @@ def test_a_running_mean_is_over_steps_however_many_of_them_have_a_value():
     sets = [{"step": step, f"eval_{name}_em/originals": step / 1000} for step in (100, 200) for name in "abcdefg"]
     axes = drawn_axes({"ours": [*rows(200, kl=1), *sets], "theirs": rows(10, kl=1)})
     assert axes[0].figure.legends[0].get_title().get_text() == "running means over 8 steps, single steps behind"
-    [panel] = [each for each in axes if "sets" in each.get_title()]
+    [panel] = [each for each in axes if each.get_title() == "Does it learn?"]
     assert [line.get_ydata().tolist() for line in panel.get_lines()] == [[0.1, 0.2]] * 14  # values and their means
 
 
@@ -76,7 +76,7 @@ def test_curves_of_two_runs_with_missing_metrics(tmp_path):
     path = plot_training_curves(runs, tmp_path / "deeper" / "curves.png", "Two runs")
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">II", data[16:24]) == (1650, 1364)
+    assert struct.unpack(">II", data[16:24]) == (1650, 682)
     assert [file.name for file in path.parent.iterdir()] == ["curves.png"]
     # The same picture with one value changed is another picture: the curves are really drawn.
     runs["grpo $x$"][5]["em/originals"] = 1.0
@@ -86,23 +86,29 @@ def test_curves_of_two_runs_with_missing_metrics(tmp_path):
 def test_an_svg_names_runs_metrics_and_what_was_not_logged_as_text(tmp_path):
     runs = {"ours": rows(100, **{"em/originals": 0.01}), "theirs, $unpaired": rows(40, kl=0.1)}
     text = plot_training_curves(runs, tmp_path / "c.svg", "Cost: $1 & <more>").read_text()
-    for shown in ("ours", "theirs, $unpaired", "originals", "clip_ratio/policy", "Cost: $1 &amp; &lt;more&gt;"):
+    for shown in ("ours", "theirs, $unpaired", "training, sampled", "signal/trained", "Cost: $1 &amp; &lt;more&gt;"):
         assert f">{shown}</text>" in text, shown
     # The longest run has 100 steps: means over 100 // 25 of them.
     assert ">running means over 4 steps, single steps behind</text>" in text
     assert plot_training_curves(runs, tmp_path / "d.svg", "Cost: $1 & <more>").read_text() == text
 
 
-def test_evaluation_sets_have_a_panel_of_their_own_where_there_are_any(tmp_path):
+def test_evaluation_sets_stand_beside_the_training_questions_where_there_are_any(tmp_path):
     log = [*rows(3, kl=1), {"step": 3, "eval_nq_em/originals": 0.2}, {"step": 3, "eval_hotpotqa_em/originals": 0.1}]
     text = plot_training_curves({"ours": log, "theirs": rows(3, kl=2)}, tmp_path / "c.svg").read_text()
-    for shown in ("Exact match, evaluation sets", "nq", "hotpotqa"):
+    for shown in ("nq", "hotpotqa"):
         assert f">{shown}</text>" in text, shown
-    [only] = [
-        axes for axes in drawn_axes({"ours": [{"step": 1, "eval_em/originals": 0.25}]}) if "sets" in axes.get_title()
-    ]
-    assert [line.get_ydata().tolist() for line in only.get_lines()] == [[0.25]]
-    assert not [axes for axes in drawn_axes({"ours": rows(3, kl=1)}) if "sets" in axes.get_title()]
+    learns, *_ = drawn_axes({"ours": [{"step": 1, "eval_em/originals": 0.25, "em/originals": 0.5}]})
+    labels = {line.get_label(): line.get_ydata().tolist() for line in learns.get_lines()}
+    assert labels == {"training, sampled": [0.5], "evaluation questions": [0.25]}
+
+
+def test_six_panels_ask_a_question_each_and_a_flag_draws_the_rest():
+    log = {"ours": rows(3, kl=1)}
+    asked, everything = drawn_axes(log), drawn_axes(log, every_panel=True)
+    assert len(asked) == 6 and all(axes.get_title().endswith("?") for axes in asked)
+    titles = [axes.get_title() for axes in everything]
+    assert titles[:6] == [axes.get_title() for axes in asked] and len(set(titles)) == len(titles) > 12
 
 
 def test_ten_runs_look_different_each():
@@ -111,7 +117,7 @@ def test_ten_runs_look_different_each():
     looks = [(line.get_color(), line.get_marker()) for line in legend.get_lines()]
     assert len(looks) == len(set(looks)) == 10
     # Each line is drawn as the legend says.
-    [panel] = [each for each in axes if each.get_title() == "KL"]
+    [panel] = [each for each in axes if each.get_title() == "Is it healthy?"]
     assert [(line.get_color(), line.get_marker()) for line in panel.get_lines()] == looks
 
 
@@ -151,7 +157,7 @@ def test_history_comes_from_the_run_or_its_newest_checkpoint_whichever_has_come_
 
 
 def test_what_is_no_history_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no trainer_state\.json in .* or in a checkpoint of it"):
+    with pytest.raises(FileNotFoundError, match=r"neither log\.jsonl nor trainer_state\.json in"):
         read_log_history(tmp_path)
     file = tmp_path / "trainer_state.json"
     for content, message in (
@@ -181,9 +187,25 @@ def test_runs_are_named_by_what_tells_them_apart(tmp_path):
 def test_a_spike_does_not_hide_the_other_lines():
     log = [{"step": step, "kl": 0.02, "kl/policy": 0.01, "kl/probe": 0.5} for step in range(1, 51)]
     log[25] |= {"kl": 40.0, "kl/probe": 1076.0}
-    [kl] = [axes for axes in drawn_axes({"ours": log}) if axes.get_title() == "KL"]
+    drawn = drawn_axes({"ours": log}, every_panel=True)
+    [kl] = [axes for axes in drawn if axes.get_title() == "KL by kind of token"]
     heights = [kl.transData.transform((0, value))[1] for value in (0.0, 0.01, 0.5, 1076.0)]
     shares = [(height - heights[0]) / (heights[-1] - heights[0]) for height in heights]
     assert shares[1] > 0.1 and shares[2] > 0.4  # on a linear scale 0.00001 and 0.0005
-    [calm] = [axes for axes in drawn_axes({"ours": rows(50, kl=0.02)}) if axes.get_title() == "KL"]
+    [healthy] = [axes for axes in drawn if axes.get_title() == "Is it healthy?"]
+    assert healthy.get_yscale() == "symlog"
+    [calm] = [axes for axes in drawn_axes({"ours": rows(50, kl=0.02)}) if axes.get_title() == "Is it healthy?"]
     assert calm.get_yscale() == "linear"
+
+
+def test_lines_of_unlike_height_keep_a_linear_scale_where_only_a_spike_would_hide_them():
+    def cost(spike: float) -> Axes:
+        log = [{"step": step, "step_time": 5.0, "seconds/retrieval": 0.01} for step in range(1, 51)]
+        log[25]["step_time"] = spike
+        [panel] = [axes for axes in drawn_axes({"ours": log}) if axes.get_title() == "What does it cost?"]
+        return panel
+
+    assert cost(5.0).get_yscale() == "linear"
+    stalled = cost(600.0)
+    low, usual, high = (stalled.transData.transform((0, value))[1] for value in (0.0, 5.0, 600.0))
+    assert stalled.get_yscale() == "symlog" and (usual - low) / (high - low) > 0.4

@@ -151,7 +151,7 @@ def test_curves_draws_runs_under_their_labels(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().out == f"{picture}: rows logged: a 3, other 5\n"
     text = picture.read_text()
     assert all(f">{shown}</text>" in text for shown in ("a", "other", "Two &amp; two"))
-    with pytest.raises(FileNotFoundError, match=r"no trainer_state\.json in"):
+    with pytest.raises(FileNotFoundError, match=r"nor trainer_state\.json in"):
         run("curves", tmp_path / "nowhere", "--output", picture)
 
 

@@ -165,7 +165,8 @@ class IndexArguments:
 
     def _misplaced(self):
         """Settings of another kind of index: taking them and doing nothing with them would mislead."""
-        own, said = KINDS[self.kind].settings, set()
+        own = KINDS[self.kind].settings
+        said: set[str] = set()
         for kind in KINDS.values():
             for name in kind.settings:
                 if name not in (*own, *said) and getattr(self, name) not in (None, []):

@@ -55,7 +55,7 @@ class LateInteractionKind(IndexKind):
             from rex_rag.retrieval.late_interaction.token_encoder import TokenEncoder, TokenEncoderSpec
 
             wanted = self.arguments
-            layout = {} if wanted.passage_format is None else {"passage_format": wanted.passage_format}
+            layout: dict[str, Any] = {} if wanted.passage_format is None else {"passage_format": wanted.passage_format}
             spec = TokenEncoderSpec(wanted.model, wanted.revision, max_tokens=wanted.max_tokens, **layout)
             device = wanted.devices[0] if wanted.devices else None
             self._loaded = TokenEncoder(spec, device, wanted.batch_size, wanted.dtype)

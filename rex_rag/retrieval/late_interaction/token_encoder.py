@@ -110,6 +110,7 @@ class TokenEncoder:
 
     @property
     def dimension(self) -> int:
+        assert self.spec.dimension is not None  # completed when it was opened
         return self.spec.dimension
 
     @property
@@ -199,8 +200,10 @@ def check_token_encoder(
     worst = 1.0
     for passage, new, old in zip(passages, fresh, stored, strict=True):
         same = new.shape == old.shape
-        norms = np.linalg.norm(new, axis=1) * np.linalg.norm(old.astype(np.float32), axis=1) if same else None
-        cosine = float(((new * old).sum(axis=1) / np.maximum(norms, 1e-30)).min()) if same else -1.0
+        cosine = -1.0
+        if same:
+            norms = np.linalg.norm(new, axis=1) * np.linalg.norm(old.astype(np.float32), axis=1)
+            cosine = float(((new * old).sum(axis=1) / np.maximum(norms, 1e-30)).min())
         if not cosine >= MIN_CHECK_COSINE:
             found = (
                 f"cosines down to {cosine:.4f}, and {MIN_CHECK_COSINE} is the least" if same else f"{len(new)} vectors"
@@ -222,7 +225,7 @@ def _load_model(checkpoint: Checkpoint, device: str, dtype: str):
     except ImportError as error:
         raise RetrievalError(f"late interaction needs sentence-transformers 6.2 or newer: {EXTRA}") from error
     kind = torch_dtype(dtype)
-    shared = {
+    shared: dict[str, Any] = {
         "device": device,
         "trust_remote_code": False,
         "local_files_only": True,
