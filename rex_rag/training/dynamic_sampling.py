@@ -26,7 +26,6 @@ import numpy as np
 
 from rex_rag.answers import exact_match
 from rex_rag.probes.mixed_sampling import MixedBatch, MixedSampler
-from rex_rag.support.errors import UserError
 from rex_rag.types import Trajectory
 
 if TYPE_CHECKING:
@@ -172,21 +171,9 @@ def signal_problems(args: REXRAGConfig) -> list[str]:
 
 
 def fresh_questions(dataset: Any, args: REXRAGConfig) -> FreshQuestions | None:
-    """Where the settings have fresh questions drawn from; `None` where they replace none.
-
-    Raises:
-        ValueError: for a stream.
-    """
-    from datasets import IterableDataset
-
+    """Where the settings have fresh questions drawn from; `None` where they replace none."""
     if not (args.dynamic_sampling_rounds or args.rest_after) or dataset is None:
         return None
-    if isinstance(dataset, IterableDataset):
-        raise UserError(
-            f"dynamic_sampling_rounds is {args.dynamic_sampling_rounds} and rest_after is {args.rest_after}, but "
-            "train_dataset is a stream: fresh questions are drawn by their place in it, the same in a resumed run. "
-            "Load it as a datasets.Dataset, or set both to 0"
-        )
     return FreshQuestions(dataset, args.seed)
 
 

@@ -193,8 +193,10 @@ def option_warnings(args: REXRAGConfig) -> list[str]:
     return warnings
 
 
-def training_problems(args: GRPOConfig, train_dataset: Any) -> list[str]:
-    """What stands against training on a set, streams aside, that no one would be told of."""
+def training_problems(args: REXRAGConfig, train_dataset: Any) -> list[str]:
+    """What stands against training on a set, that no one would be told of."""
+    from datasets import IterableDataset
+
     problems = []
     batch = args.generation_batch_size // args.num_generations
     if isinstance(train_dataset, Sized) and len(train_dataset) < batch:
@@ -202,6 +204,12 @@ def training_problems(args: GRPOConfig, train_dataset: Any) -> list[str]:
             f"train_dataset has {len(train_dataset)} questions, fewer than the {batch} of a generation batch "
             f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}), so that "
             "no step would be taken; lower per_device_train_batch_size or steps_per_generation"
+        )
+    if isinstance(train_dataset, IterableDataset) and (args.dynamic_sampling_rounds or args.rest_after):
+        problems.append(
+            f"dynamic_sampling_rounds is {args.dynamic_sampling_rounds} and rest_after is {args.rest_after}, but "
+            "train_dataset is a stream: fresh questions are drawn by their place in it, the same in a resumed run. "
+            "Load it as a datasets.Dataset, or set both to 0"
         )
     if args.metric_for_best_model in ("loss", "eval_loss"):
         problems.append(

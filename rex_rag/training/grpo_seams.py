@@ -90,6 +90,10 @@ class GRPOSeams(GRPOTrainer):
     _is_saving = False
     live: torch.Tensor | None = None  # rows of the batch to score and optimise; None means all
 
+    def describe_method(self, name: str, paper: dict[str, str], tags: list[str]) -> None:
+        """What the model card calls the method, cites, and tags the model with."""
+        self._name, self._paper, self._tag_names = name, paper, tags
+
     # Hooks
 
     def sample_rows(self, examples: list[dict], prompts: list) -> SampledRows:

@@ -136,7 +136,7 @@ class REXRAGTrainer(RolloutLog, CorrectedLoss, FiniteTrainer, ResumableTrainer):
         retriever.check()
         self.retriever = retriever
         self.recipe = recipe
-        self._name, self._paper, self._tag_names = method_of(args)
+        self.describe_method(*method_of(args))
         self._keep_ratio = KeepRatio(args.keep_ratio, args.keep_ratio_schedule)
         self._slots: Slots  # of the batch under way
         self._replay: RescueReplay | None = None

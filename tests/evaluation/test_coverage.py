@@ -270,7 +270,7 @@ def test_answerable_questions_that_cannot_be_written(corpus, tmp_path, capsys):
         coverage([*look, "--write_answerable", str(tmp_path / "answerable.txt")])
     with pytest.raises(ValueError, match="there is no such folder"):
         coverage([*look, "--write_answerable", str(tmp_path / "nowhere" / "answerable.jsonl")])
-    with pytest.raises(ValueError, match="takes the questions of one set, but 2 were given"):
+    with pytest.raises(ValueError, match="takes the questions of one set, but 3 were given"):
         coverage([*look, "--benchmarks", f"one={path}", f"two={path}", "--write_answerable", str(out)])
     server = ["--benchmarks", f"mine={path}", "--retriever", "http://127.0.0.1:9", "--write_answerable", str(out)]
     with pytest.raises(ValueError, match="needs a corpus to look through"):
