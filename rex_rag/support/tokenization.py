@@ -41,9 +41,8 @@ def encode_on(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     anchor = _anchor(tokenizer)
     if anchor is None:
         return _ids(tokenizer, texts)
-    before = _ids(tokenizer, [anchor])[0]
-    rows = _ids(tokenizer, [anchor + text for text in texts])
-    return [row[len(before) :] for row in rows]
+    text_before, length = anchor
+    return [row[length:] for row in _ids(tokenizer, [text_before + text for text in texts])]
 
 
 def decode_on(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
@@ -57,11 +56,12 @@ def decode_on(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]])
 
 
 @lru_cache(maxsize=8)
-def _anchor(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What to write before a text so that its own ids have no blank in front; `None` where they have none anyhow.
+def _anchor(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int] | None:
+    """What to write before a text so that its own ids have no blank in front, and how many ids that is.
 
-    A control token parts texts, and newer tokenizers give the blank to the first part alone. Older ones give it to
-    each: there a line break stands for the end of what was before, which is a byte and in no merge.
+    `None` where they have none anyhow. A control token parts texts, and newer tokenizers give the blank to the first
+    part alone. Older ones give it to each: there a line break stands for the end of what was before, which is a byte
+    and in no merge.
     """
     [letter] = _ids(tokenizer, [_LETTER])
     if _texts(tokenizer, [letter * 2]) == [_LETTER * 2]:
@@ -71,7 +71,7 @@ def _anchor(tokenizer: PreTrainedTokenizerBase) -> str | None:
             continue
         before, both = _ids(tokenizer, [anchor, anchor + _LETTER])
         if both[: len(before)] == before and _texts(tokenizer, [letter + both[len(before) :]]) == [_LETTER * 2]:
-            return anchor
+            return anchor, len(before)
     return None
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +64,35 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     late = own.get("model_type") in ("MultiVectorEncoder", "ColBERT") or "query_prefix" in own
     late = late or "HF_ColBERT" in (_read_json(folder / "config.json").get("architectures") or ())
     return Checkpoint(folder, pinned, (folder / "modules.json").is_file(), filled, late)
+
+
+def pinned_checkpoint(name: str, revision: str | None, location: str | Path | None = None) -> Checkpoint:
+    """The checkpoint of that name, or at another place, with the revision that an index was made with.
+
+    Raises:
+        RetrievalError: as `find_checkpoint`, and for another revision.
+    """
+    checkpoint = find_checkpoint(str(location or name), None if location else revision)
+    if revision is not None and checkpoint.revision != revision:
+        raise RetrievalError(
+            f"the encoder at {checkpoint.folder} has the revision {checkpoint.revision}, not {revision}: its weights "
+            "or configuration are others than those that made the index; give the original checkpoint, or build the "
+            "index again"
+        )
+    return checkpoint
+
+
+@contextmanager
+def loading(checkpoint: Checkpoint, device: str) -> Iterator[None]:
+    """What loading raises, as an error that names checkpoint and device."""
+    try:
+        yield
+    except Exception as error:  # of whatever library: weights cut short, an unknown architecture, no such device
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise RetrievalError(
+            f"the encoder {checkpoint.folder} cannot be loaded on {device}: {type(error).__name__}: {reason}; check "
+            "the device, and whether the checkpoint is whole"
+        ) from error
 
 
 def public_name(name: str, revision: str) -> str:

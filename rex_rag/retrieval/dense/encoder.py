@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rex_rag.data.corpus import join_contents
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.dense.checkpoints import Checkpoint, find_checkpoint
+from rex_rag.retrieval.dense.checkpoints import Checkpoint, loading, pinned_checkpoint
 from rex_rag.support.wording import counted
 from rex_rag.types import Passage
 
@@ -117,13 +117,7 @@ class Encoder:
     ) -> None:
         if batch_size < 1:
             raise RetrievalError(f"batch_size={batch_size} encodes nothing; use 1 or more")
-        checkpoint = find_checkpoint(str(location or spec.name), None if location else spec.revision)
-        if spec.revision is not None and checkpoint.revision != spec.revision:
-            raise RetrievalError(
-                f"the encoder at {checkpoint.folder} has the revision {checkpoint.revision}, not {spec.revision}: its "
-                "weights or configuration are others than those that made the index; give the original checkpoint, or "
-                "build the index again"
-            )
+        checkpoint = pinned_checkpoint(spec.name, spec.revision, location)
         self.devices = [str(device) for device in devices] if devices else _all_devices()
         self.batch_size = batch_size
         self.dtype = dtype or ("float16" if self.devices[0].startswith("cuda") else "float32")
@@ -309,7 +303,7 @@ def _load_model(checkpoint: Checkpoint, spec: EncoderSpec, device: str, dtype: s
         raise RetrievalError(
             f"the encoder {checkpoint.folder} makes a vector a token, not one a text; build with kind late_interaction"
         )
-    try:
+    with loading(checkpoint, device):
         model = SentenceTransformer(
             str(checkpoint.folder),
             device=device,
@@ -317,12 +311,6 @@ def _load_model(checkpoint: Checkpoint, spec: EncoderSpec, device: str, dtype: s
             local_files_only=True,
             model_kwargs={"use_safetensors": True, "dtype": kind},
         )
-    except Exception as error:  # of whatever library: weights cut short, an unknown architecture, no such device
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise RetrievalError(
-            f"the encoder {checkpoint.folder} cannot be loaded on {device}: {type(error).__name__}: {reason}; check "
-            "the device, and whether the checkpoint is whole"
-        ) from error
     if not checkpoint.has_modules:
         model = _with_pooling(model, spec, device)
     return model.to(kind)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rex_rag.retrieval.base import RetrievalError
-from rex_rag.retrieval.dense.checkpoints import Checkpoint, find_checkpoint
+from rex_rag.retrieval.dense.checkpoints import Checkpoint, loading, pinned_checkpoint
 from rex_rag.retrieval.dense.encoder import (
     DEFAULT_BATCH_SIZE,
     EXTRA,
@@ -89,13 +89,7 @@ class TokenEncoder:
     ) -> None:
         if batch_size < 1:
             raise RetrievalError(f"batch_size={batch_size} encodes nothing; use 1 or more")
-        checkpoint = find_checkpoint(str(location or spec.name), None if location else spec.revision)
-        if spec.revision is not None and checkpoint.revision != spec.revision:
-            raise RetrievalError(
-                f"the encoder at {checkpoint.folder} has the revision {checkpoint.revision}, not {spec.revision}: its "
-                "weights or configuration are others than those that made the index; give the original checkpoint, or "
-                "build the index again"
-            )
+        checkpoint = pinned_checkpoint(spec.name, spec.revision, location)
         import torch
 
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -231,7 +225,7 @@ def _load_model(checkpoint: Checkpoint, device: str, dtype: str):
         "local_files_only": True,
         "model_kwargs": {"use_safetensors": True, "dtype": kind},
     }
-    try:
+    with loading(checkpoint, device):
         if checkpoint.makes_token_vectors:
             return MultiVectorEncoder(str(checkpoint.folder), **shared).to(kind)
         # Left to itself, the library would put a projection of random weights behind it.
@@ -240,12 +234,6 @@ def _load_model(checkpoint: Checkpoint, device: str, dtype: str):
             raise ValueError(f"a {type(reader).__name__} has no token vectors")
         modules = [reader, MultiVectorMask(), Normalize(module_input_name="token_embeddings")]
         model = MultiVectorEncoder(modules=modules, device=device).to(kind)
-    except Exception as error:  # of whatever library: weights cut short, an unknown architecture, no such device
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise RetrievalError(
-            f"the encoder {checkpoint.folder} cannot be loaded on {device}: {type(error).__name__}: {reason}; check "
-            "the device, and whether the checkpoint is whole"
-        ) from error
     logger.warning(
         "%s was trained for one vector a text; its token vectors are compared as they are, without a projection, "
         "markers or query expansion",
