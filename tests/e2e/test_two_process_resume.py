@@ -9,42 +9,27 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from parts import make_bpe_tokenizer, make_tiny_model
 from safetensors.numpy import load_file
-from tiny_training import timeless
+from tiny_training import timeless, write_tiny_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
 
 def test_two_processes_resume_in_the_second_epoch_and_take_over_from_one(tmp_path: Path):
-    tokenizer = make_bpe_tokenizer(320)
-    make_tiny_model(tokenizer).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "prompt.txt").write_text("Question: {question}")
+    recipe = write_tiny_recipe(
+        tmp_path,
+        **{"num_probe_slots": 2, "num_generations": 4, "keep_ratio": 0.4, "learning_rate": 1e-3, "max_steps": 6},
+        **{"save_strategy": "steps", "save_steps": 1, "logging_steps": 1},
+    )
     questions = [{"question": f"who is person {index}", "golden_answers": ["nobody"]} for index in range(7)]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    (tmp_path / "corpus.jsonl").write_text('{"id": "1", "contents": "\\"Owl\\"\\nthe owl is in the oak"}\n')
-    settings = {
-        "model_name_or_path": str(tmp_path / "model"),
-        "datasets": [{"path": str(tmp_path / "questions.jsonl")}],
-        "retriever": "bm25",
-        "corpus": str(tmp_path / "corpus.jsonl"),
-        "prompt_template": str(tmp_path / "prompt.txt"),
-        **{"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"},
-        **{"num_probe_slots": 2, "num_generations": 4, "per_device_train_batch_size": 4, "keep_ratio": 0.4},
-        **{"max_turns": 1, "max_prompt_length": 64, "max_turn_tokens": 8, "max_observation_tokens": 48},
-        **{"max_sequence_length": 192, "save_steps": 1, "logging_steps": 1, "max_steps": 6, "learning_rate": 1e-3},
-        **{"dtype": "float32", "disable_tqdm": True},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
 
     def train(accelerate: str, output: str, *words: str) -> tuple[list[dict], str]:
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
         launch += ["--config_file", f"recipes/accelerate_configs/{accelerate}.yaml", "-m", "rex_rag.train"]
         done = subprocess.run(
-            [*launch, "--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / output), *words],
+            [*launch, "--config", str(recipe), "--output_dir", str(tmp_path / output), *words],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             capture_output=True,
